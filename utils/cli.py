@@ -1,0 +1,89 @@
+"""Command lines that fail in one line: what is wrong, where, and what to do."""
+
+import argparse
+import difflib
+import errno
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+
+class UserError(Exception):
+    """Something the user can mend; its text is the one line printed before exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser without abbreviations, whose errors are one line each."""
+
+    def __init__(self, **kwargs):
+        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            self.error(f"unknown argument {unknown[0]}{did_you_mean(unknown[0], flags)}")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """Returns "; did you mean A, B?" for the known words close to `word`, or ""."""
+    lower = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), list(lower), n=3, cutoff=0.5)
+    return f"; did you mean {', '.join(lower[name] for name in close)}?" if close else ""
+
+
+def bounded(kind: type, low: float | None = None, high: float | None = None) -> Callable:
+    """Returns an argparse type: a number of type `kind` in [low, high]."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        above = low is None or value >= low
+        below = high is None or value <= high
+        if not (above and below):
+            bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: must be {bounds}")
+        return value
+
+    return parse
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Runs an entry script's `main`; whatever the user can mend ends in one line and exit code 2.
+
+    SIGTERM and Ctrl-C exit with 143 and 130; every other exception keeps its traceback.
+    """
+    program = Path(sys.argv[0]).name
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        main()
+    except UserError as error:
+        message = str(error)
+    except torch.OutOfMemoryError:
+        message = "out of GPU memory; a smaller --batch-size or --amp fp16 needs less"
+    except KeyboardInterrupt:
+        print(f"\n{program}: interrupted; the same command again continues", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" at {error.filename}" if error.filename else ""
+            message = f"the disk is full{where}; free some space, then run the same command again"
+        elif error.filename is not None and error.strerror:
+            message = f"{error.filename}: {error.strerror}"
+        else:
+            raise
+    else:
+        sys.exit(0)
+    print(f"{program}: {message}", file=sys.stderr)
+    sys.exit(2)
