@@ -1,0 +1,84 @@
+"""Facts of the data sets: classes, input size, normalisation."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import yaml
+
+from utils.cli import UserError, bounded, did_you_mean
+
+_FACTS = yaml.safe_load(Path(__file__).with_name("datasets.yaml").read_text())
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """What is known of a data set.
+
+    Attributes:
+        name: a name of datasets.yaml, or "custom".
+        num_classes: number of classes; None for a custom data set until its folders are counted.
+        input_size: side of the network's input in pixels.
+        mean, std: three floats each, of pixel values in 0..1.
+    """
+
+    name: str
+    num_classes: int | None
+    input_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @property
+    def evaluation_resize(self) -> int:
+        """Shorter side before the central crop: 256 for 224; small inputs are not cropped."""
+        return self.input_size * 256 // 224 if self.input_size >= 128 else self.input_size
+
+
+def names() -> list[str]:
+    """All data sets that are known by name."""
+    return list(_FACTS)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --dataset and the flags that describe a custom one."""
+    group = parser.add_argument_group("data set")
+    group.add_argument("--dataset", required=True, help=f"{', '.join(names())}, or custom")
+    group.add_argument(
+        "--num-classes",
+        type=bounded(int, 2),
+        metavar="N",
+        help="custom only; counted from the class folders when left out",
+    )
+    group.add_argument("--input-size", type=bounded(int, 8), metavar="S", help="custom only")
+    group.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="custom only")
+    group.add_argument("--std", type=float, nargs=3, metavar=("R", "G", "B"), help="custom only")
+
+
+def from_arguments(args: argparse.Namespace) -> Dataset:
+    """The data set that the flags of add_arguments name; raises UserError when they clash."""
+    given = {name: getattr(args, name) for name in ("num_classes", "input_size", "mean", "std")}
+    if args.dataset == "custom":
+        missing = [name for name in ("input_size", "mean", "std") if given[name] is None]
+        if missing:
+            flags = ", ".join("--" + name.replace("_", "-") for name in missing)
+            raise UserError(f"--dataset custom also needs {flags}")
+        if min(args.std) <= 0:
+            raise UserError(f"--std must be positive, not {' '.join(map(str, args.std))}")
+        return Dataset(
+            "custom", args.num_classes, args.input_size, tuple(args.mean), tuple(args.std)
+        )
+    for name, value in given.items():
+        if value is not None:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} goes with --dataset custom; {args.dataset} has its own")
+    return named(args.dataset)
+
+
+def named(name: str) -> Dataset:
+    """The data set of that name; raises UserError for an unknown one."""
+    if name not in _FACTS:
+        close = did_you_mean(name, names())
+        raise UserError(f"unknown data set {name!r}{close} (known: {', '.join(names())}, custom)")
+    facts = _FACTS[name]
+    mean, std = tuple(facts["mean"]), tuple(facts["std"])
+    return Dataset(name, facts["classes"], facts["input"], mean, std)

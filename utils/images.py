@@ -1,0 +1,295 @@
+"""Image folders: class order, fingerprint, and pixels as uint8 tensors ready to be rendered.
+
+Two sources with one method, `render(batches) -> network inputs`: `ResidentImages` keeps a folder
+of equally large images decoded in memory (on the GPU where it fits), `StreamingImages` decodes in
+DataLoader workers what differs in size or does not fit.
+"""
+
+import dataclasses
+import hashlib
+import io
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import functional as transforms
+from tqdm import tqdm
+
+from utils.cli import UserError
+from utils.datasets import Dataset
+from utils.views import Views, crop_resize, mix, normalise, render
+
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFolder:
+    """The images below a folder with one sub-folder per class, in text order.
+
+    Attributes:
+        root: the folder.
+        classes: names of the class folders, sorted as text; the position is the class index.
+        files: all image files, class by class, sorted by name within a class.
+        labels: int64 [images], the class index of every file.
+        ignored: number of files that are not images (by their ending).
+    """
+
+    root: Path
+    classes: list[str]
+    files: list[Path]
+    labels: torch.Tensor
+    ignored: int
+
+    def counts(self) -> list[int]:
+        """Images per class."""
+        return torch.bincount(self.labels, minlength=len(self.classes)).tolist()
+
+    def ipc(self) -> int:
+        """Images per class; raises UserError when the classes differ."""
+        counts = self.counts()
+        usual = max(set(counts), key=counts.count)
+        for name, count in zip(self.classes, counts, strict=True):
+            if count != usual:
+                raise UserError(
+                    f"{self.root / name} has {count} images where other classes have {usual}; "
+                    "distilled images need the same number in every class"
+                )
+        return usual
+
+
+def scan(root: Path, num_classes: int | None = None) -> ImageFolder:
+    """Lists an image folder.
+
+    Args:
+        root: a folder with one sub-folder per class.
+        num_classes: how many classes there must be; None accepts any number.
+
+    Raises:
+        UserError: missing or empty folder, wrong number of classes, a class without images, or
+            class folders whose numbers are not in text order.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"image folder not found: {root}")
+    classes = sorted(
+        entry.name for entry in root.iterdir() if entry.is_dir() and entry.name[0] != "."
+    )
+    if not classes:
+        raise UserError(f"{root} is empty: it must hold one sub-folder of images per class")
+    _check_order(root, classes)
+    if num_classes is not None and len(classes) != num_classes:
+        raise UserError(f"{root} has {len(classes)} class folders, the data set {num_classes}")
+    files, labels, ignored = [], [], 0
+    for label, name in enumerate(classes):
+        found = sorted(
+            Path(folder) / file for folder, _, names in os.walk(root / name) for file in names
+        )
+        images = [path for path in found if path.suffix.lower() in IMG_EXTENSIONS]
+        if not images:
+            raise UserError(f"class folder {root / name} has no images")
+        ignored += len(found) - len(images)
+        files += images
+        labels += [label] * len(images)
+    if ignored:
+        print(f"{root}: {ignored} files that are not images are ignored")
+    return ImageFolder(root, classes, files, torch.tensor(labels), ignored)
+
+
+def _check_order(root: Path, classes: list[str]) -> None:
+    """Stops when folders are numbers whose text order is not their number order."""
+    if all(name.isdigit() for name in classes):
+        numbers = [int(name) for name in classes]
+        for before, after in zip(classes, classes[1:], strict=False):
+            if int(before) >= int(after):
+                raise UserError(
+                    f"{root}: as text, folder {before!r} sorts before {after!r}, so the class "
+                    f"order would be scrambled; name the folders with equally many digits "
+                    f"({'0' * (5 - len(str(numbers[0])))}{numbers[0]}, ...)"
+                )
+
+
+def check_same_classes(folder: ImageFolder, classes: list[str], owner: str) -> None:
+    """Raises UserError unless the folder's classes can be those of `owner`.
+
+    Index folders (00000 ...) and WordNet ids (n01440764 ...) name the same classes in the same
+    order; any other difference in names is a difference of class lists.
+    """
+    if len(folder.classes) != len(classes):
+        raise UserError(
+            f"{folder.root} has {len(folder.classes)} class folders, {owner} has {len(classes)}"
+        )
+    if folder.classes == classes or _is_indexed(folder.classes) != _is_indexed(classes):
+        return
+    for position, (found, expected) in enumerate(zip(folder.classes, classes, strict=True)):
+        if found != expected:
+            raise UserError(
+                f"class {position} is {found!r} in {folder.root} but {expected!r} in {owner}; "
+                "the class lists must be the same"
+            )
+
+
+def _is_indexed(classes: list[str]) -> bool:
+    return all(name.isdigit() for name in classes)
+
+
+def decode(path: Path, data: bytes | None = None) -> Image.Image:
+    """Returns an image as RGB; raises UserError that names an unreadable or truncated file."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return Image.open(path if data is None else io.BytesIO(data)).convert("RGB")
+    except Image.DecompressionBombError:
+        raise UserError(f"image {path} is implausibly large; it was not decoded") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise UserError(f"cannot read image {path}: {reason}") from None
+
+
+def _pixels(image: Image.Image) -> torch.Tensor:
+    """uint8 [3, H, W]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _map_files(work: Callable, files: Sequence[Path], what: str) -> Iterator:
+    """work(file) for all files in order, in threads (decoding releases the GIL), with a bar."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(work, files)
+        yield from tqdm(results, what, len(files), unit="img", leave=False, delay=1)
+
+
+def inspect(folder: ImageFolder) -> tuple[np.ndarray, str]:
+    """Reads every file once.
+
+    Returns:
+        int32 [images, 2], height and width; and the fingerprint: the hex SHA-256 over names and
+        contents of all files.
+    """
+
+    def read(path: Path) -> tuple[tuple[int, int], str]:
+        data = path.read_bytes()
+        try:
+            width, height = Image.open(io.BytesIO(data)).size
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            decode(path, data)
+            raise
+        return (height, width), hashlib.sha256(data).hexdigest()
+
+    digest = hashlib.sha256()
+    sizes = []
+    results = _map_files(read, folder.files, "reading images")
+    for path, (size, content) in zip(folder.files, results, strict=True):
+        digest.update(f"{path.relative_to(folder.root).as_posix()} {content}\n".encode())
+        sizes.append(size)
+    return np.array(sizes, dtype=np.int32), digest.hexdigest()
+
+
+class ResidentImages:
+    """All images decoded in memory as one uint8 tensor [images, 3, H, W]."""
+
+    def __init__(self, pixels: torch.Tensor, dataset: Dataset, device: torch.device):
+        if device.type == "cuda" and pixels.nbytes < torch.cuda.mem_get_info(device)[0] // 2:
+            pixels = pixels.to(device)
+        self.pixels, self.device, self.size = pixels, device, dataset.input_size
+        self.mean = torch.tensor(dataset.mean, device=device)
+        self.std = torch.tensor(dataset.std, device=device)
+
+    def render(self, batches: Iterable[Views]) -> Iterator[torch.Tensor]:
+        """Yields the network's input, float32 [B, 3, S, S], for each batch of views."""
+        for views in batches:
+            images = self.pixels[views.index.to(self.pixels.device)].to(self.device)
+            yield render(images, views, self.size, self.mean, self.std)
+
+
+class StreamingImages:
+    """Images of any sizes, decoded and cropped by DataLoader workers when they are asked for."""
+
+    def __init__(self, files: list[Path], dataset: Dataset, device: torch.device, workers: int):
+        self.files, self.device, self.size = files, device, dataset.input_size
+        self.workers = workers
+        self.mean = torch.tensor(dataset.mean, device=device)
+        self.std = torch.tensor(dataset.std, device=device)
+
+    def render(self, batches: Iterable[Views]) -> Iterator[torch.Tensor]:
+        """Yields the network's input, float32 [B, 3, S, S], for each batch of views."""
+        batches = list(batches)
+        loader = torch.utils.data.DataLoader(
+            _Crops(self.files, [views.to("cpu") for views in batches], self.size),
+            batch_size=None,
+            num_workers=min(self.workers, len(batches)),
+            pin_memory=self.device.type == "cuda",
+        )
+        for views, crops in zip(batches, loader, strict=True):
+            if isinstance(crops, str):
+                raise UserError(crops)
+            crops = crops.to(self.device, non_blocking=True)
+            yield mix(normalise(crops, self.mean, self.std), views)
+
+
+class _Crops(torch.utils.data.Dataset):
+    """Item k: the crops of batch k, or the text of the error that its images raised."""
+
+    def __init__(self, files: list[Path], batches: list[Views], size: int):
+        self.files, self.batches, self.size = files, batches, size
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, batch: int) -> torch.Tensor | str:
+        views = self.batches[batch]
+        try:
+            images = [_pixels(decode(self.files[index])) for index in views.index.tolist()]
+        except UserError as error:
+            return str(error)
+        return crop_resize(images, views.box, views.flip, self.size)
+
+
+def open_images(
+    folder: ImageFolder,
+    sizes: np.ndarray,
+    dataset: Dataset,
+    device: torch.device,
+    workers: int,
+) -> ResidentImages | StreamingImages:
+    """The faster source that is possible: resident when all sizes agree and memory allows."""
+    height, width = sizes[0].tolist()
+    needed = 3 * height * width * len(sizes)
+    if not (sizes == sizes[0]).all() or needed > _available_memory() // 2:
+        return StreamingImages(folder.files, dataset, device, workers)
+    pixels = torch.empty(len(sizes), 3, height, width, dtype=torch.uint8)
+    decoded = _map_files(lambda path: _pixels(decode(path)), folder.files, "decoding images")
+    for place, image in zip(pixels, decoded, strict=True):
+        place.copy_(image)
+    return ResidentImages(pixels, dataset, device)
+
+
+def _available_memory() -> int:
+    """Bytes of memory that can be taken without swapping."""
+    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    return int(found[1]) * 1024
+
+
+def load_evaluation(folder: ImageFolder, dataset: Dataset) -> torch.Tensor:
+    """Decodes validation images as the field evaluates: 224: Resize(256), CenterCrop(224).
+
+    Returns:
+        uint8 [images, 3, S, S]; small inputs (below 128) are resized only where sizes differ.
+    """
+    size, resize = dataset.input_size, dataset.evaluation_resize
+
+    def prepare(path: Path) -> torch.Tensor:
+        image = decode(path)
+        if image.size != (size, size) or resize != size:
+            image = transforms.center_crop(transforms.resize(image, resize), [size, size])
+        return _pixels(image)
+
+    pixels = torch.empty(len(folder.files), 3, size, size, dtype=torch.uint8)
+    prepared = _map_files(prepare, folder.files, "decoding validation images")
+    for place, image in zip(pixels, prepared, strict=True):
+        place.copy_(image)
+    return pixels
