@@ -1,0 +1,351 @@
+"""The label set on disk: a manifest, and one file of soft labels per pass.
+
+`LabelWriter` makes a set pass by pass, in any order and from several processes; `LabelSet` reads
+one and refuses whatever is incomplete, damaged, of another version or made for something else.
+The folder is described in the README ("A label set on disk"); views are drawn again from the
+seed, see utils/views.py.
+"""
+
+import dataclasses
+import hashlib
+import io
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from utils import codecs
+from utils.cli import UserError
+from utils.codecs import Codes, Mixture
+from utils.files import atomic_write, read_json, sha256_file, to_json
+from utils.views import Views, ViewSpec, draw
+
+FORMAT, VERSION = "hald-labels", 1
+_MANIFEST, _PARTIAL = "manifest.json", "manifest.partial.json"
+_SIZES, _CODEC = "sizes.npz", "codec.npz"
+# Recorded, but free to differ when an interrupted set is continued.
+_NOT_COMPARED = {"versions", "files"}
+
+
+@dataclasses.dataclass
+class LabelBatch:
+    """One stored batch: its views and the teacher's labels for them.
+
+    Attributes:
+        views: the batch's views.
+        logits: float32 [B, C], centred per label.
+    """
+
+    views: Views
+    logits: torch.Tensor
+
+
+def pass_name(number: int) -> str:
+    """File name of a pass."""
+    return f"pass_{number:04d}.npz"
+
+
+def view_spec(manifest: dict) -> ViewSpec:
+    """What the views of a manifest's label set are drawn from."""
+    return ViewSpec(
+        manifest["input_size"],
+        manifest["batch_size"],
+        manifest["crop_scale"][0],
+        manifest["crop_scale"][1],
+        tuple(manifest["crop_ratio"]),
+        manifest["mix"],
+    )
+
+
+def centre(logits: torch.Tensor) -> torch.Tensor:
+    """Logits [N, C] minus their mean per label: the same probabilities at every temperature."""
+    return logits - logits.mean(dim=1, keepdim=True)
+
+
+def first_difference(expected: dict, found: dict, skip: frozenset | set = frozenset()) -> str:
+    """ "field: expected X, found Y" of the first field in which two manifests differ, or ""."""
+    for key in [*expected, *(key for key in found if key not in expected)]:
+        if key not in skip and expected.get(key) != found.get(key):
+            return f"{key}: expected {_short(expected.get(key))}, found {_short(found.get(key))}"
+    return ""
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _npz_bytes(arrays: dict[str, np.ndarray]) -> bytes:
+    """An uncompressed .npz archive: equal arrays, equal bytes."""
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    return buffer.getvalue()
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing from the label set") from None
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+
+
+class LabelWriter:
+    """Writes a label set pass by pass; every file is written whole or not at all.
+
+    `manifest.partial.json` holds the settings while passes are missing; `manifest.json` appears
+    when all are there. The result does not depend on the order of passes or on interruptions.
+    """
+
+    def __init__(self, path: Path, settings: dict, sizes: np.ndarray):
+        """Starts a label set, or continues one with the same settings.
+
+        Args:
+            path: its folder; made if missing.
+            settings: the manifest without per-pass results.
+            sizes: int [images, 2], height and width of every image.
+
+        Raises:
+            UserError: the folder holds something else, or a label set with other settings.
+        """
+        self.path = Path(path)
+        self.settings = {"format": FORMAT, "version": VERSION, **settings}
+        self.spec = view_spec(self.settings)
+        self.sizes = sizes
+        self.codec = codecs.from_manifest(settings["codec"], settings["num_classes"], {})
+        existing = self._existing_settings()
+        if existing is not None:
+            if difference := first_difference(self.settings, existing, _NOT_COMPARED):
+                raise UserError(
+                    f"{self.path} holds a label set made with other settings ({difference}); "
+                    "choose another --label-dir or the same settings"
+                )
+            self.settings["versions"] = existing["versions"]
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        if any(not entry.name.startswith(".") for entry in self.path.iterdir()):
+            raise UserError(f"{self.path} is not empty and not a label set; choose another folder")
+        if settings["image_size"] is None:
+            compact = {"sizes": np.asarray(sizes, dtype="<u4")}
+            atomic_write(self.path / _SIZES, _npz_bytes(compact))
+        atomic_write(self.path / _PARTIAL, to_json(self.settings))
+
+    def _existing_settings(self) -> dict | None:
+        for name in (_MANIFEST, _PARTIAL):
+            if (self.path / name).exists():
+                return read_json(self.path / name)
+        return None
+
+    @property
+    def complete(self) -> bool:
+        """Whether the manifest of a finished set is there."""
+        return (self.path / _MANIFEST).exists()
+
+    def draw(self, number: int) -> Views:
+        """The views of a pass."""
+        return draw(self.spec, self.sizes, self.settings["seed"] + number)
+
+    def verified(self, number: int) -> bool:
+        """Whether a pass has been written; raises UserError when its file is damaged."""
+        path = self.path / pass_name(number)
+        if not path.exists():
+            return False
+        stored = _read_npz(path)
+        if hashlib.sha256(stored["payload"]).hexdigest() != str(stored["payload_sha256"]):
+            raise UserError(f"{path} is damaged: delete it and run the same command again")
+        return True
+
+    def write_pass(self, number: int, logits: torch.Tensor, mixture: Mixture, correct: int):
+        """Packs and writes one pass.
+
+        Args:
+            number: the pass.
+            logits: float32 [images, C], the teacher's logits in the order of `draw(number)`.
+            mixture: the hard labels of the same views.
+            correct: views whose top class is the class that covers most of them.
+        """
+        payload = np.frombuffer(self.codec.pack(centre(logits), mixture), dtype=np.uint8)
+        arrays = {
+            "payload": payload,
+            "payload_sha256": np.array(hashlib.sha256(payload).hexdigest()),
+            "views_sha256": np.array(self.draw(number).checksum()),
+            "teacher_correct": np.array(correct, dtype="<i8"),
+        }
+        atomic_write(self.path / pass_name(number), _npz_bytes(arrays))
+
+    def finish(self) -> dict:
+        """Writes the manifest once every pass is there, and returns it."""
+        names = [pass_name(number) for number in range(self.settings["passes"])]
+        correct = sum(int(_read_npz(self.path / name)["teacher_correct"]) for name in names)
+        extra = [name for name in (_CODEC, _SIZES) if (self.path / name).exists()]
+        labels = self.settings["images"]["count"] * self.settings["passes"]
+        manifest = {
+            **self.settings,
+            "teacher_top1": round(100 * correct / labels, 4),
+            "files": {name: sha256_file(self.path / name) for name in extra + names},
+        }
+        atomic_write(self.path / _MANIFEST, to_json(manifest))
+        (self.path / _PARTIAL).unlink(missing_ok=True)
+        return manifest
+
+
+class LabelSet:
+    """A finished label set, opened for reading: `labels[i]` is stored batch i.
+
+    Batches are numbered pass by pass: batch i is batch i % batches_per_pass of pass
+    i // batches_per_pass. Codes are loaded pass by pass when first used and then kept.
+    """
+
+    def __init__(self, path: Path, manifest: dict, sizes: np.ndarray, codec):
+        self.path, self.manifest, self.sizes, self.codec = path, manifest, sizes, codec
+        self.spec = view_spec(manifest)
+        self.device = torch.device("cpu")
+        self.passes = manifest["passes"]
+        self.batches_per_pass = -(-manifest["images"]["count"] // manifest["batch_size"])
+        self.hard_labels = torch.repeat_interleave(
+            torch.arange(manifest["num_classes"]), torch.tensor(manifest["images"]["per_class"])
+        )
+        self._loaded: dict[int, tuple[Views, Codes]] = {}
+
+    @classmethod
+    def open(cls, path: Path) -> "LabelSet":
+        """Opens a label set after verifying its version and the checksum of every file.
+
+        Raises:
+            UserError: no label set there, or an incomplete, damaged or newer one.
+        """
+        path = Path(path)
+        if not (path / _MANIFEST).exists():
+            raise UserError(_why_not_complete(path))
+        manifest = read_json(path / _MANIFEST)
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise UserError(f"{path / _MANIFEST} is not the manifest of a label set")
+        if manifest["version"] != VERSION:
+            raise UserError(
+                f"{path} has label format version {manifest['version']}; this code reads "
+                f"version {VERSION}"
+            )
+        expected = {pass_name(number) for number in range(manifest["passes"])}
+        if missing := sorted(expected - set(manifest["files"])):
+            raise UserError(f"{path / _MANIFEST} is damaged: it does not list {missing[0]}")
+        for name, checksum in manifest["files"].items():
+            if not (path / name).is_file():
+                raise UserError(f"{path / name} is missing from the label set")
+            if sha256_file(path / name) != checksum:
+                raise UserError(f"{path / name} is damaged: its checksum is not the manifest's")
+        if unknown := sorted({file.name for file in path.glob("pass_*")} - expected):
+            raise UserError(f"{path / unknown[0]} does not belong to this label set; move it away")
+        if manifest["image_size"] is None:
+            sizes = _read_npz(path / _SIZES)["sizes"].astype(np.int32)
+        else:
+            sizes = np.tile(np.array(manifest["image_size"]), (manifest["images"]["count"], 1))
+        fitted = _read_npz(path / _CODEC) if (path / _CODEC).exists() else {}
+        codec = codecs.from_manifest(manifest["codec"], manifest["num_classes"], fitted)
+        return cls(path, manifest, sizes, codec)
+
+    def __len__(self) -> int:
+        """Number of stored batches: passes x batches per pass."""
+        return self.passes * self.batches_per_pass
+
+    def __getitem__(self, batch: int) -> LabelBatch:
+        """Stored batch `batch`, its logits expanded, on the set's device."""
+        if not 0 <= batch < len(self):
+            raise IndexError(f"batch {batch} of {len(self)}")
+        number, place = divmod(batch, self.batches_per_pass)
+        views, codes = self._pass(number)
+        chosen = views[place]
+        start = place * views.batch_size
+        rows = tuple(code[start : start + len(chosen.index)] for code in codes)
+        return LabelBatch(chosen, self.codec.expand(rows, self.mixture(chosen)))
+
+    def views(self, batch: int) -> Views:
+        """The views of stored batch `batch`, on the set's device."""
+        number, place = divmod(batch, self.batches_per_pass)
+        return self._pass(number)[0][place]
+
+    def mixture(self, views: Views) -> Mixture:
+        """The hard labels in these views."""
+        return Mixture(*views.classes(self.hard_labels), views.lam(self.spec.input_size))
+
+    def use_slc(self, slc: int) -> None:
+        """Keeps only the first passes: `slc` labels per class; raises UserError if impossible."""
+        ipc, stored = self.manifest["ipc"], self.manifest["slc"]
+        if ipc is None:
+            raise UserError(f"{self.path} was made with --passes: it has no labels per class")
+        if slc % ipc or slc > stored:
+            raise UserError(
+                f"--slc {slc}: {self.path} holds {stored} soft labels per class, {ipc} images "
+                f"each; use a multiple of {ipc} up to {stored}"
+            )
+        self.passes = slc // ipc
+
+    def to(self, device: torch.device) -> "LabelSet":
+        """Moves views, codes and hard labels to a device, where they stay."""
+        self.device = device
+        self.hard_labels = self.hard_labels.to(device)
+        self._loaded.clear()
+        return self
+
+    def bytes_on_disk(self) -> int:
+        """Size of the manifest, the fitted codec and the passes in use, in bytes."""
+        names = [pass_name(number) for number in range(self.passes)]
+        extra = [name for name in (_CODEC, _SIZES) if name in self.manifest["files"]]
+        return sum((self.path / name).stat().st_size for name in [_MANIFEST, *extra, *names])
+
+    def check(
+        self, dataset: str, num_classes: int, classes: Sequence[str], input_size: int, images: str
+    ) -> None:
+        """Raises UserError, naming the field, unless the labels were made for exactly this."""
+        manifest = self.manifest
+        found = {
+            "dataset": manifest["dataset"],
+            "number of classes": manifest["num_classes"],
+            "input size": manifest["input_size"],
+            "class list": manifest["classes"],
+            "images (SHA-256 over names and contents)": manifest["images"]["sha256"],
+        }
+        expected = dict(
+            zip(found, (dataset, num_classes, input_size, list(classes), images), strict=True)
+        )
+        if difference := first_difference(expected, found):
+            raise UserError(f"the labels in {self.path} were made for something else: {difference}")
+
+    def _pass(self, number: int) -> tuple[Views, Codes]:
+        if number not in self._loaded:
+            views, codes = self.load_pass(number)
+            self._loaded[number] = (
+                views.to(self.device),
+                tuple(code.to(self.device) for code in codes),
+            )
+        return self._loaded[number]
+
+    def load_pass(self, number: int) -> tuple[Views, Codes]:
+        """Views and codes of one pass, read from disk, the views drawn again and verified."""
+        path = self.path / pass_name(number)
+        stored = _read_npz(path)
+        views = draw(self.spec, self.sizes, self.manifest["seed"] + number)
+        if views.checksum() != str(stored["views_sha256"]):
+            raise UserError(
+                f"{path}: the views drawn from the seed are not those that were labelled; the set "
+                "was made by an incompatible version"
+            )
+        return views, self.codec.unpack(stored["payload"].tobytes())
+
+
+def _why_not_complete(path: Path) -> str:
+    """What is wrong with a folder that has no manifest."""
+    if not path.is_dir():
+        return f"label folder not found: {path}"
+    if (path / _PARTIAL).exists():
+        passes = read_json(path / _PARTIAL)["passes"]
+        done = sum((path / pass_name(number)).exists() for number in range(passes))
+        return (
+            f"the label set {path} is incomplete: {done} of {passes} passes; run the "
+            "relabel/generate.py command that started it again"
+        )
+    return f"{path} holds no label set (no {_MANIFEST})"
