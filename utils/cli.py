@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from tqdm import tqdm
 
 
 class UserError(Exception):
@@ -57,6 +58,13 @@ def bounded(kind: type, low: float | None = None, high: float | None = None) -> 
         return value
 
     return parse
+
+
+def progress(iterable=None, **options) -> tqdm:
+    """A progress bar with rate and remaining time; in a log file, a line every ten seconds."""
+    interval = 0.1 if sys.stderr.isatty() else 10
+    options = {"mininterval": interval, "dynamic_ncols": True, **options}
+    return tqdm(iterable, **options)
 
 
 def run(main: Callable[[], None]) -> NoReturn:

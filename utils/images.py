@@ -8,6 +8,7 @@ DataLoader workers what differs in size or does not fit.
 import dataclasses
 import hashlib
 import io
+import itertools
 import os
 import re
 import warnings
@@ -20,12 +21,10 @@ import torch
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional as transforms
-from tqdm import tqdm
 
-from utils.cli import UserError
+from utils.cli import UserError, progress
 from utils.datasets import Dataset
 from utils.views import Views, crop_resize, mix, normalise, render
-
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +104,7 @@ def _check_order(root: Path, classes: list[str]) -> None:
     """Stops when folders are numbers whose text order is not their number order."""
     if all(name.isdigit() for name in classes):
         numbers = [int(name) for name in classes]
-        for before, after in zip(classes, classes[1:], strict=False):
+        for before, after in itertools.pairwise(classes):
             if int(before) >= int(after):
                 raise UserError(
                     f"{root}: as text, folder {before!r} sorts before {after!r}, so the class "
@@ -160,7 +159,7 @@ def _map_files(work: Callable, files: Sequence[Path], what: str) -> Iterator:
     """work(file) for all files in order, in threads (decoding releases the GIL), with a bar."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(work, files)
-        yield from tqdm(results, what, len(files), unit="img", leave=False, delay=1)
+        yield from progress(results, desc=what, total=len(files), unit="img", leave=False, delay=1)
 
 
 def inspect(folder: ImageFolder) -> tuple[np.ndarray, str]:

@@ -27,7 +27,7 @@ FORMAT, VERSION = "hald-labels", 1
 _MANIFEST, _PARTIAL = "manifest.json", "manifest.partial.json"
 _SIZES, _CODEC = "sizes.npz", "codec.npz"
 # Recorded, but free to differ when an interrupted set is continued.
-_NOT_COMPARED = {"versions", "files"}
+_NOT_COMPARED = {"versions", "files", "teacher_top1"}
 
 
 @dataclasses.dataclass
@@ -103,10 +103,10 @@ class LabelWriter:
     """
 
     def __init__(self, path: Path, settings: dict, sizes: np.ndarray):
-        """Starts a label set, or continues one with the same settings.
+        """Prepares to start a label set, or to continue one with the same settings.
 
         Args:
-            path: its folder; made if missing.
+            path: its folder; nothing is written before `begin`.
             settings: the manifest without per-pass results.
             sizes: int [images, 2], height and width of every image.
 
@@ -126,14 +126,17 @@ class LabelWriter:
                     "choose another --label-dir or the same settings"
                 )
             self.settings["versions"] = existing["versions"]
-            return
-        self.path.mkdir(parents=True, exist_ok=True)
-        if any(not entry.name.startswith(".") for entry in self.path.iterdir()):
+        elif self.path.exists() and any(self.path.iterdir()):
             raise UserError(f"{self.path} is not empty and not a label set; choose another folder")
-        if settings["image_size"] is None:
-            compact = {"sizes": np.asarray(sizes, dtype="<u4")}
+
+    def begin(self) -> None:
+        """Makes the folder and records the settings, where that has not been done."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self.settings["image_size"] is None and not (self.path / _SIZES).exists():
+            compact = {"sizes": np.asarray(self.sizes, dtype="<u4")}
             atomic_write(self.path / _SIZES, _npz_bytes(compact))
-        atomic_write(self.path / _PARTIAL, to_json(self.settings))
+        if not (self.path / _PARTIAL).exists():
+            atomic_write(self.path / _PARTIAL, to_json(self.settings))
 
     def _existing_settings(self) -> dict | None:
         for name in (_MANIFEST, _PARTIAL):

@@ -3,7 +3,9 @@
 import argparse
 import dataclasses
 
+import numpy
 import torch
+import torchvision
 
 from utils.cli import UserError, bounded
 
@@ -80,11 +82,8 @@ def from_arguments(args: argparse.Namespace) -> Runtime:
 
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers, for manifests and run folders."""
-    import numpy
-    import torchvision
-
     return {
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "torchvision": torchvision.__version__,
         "numpy": numpy.__version__,
     }

@@ -1,0 +1,261 @@
+"""Labels random views of distilled images with a pretrained teacher and stores the labels.
+
+python relabel/generate.py --data-dir D --label-dir L --dataset imagenet1k --teacher ResNet18
+    --slc 150
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a plain script: imports start at the repository root
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import dataclasses
+import math
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from relabel.teacher import Ensemble, load_teacher, use_batch_statistics
+from utils import cli, datasets, images, runtime
+from utils.cli import UserError, bounded
+from utils.codecs import CODECS, Mixture
+from utils.labels import LabelSet, LabelWriter
+from utils.views import MIXES, RATIO, centre_views
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = cli.Parser(description="Label random views of distilled images with a teacher.")
+    parser.add_argument("--data-dir", type=Path, required=True, help="distilled images")
+    parser.add_argument("--label-dir", type=Path, required=True, help="the label set to make")
+    datasets.add_arguments(parser)
+    teacher = parser.add_argument_group("teacher")
+    teacher.add_argument(
+        "--teacher",
+        nargs="+",
+        required=True,
+        metavar="NAME",
+        help="a network of models/, a torchvision name, timm:NAME or package.module:factory; "
+        "several are averaged",
+    )
+    teacher.add_argument(
+        "--teacher-weights",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="a state dict per teacher; default: $Main_Data_Path/NAME.pth, else torchvision's",
+    )
+    teacher.add_argument(
+        "--teacher-shares",
+        nargs="+",
+        type=bounded(float, 0),
+        metavar="W",
+        help="weight of each teacher's logits in the mean (default: equal)",
+    )
+    teacher.add_argument(
+        "--bssl",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="BatchNorm statistics from the batch itself (off for RDED images)",
+    )
+    labels = parser.add_argument_group("labels")
+    amount = labels.add_mutually_exclusive_group(required=True)
+    amount.add_argument(
+        "--slc", type=bounded(int, 1), metavar="N", help="soft labels per class, a multiple of IPC"
+    )
+    amount.add_argument(
+        "--passes",
+        type=bounded(int, 1),
+        metavar="N",
+        help="soft labels per image, for folders whose classes differ in size",
+    )
+    labels.add_argument("--batch-size", type=bounded(int, 1), default=16, metavar="N")
+    labels.add_argument("--mix", choices=MIXES, default="cutmix")
+    labels.add_argument(
+        "--min-scale",
+        type=bounded(float, 0.0001, 1),
+        default=0.08,
+        metavar="X",
+        help="smallest crop as a share of the image's area",
+    )
+    labels.add_argument("--codec", choices=sorted(CODECS), default="fp16")
+    labels.add_argument("--seed", type=bounded(int, 0, 2**62), default=42, metavar="N")
+    labels.add_argument(
+        "--force", action="store_true", help="go on although the class order looks scrambled"
+    )
+    runtime.add_arguments(parser)
+    return parser.parse_args()
+
+
+def count_passes(args: argparse.Namespace, folder: images.ImageFolder) -> tuple[int, int | None]:
+    """Number of passes, and IPC (None when --passes is given); checks SLC and the last batch."""
+    if args.passes is not None:
+        passes, ipc = args.passes, None
+    else:
+        ipc = folder.ipc()
+        if args.slc % ipc:
+            raise UserError(f"--slc {args.slc} is not a multiple of IPC, which is {ipc} here")
+        passes = args.slc // ipc
+    count = len(folder.files)
+    if args.bssl and count % args.batch_size == 1:
+        made_of = f"IPC {ipc} x {len(folder.classes)} classes" if ipc else "this folder"
+        raise UserError(
+            f"{made_of} = {count} images in batches of {args.batch_size} leave a last batch of "
+            "one image, which BSSL cannot label; choose another --batch-size or --no-bssl"
+        )
+    return passes, ipc
+
+
+def load_teachers(args: argparse.Namespace, dataset: datasets.Dataset, machine) -> Ensemble:
+    """The teachers that the flags name."""
+    for flag, values in (("weights", args.teacher_weights), ("shares", args.teacher_shares)):
+        if values is not None and len(values) != len(args.teacher):
+            raise UserError(
+                f"--teacher-{flag}: {len(values)} given for {len(args.teacher)} teachers; "
+                "give one for each"
+            )
+    if args.teacher_shares is not None and sum(args.teacher_shares) == 0:
+        raise UserError("--teacher-shares: at least one must be above 0")
+    files = args.teacher_weights or [None] * len(args.teacher)
+    teachers = [
+        load_teacher(name, file, dataset, machine)
+        for name, file in zip(args.teacher, files, strict=True)
+    ]
+    return Ensemble(teachers, args.teacher_shares, machine)
+
+
+def check_class_order(
+    args: argparse.Namespace,
+    teachers: Ensemble,
+    source,
+    sizes: np.ndarray,
+    labels: torch.Tensor,
+    device: torch.device,
+) -> None:
+    """Stops when the teacher hardly recognises the images: their classes are in another order.
+
+    Looks at unmixed central views of at most 1,024 images with running statistics. "Near chance"
+    is below four standard deviations above the expected hits of guessing, or five times those
+    where that is more and still at most a quarter.
+    """
+    chosen = np.linspace(0, len(sizes) - 1, min(len(sizes), 1024)).astype(int)
+    views = centre_views(sizes[chosen], args.batch_size)
+    views.index = torch.from_numpy(chosen)[views.index]
+    batches = [batch.to(device) for batch in views]
+    hits = 0
+    for batch, pixels in zip(batches, source.render(batches), strict=True):
+        hits += (teachers.logits(pixels).argmax(1).cpu() == labels[batch.index.cpu()]).sum().item()
+    chance, count = 1 / (int(labels.max()) + 1), len(chosen)
+    spread = 4 * math.sqrt(count * chance * (1 - chance))
+    limit = max(count * chance + spread, count * min(5 * chance, 0.25))
+    top1 = 100 * hits / count
+    print(f"teacher top-1 on central views of {count} images: {top1:.1f} %")
+    if hits < limit and not args.force:
+        raise UserError(
+            f"the teacher recognises only {top1:.1f} % of the images in {args.data_dir} (guessing: "
+            f"{100 * chance:.1f} %): the class order is probably scrambled, or the weights are "
+            "another data set's; --force goes on"
+        )
+
+
+def label_pass(
+    writer: LabelWriter, number: int, teachers: Ensemble, source, labels: torch.Tensor, bar: tqdm
+) -> None:
+    """Draws, renders and labels the views of one pass, and writes them."""
+    views = writer.draw(number)
+    size = writer.spec.input_size
+    mixture = Mixture(*views.classes(labels), views.lam(size))
+    logits = torch.empty(len(views.index), writer.settings["num_classes"])
+    batches = list(views.to(teachers.runtime.device))
+    start = 0
+    for pixels in source.render(batches):
+        logits[start : start + len(pixels)] = teachers.logits(pixels)
+        start += len(pixels)
+        bar.update(len(pixels))
+    if not logits.isfinite().all():
+        raise UserError(
+            f"the teacher gave NaN or infinite logits in pass {number}; try --amp off, else its "
+            "weights are broken"
+        )
+    mainly = torch.where(mixture.lam >= 0.5, mixture.own, mixture.partner)
+    writer.write_pass(number, logits, mixture, int((logits.argmax(1) == mainly).sum()))
+
+
+def main() -> None:
+    args = parse_arguments()
+    dataset = datasets.from_arguments(args)
+    machine = runtime.from_arguments(args)
+    folder = images.scan(args.data_dir, dataset.num_classes)
+    dataset = dataclasses.replace(dataset, num_classes=len(folder.classes))
+    passes, ipc = count_passes(args, folder)
+    sizes, fingerprint = images.inspect(folder)
+    teachers = load_teachers(args, dataset, machine)
+    if args.bssl and not any(
+        isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
+        for teacher in teachers.teachers
+        for module in teacher.model.modules()
+    ):
+        print("no teacher has BatchNorm: BSSL changes nothing")
+    same_size = bool((sizes == sizes[0]).all())
+    settings = {
+        "dataset": dataset.name,
+        "num_classes": dataset.num_classes,
+        "classes": folder.classes,
+        "ipc": ipc,
+        "slc": args.slc,
+        "passes": passes,
+        "batch_size": args.batch_size,
+        "image_size": sizes[0].tolist() if same_size else None,
+        "input_size": dataset.input_size,
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
+        "seed": args.seed,
+        "crop_scale": [args.min_scale, 1.0],
+        "crop_ratio": list(RATIO),
+        "mix": args.mix,
+        "teachers": [
+            {"name": teacher.name, "weights_sha256": teacher.sha256, "share": share}
+            for teacher, share in zip(teachers.teachers, teachers.shares, strict=True)
+        ],
+        "bssl": args.bssl,
+        "precision": machine.precision,
+        "codec": {"name": args.codec},
+        "images": {
+            "count": len(folder.files),
+            "per_class": ipc or folder.counts(),
+            "sha256": fingerprint,
+        },
+        "versions": runtime.versions(),
+    }
+    writer = LabelWriter(args.label_dir, settings, sizes)
+    if writer.complete:
+        LabelSet.open(args.label_dir)
+        print(f"{args.label_dir} is complete and verified: nothing to do")
+        return
+    source = images.open_images(folder, sizes, dataset, machine.device, args.workers)
+    check_class_order(args, teachers, source, sizes, folder.labels, machine.device)
+    if args.bssl:
+        for teacher in teachers.teachers:
+            use_batch_statistics(teacher.model)
+    writer.begin()
+    missing = [number for number in range(passes) if not writer.verified(number)]
+    if len(missing) < passes:
+        print(f"{passes - len(missing)} of {passes} passes are there and verified: skipped")
+    total = passes * len(folder.files)
+    done = total - len(missing) * len(folder.files)
+    with cli.progress(total=total, initial=done, desc="relabel", unit="view") as bar:
+        for number in missing:
+            label_pass(writer, number, teachers, source, folder.labels, bar)
+    manifest = writer.finish()
+    size = sum((args.label_dir / name).stat().st_size for name in manifest["files"])
+    print(
+        f"{total} soft labels in {args.label_dir}: {size:,} bytes, "
+        f"{size / total:.1f} per label; teacher top-1 on the views {manifest['teacher_top1']:.1f} %"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,146 @@
+"""Teachers: loading pretrained networks and labelling batches of views with them."""
+
+import dataclasses
+import os
+import urllib.error
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import models
+from utils.cli import UserError
+from utils.datasets import Dataset
+from utils.files import load_tensors, sha256_state
+from utils.runtime import Runtime
+
+
+@dataclasses.dataclass
+class Teacher:
+    """A pretrained network in evaluation mode.
+
+    Attributes:
+        name: as given to --teacher.
+        model: the network, its parameters without gradients.
+        sha256: of its state dict, for the manifest.
+    """
+
+    name: str
+    model: nn.Module
+    sha256: str
+
+
+def load_teacher(name: str, weights: Path | None, dataset: Dataset, runtime: Runtime) -> Teacher:
+    """Builds a network and loads its weights.
+
+    Weights come from `weights`; else from $Main_Data_Path/<name>.pth; else, for a
+    `package.module:factory`, from the factory itself; else, for ImageNet-1K, from torchvision.
+
+    Raises:
+        UserError: unknown name, no weights to be had, or weights that do not fit.
+    """
+    try:
+        model = models.build(name, dataset.num_classes, dataset.input_size)
+    except ValueError as error:
+        raise UserError(f"--teacher: {error}") from None
+    state = _find_weights(name, weights, dataset)
+    if state is not None:
+        load_state(model, state[0], f"teacher weights {state[1]}", name)
+    model.requires_grad_(False).eval()
+    model.to(runtime.device, memory_format=torch.channels_last)
+    _check_outputs(model, name, dataset, runtime)
+    return Teacher(name, model, sha256_state(model.state_dict()))
+
+
+def _find_weights(
+    name: str, weights: Path | None, dataset: Dataset
+) -> tuple[dict[str, torch.Tensor], str] | None:
+    """The state dict and where it came from; None when the factory brings its own weights."""
+    data_path = os.environ.get("Main_Data_Path")  # noqa: SIM112 - config.sh's published name
+    if weights is None and data_path and (Path(data_path) / f"{name}.pth").is_file():
+        weights = Path(data_path) / f"{name}.pth"
+    if weights is not None:
+        return unwrap_state(load_tensors(weights, "teacher weights"), weights), str(weights)
+    if ":" in name and not name.startswith("timm:"):
+        return None
+    reason = f"there are no public weights for {dataset.name}"
+    if dataset.name == "imagenet1k":
+        try:
+            return models.torchvision_weights(name), "torchvision"
+        except ValueError as error:
+            reason = str(error)
+        except (urllib.error.URLError, OSError) as error:
+            reason = f"download failed ({error})"
+    raise UserError(
+        f"no weights for teacher {name}: {reason}; give a file with --teacher-weights, or put it "
+        f"at $Main_Data_Path/{name}.pth"
+    )
+
+
+def unwrap_state(content: object, path: Path) -> dict[str, torch.Tensor]:
+    """A state dict from a file's content: raw, or under `state_dict` or `model`; no `module.`."""
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    is_state = isinstance(content, dict) and content
+    if not is_state or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise UserError(f"{path} holds no state dict (raw, or under 'state_dict' or 'model')")
+    return {name.removeprefix("module."): value for name, value in content.items()}
+
+
+def load_state(model: nn.Module, state: dict[str, torch.Tensor], what: str, name: str) -> None:
+    """Loads a state dict; raises UserError with one line that names the first misfit."""
+    own = model.state_dict()
+    for key, value in own.items():
+        if key in state and state[key].shape != value.shape:
+            raise UserError(
+                f"{what} do not fit {name} for this data set: {key} is {tuple(state[key].shape)}, "
+                f"expected {tuple(value.shape)} (other number of classes or input size?)"
+            )
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in own]
+    if missing or unexpected:
+        counts = f"{len(missing)} tensors missing, {len(unexpected)} unexpected"
+        raise UserError(f"{what} do not fit {name}: {counts} (first: {(missing + unexpected)[0]})")
+    model.load_state_dict(state, strict=False)
+
+
+def _check_outputs(model: nn.Module, name: str, dataset: Dataset, runtime: Runtime) -> None:
+    """Raises UserError unless the network maps one input to one logit per class."""
+    size = dataset.input_size
+    with torch.inference_mode():
+        shape = tuple(model(torch.zeros(1, 3, size, size, device=runtime.device)).shape)
+    if shape != (1, dataset.num_classes):
+        raise UserError(
+            f"teacher {name} gives {shape[-1]} classes, {dataset.name} has {dataset.num_classes}"
+        )
+
+
+def use_batch_statistics(model: nn.Module) -> None:
+    """Switches BSSL on: BatchNorm normalises by the current batch and updates no statistics.
+
+    Everything else, dropout among it, stays in evaluation mode.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train()
+            module.track_running_stats = False
+
+
+class Ensemble:
+    """One or several teachers, labelling by the weighted mean of their logits."""
+
+    def __init__(self, teachers: list[Teacher], shares: list[float] | None, runtime: Runtime):
+        shares = shares or [1.0] * len(teachers)
+        self.teachers, self.runtime = teachers, runtime
+        self.shares = [share / sum(shares) for share in shares]
+
+    @torch.inference_mode()
+    def logits(self, views: torch.Tensor) -> torch.Tensor:
+        """float32 [B, C] logits for rendered views [B, 3, S, S]."""
+        total = torch.zeros((), device=views.device)
+        for teacher, share in zip(self.teachers, self.shares, strict=True):
+            with self.runtime.autocast():
+                logits = teacher.model(views)
+            total = total + share * logits.float()
+        return total

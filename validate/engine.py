@@ -1,0 +1,203 @@
+"""One soft-label epoch, one hard-label epoch, one evaluation: straight-line loops.
+
+Sums are kept on the device and read once per epoch: nothing in a loop waits for the GPU.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from utils.labels import LabelSet
+from utils.metrics import correct_top1_top5
+from utils.runtime import Runtime
+from utils.views import Views, normalise
+
+EVALUATION_BATCH = 256
+
+
+@dataclasses.dataclass
+class Trainer:
+    """A student and what updates it.
+
+    Attributes:
+        model: the student.
+        optimizer: AdamW over `parameter_groups`.
+        scaler: loss scaling; inactive except in fp16.
+        runtime: device and precision.
+        grad_accum: batches per optimiser step.
+        progress: called with the number of views after each batch.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    runtime: Runtime
+    grad_accum: int
+    progress: Callable[[int], object]
+
+
+@dataclasses.dataclass
+class EpochResult:
+    """Means over an epoch's views: loss, and top-1 and top-5 in percent.
+
+    A view counts as correct when the prediction is the class that covers most of it.
+    """
+
+    loss: float
+    top1: float
+    top5: float
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Weight decay on tensors with more than one dimension, none on biases and norms."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def soft_loss(
+    student: torch.Tensor, teacher: torch.Tensor, temperature: float, scale: str
+) -> torch.Tensor:
+    """KL(softmax(teacher / T) || softmax(student / T)), mean over the batch.
+
+    Args:
+        student, teacher: float32 [B, C] logits.
+        temperature: T.
+        scale: "none" as published, or "T2": times T^2 (Hinton et al., arXiv 1503.02531), which
+            keeps gradients as large as those of hard labels.
+    """
+    loss = F.kl_div(
+        F.log_softmax(student / temperature, dim=1),
+        F.log_softmax(teacher / temperature, dim=1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    return loss * temperature**2 if scale == "T2" else loss
+
+
+def hard_loss(
+    logits: torch.Tensor,
+    own: torch.Tensor,
+    partner: torch.Tensor,
+    lam: torch.Tensor,
+    smoothing: float,
+) -> torch.Tensor:
+    """Cross-entropy with label smoothing against both classes of each view, weighted by lambda.
+
+    Args:
+        logits: float32 [B, C].
+        own, partner: int64 [B], the two classes in each view.
+        lam: float32 [B], the share of the own image.
+        smoothing: s; the target is 1 - s + s / C for the class and s / C elsewhere.
+    """
+    per_view = [
+        F.cross_entropy(logits, target, label_smoothing=smoothing, reduction="none")
+        for target in (own, partner)
+    ]
+    return (lam * per_view[0] + (1 - lam) * per_view[1]).mean()
+
+
+def train_soft_epoch(
+    trainer: Trainer,
+    source,
+    labels: LabelSet,
+    batch_numbers: list[int],
+    temperature: float,
+    scale: str,
+) -> EpochResult:
+    """Trains on stored label batches: their views are rendered again, their labels expanded."""
+    batches = [labels.views(number) for number in batch_numbers]
+
+    def losses(logits: torch.Tensor, step: int) -> torch.Tensor:
+        return soft_loss(logits, labels[batch_numbers[step]].logits, temperature, scale)
+
+    return _train(trainer, source, batches, labels.hard_labels, losses)
+
+
+def train_hard_epoch(
+    trainer: Trainer, source, views: Views, hard_labels: torch.Tensor, smoothing: float
+) -> EpochResult:
+    """Trains on fresh views of every image with the images' own classes."""
+    batches = list(views)
+    size = source.size
+
+    def losses(logits: torch.Tensor, step: int) -> torch.Tensor:
+        own, partner = batches[step].classes(hard_labels)
+        return hard_loss(logits, own, partner, batches[step].lam(size), smoothing)
+
+    return _train(trainer, source, batches, hard_labels, losses)
+
+
+def _train(
+    trainer: Trainer,
+    source,
+    batches: list[Views],
+    hard_labels: torch.Tensor,
+    losses: Callable[[torch.Tensor, int], torch.Tensor],
+) -> EpochResult:
+    """The loop of an epoch; `losses(logits, step)` gives the mean loss of batch `step`."""
+    trainer.model.train()
+    device = trainer.runtime.device
+    loss_sum = torch.zeros((), device=device)
+    correct = torch.zeros(2, dtype=torch.int64, device=device)
+    seen = 0
+    for step, pixels in enumerate(source.render(batches)):
+        with trainer.runtime.autocast():
+            logits = trainer.model(pixels)
+        logits = logits.float()
+        loss = losses(logits, step)
+        # A last group that is smaller than grad_accum averages over the batches it has.
+        group_start = step - step % trainer.grad_accum
+        group = min(trainer.grad_accum, len(batches) - group_start)
+        trainer.scaler.scale(loss / group).backward()
+        if (step + 1) % trainer.grad_accum == 0 or step + 1 == len(batches):
+            trainer.scaler.step(trainer.optimizer)
+            trainer.scaler.update()
+            trainer.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            views = batches[step]
+            own, partner = views.classes(hard_labels)
+            mainly = torch.where(views.lam(source.size) >= 0.5, own, partner)
+            correct += correct_top1_top5(logits, mainly)
+            loss_sum += loss.detach() * len(pixels)
+        seen += len(pixels)
+        trainer.progress(len(pixels))
+    top1, top5 = (100 * correct / seen).tolist()
+    return EpochResult((loss_sum / seen).item(), top1, top5)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    pixels: torch.Tensor,
+    targets: torch.Tensor,
+    mean: torch.Tensor,
+    std: torch.Tensor,
+    runtime: Runtime,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> tuple[float, float]:
+    """Top-1 and top-5 accuracy in percent.
+
+    Args:
+        model: the network, on runtime.device.
+        pixels: uint8 [N, 3, S, S], see utils.images.load_evaluation.
+        targets: int64 [N].
+        mean, std: float32 [3] on runtime.device.
+        runtime: device and precision.
+        progress: wraps the sequence of batch starts, to show a bar.
+    """
+    model.eval()
+    correct = torch.zeros(2, dtype=torch.int64, device=runtime.device)
+    for start in progress(range(0, len(pixels), EVALUATION_BATCH)):
+        rows = slice(start, start + EVALUATION_BATCH)
+        images = pixels[rows].to(runtime.device, non_blocking=True).float()
+        with runtime.autocast():
+            logits = model(normalise(images, mean, std))
+        correct += correct_top1_top5(logits.float(), targets[rows].to(runtime.device))
+    top1, top5 = (100 * correct.cpu() / len(pixels)).tolist()
+    return top1, top5

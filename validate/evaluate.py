@@ -1,0 +1,76 @@
+"""Top-1 and top-5 accuracy of a checkpoint.
+
+python validate/evaluate.py --checkpoint O/checkpoint.pt --val-dir V
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a plain script: imports start at the repository root
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import dataclasses
+
+import torch
+
+import models
+from utils import cli, images, runtime
+from utils.cli import UserError
+from utils.datasets import Dataset
+from utils.files import load_tensors
+from validate import engine
+
+
+def main() -> None:
+    parser = cli.Parser(description="Evaluate a checkpoint that validate/train.py wrote.")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint.pt or best.pt")
+    parser.add_argument("--val-dir", type=Path, required=True, help="validation images")
+    parser.add_argument(
+        "--model",
+        help="the network, when it is a package.module:factory: code named by a file is never run",
+    )
+    runtime.add_arguments(parser)
+    args = parser.parse_args()
+    machine = runtime.from_arguments(args)
+    saved = load_tensors(args.checkpoint, "checkpoint")
+    if not isinstance(saved, dict) or saved.get("format") != "hald-student":
+        raise UserError(f"{args.checkpoint} is not a checkpoint of validate/train.py")
+    if args.amp == "auto":
+        machine = _training_precision(machine, saved["precision"])
+    dataset = Dataset(**saved["dataset"])
+    name = args.model or saved["network"]
+    if args.model is None and ":" in name and not name.startswith("timm:"):
+        raise UserError(f"{args.checkpoint} names the code {name!r}; confirm with --model {name}")
+    try:
+        model = models.build(name, dataset.num_classes, dataset.input_size)
+    except ValueError as error:
+        raise UserError(f"--model: {error}") from None
+    try:
+        model.load_state_dict(saved["model"])
+    except RuntimeError:
+        raise UserError(f"the weights in {args.checkpoint} do not fit {name}") from None
+    folder = images.scan(args.val_dir)
+    images.check_same_classes(folder, saved["classes"], str(args.checkpoint))
+    pixels = images.load_evaluation(folder, dataset)
+    top1, top5 = engine.evaluate(
+        model.to(machine.device),
+        pixels,
+        folder.labels,
+        torch.tensor(dataset.mean, device=machine.device),
+        torch.tensor(dataset.std, device=machine.device),
+        machine,
+        lambda starts: cli.progress(starts, desc="evaluate", leave=False, delay=2),
+    )
+    print(f"top-1 {top1:.4f} %, top-5 {top5:.4f} % of {len(pixels)} images in {args.val_dir}")
+
+
+def _training_precision(machine: runtime.Runtime, precision: str) -> runtime.Runtime:
+    """The precision that training evaluated with, where this device has it."""
+    if precision == "fp16" and machine.device.type == "cpu":
+        return machine
+    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}
+    return dataclasses.replace(machine, dtype=dtypes[precision])
+
+
+if __name__ == "__main__":
+    cli.run(main)

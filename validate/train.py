@@ -1,0 +1,415 @@
+"""Trains a student on stored soft labels and on hard labels, by a schedule that alternates them.
+
+python validate/train.py --data-dir D --label-dir L --val-dir V --output-dir O
+    --dataset imagenet1k --model ResNet18
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a plain script: imports start at the repository root
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import dataclasses
+import math
+import time
+
+import numpy as np
+import torch
+import yaml
+
+import models
+from utils import cli, datasets, images, runlog, runtime
+from utils.cli import UserError, bounded
+from utils.files import sha256_file
+from utils.labels import LabelSet
+from utils.views import ViewSpec, draw
+from validate import engine, schedule
+
+_DEFAULT_HYPER = (0.001, 2.0)
+_CHECKPOINT_SECONDS = 60
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = cli.Parser(description="Train a student on soft and hard labels.")
+    parser.add_argument("--data-dir", type=Path, required=True, help="distilled images")
+    parser.add_argument(
+        "--label-dir", type=Path, help="label set of these images; needed for soft epochs"
+    )
+    parser.add_argument("--val-dir", type=Path, required=True, help="validation images")
+    parser.add_argument("--output-dir", type=Path, required=True, help="run folder")
+    parser.add_argument(
+        "--resume",
+        choices=("auto", "off"),
+        default="auto",
+        help="auto: continue the run in the output folder; off: refuse if there is one",
+    )
+    datasets.add_arguments(parser)
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument(
+        "--model", required=True, help="a network of models/, or a torchvision name"
+    )
+    recipe.add_argument(
+        "--schedule",
+        default="hald",
+        help=f'{", ".join(schedule.NAMES)}, or a form like "soft:75,hard:150,soft:75"; soft and '
+        "hard train all epochs on that kind",
+    )
+    recipe.add_argument("--soft-epochs", type=bounded(int, 0), default=150, metavar="N")
+    recipe.add_argument("--hard-epochs", type=bounded(int, 0), default=150, metavar="N")
+    recipe.add_argument(
+        "--slc", type=bounded(int, 1), metavar="N", help="use only so many soft labels per class"
+    )
+    recipe.add_argument(
+        "--batch-size",
+        type=bounded(int, 1),
+        metavar="N",
+        help="must be the label set's (default: that, or 16 without labels)",
+    )
+    recipe.add_argument(
+        "--grad-accum",
+        type=bounded(int, 1),
+        default=1,
+        metavar="N",
+        help="batches per optimiser step",
+    )
+    recipe.add_argument("--temperature", type=bounded(float, 0.01), default=20.0, metavar="T")
+    recipe.add_argument(
+        "--soft-loss-scale",
+        choices=("none", "T2"),
+        default="none",
+        help="none: as published; T2: times T^2, the balanced recipe",
+    )
+    recipe.add_argument("--label-smoothing", type=bounded(float, 0, 1), default=0.8, metavar="S")
+    recipe.add_argument(
+        "--min-scale",
+        type=bounded(float, 0.0001, 1),
+        metavar="X",
+        help="smallest crop in hard epochs (default: the label set's, or 0.08 without labels)",
+    )
+    recipe.add_argument("--lr", type=bounded(float, 0), help="default: hyper.yaml")
+    recipe.add_argument("--eta", type=bounded(float, 0.01), help="default: hyper.yaml")
+    recipe.add_argument("--weight-decay", type=bounded(float, 0), default=0.01)
+    recipe.add_argument("--seed", type=bounded(int, 0, 2**62), default=0, metavar="N")
+    recipe.add_argument("--eval-every", type=bounded(int, 1), default=10, metavar="N")
+    runtime.add_arguments(parser)
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the student (torch.compile)"
+    )
+    return parser.parse_args()
+
+
+def published_hyper(dataset: str, model: str, ipc: int | None) -> tuple[float, float, str]:
+    """Learning rate and eta of hyper.yaml, and a line that says which entry was taken.
+
+    No entry for this IPC: the nearest of that student (the smaller of two equally near ones);
+    none for the student: 0.001 and 2.
+    """
+    table = yaml.safe_load(Path(__file__).with_name("hyper.yaml").read_text())
+    students = {name.lower(): entries for name, entries in table.get(dataset, {}).items()}
+    entries = students.get(model.lower())
+    if entries is None or ipc is None:
+        lr, eta = _DEFAULT_HYPER
+        return lr, eta, f"lr {lr}, eta {eta}: default, no entry for {model} on {dataset}"
+    nearest = min(entries, key=lambda entry: (abs(entry - ipc), entry))
+    lr, eta = entries[nearest]
+    note = "" if nearest == ipc else f" (nearest to IPC {ipc})"
+    return lr, eta, f"lr {lr}, eta {eta}: {model} on {dataset} at IPC {nearest}{note}"
+
+
+def open_labels(
+    args: argparse.Namespace,
+    dataset: datasets.Dataset,
+    folder: images.ImageFolder,
+    fingerprint: str,
+) -> LabelSet | None:
+    """The label set, checked against images, data set and flags; None when none is given."""
+    if args.label_dir is None:
+        if args.slc is not None:
+            raise UserError("--slc needs --label-dir")
+        return None
+    labels = LabelSet.open(args.label_dir)
+    labels.check(dataset.name, dataset.num_classes, folder.classes, dataset.input_size, fingerprint)
+    stored = labels.manifest["batch_size"]
+    if args.batch_size not in (None, stored):
+        raise UserError(
+            f"--batch-size {args.batch_size}: the labels in {args.label_dir} were made in batches "
+            f"of {stored}; use that, with --grad-accum for larger steps, or relabel"
+        )
+    if args.slc is not None:
+        labels.use_slc(args.slc)
+    return labels
+
+
+@dataclasses.dataclass
+class Plan:
+    """Everything that a run is made of, checked.
+
+    Attributes:
+        dataset, machine: see utils.datasets.Dataset and utils.runtime.Runtime.
+        folder, sizes: the distilled images, and int [images, 2] their heights and widths.
+        validation: the validation images.
+        labels: the label set, or None when every epoch is hard.
+        kinds: "soft" or "hard" for every epoch.
+        spec: what the views of hard epochs are drawn from.
+        settings: all that decides the result, for the run folder.
+    """
+
+    dataset: datasets.Dataset
+    machine: runtime.Runtime
+    folder: images.ImageFolder
+    sizes: np.ndarray
+    validation: images.ImageFolder
+    labels: LabelSet | None
+    kinds: list[str]
+    spec: ViewSpec
+    settings: dict
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """Resolves and checks the arguments; raises UserError, and writes nothing."""
+    dataset = datasets.from_arguments(args)
+    machine = runtime.from_arguments(args)
+    folder = images.scan(args.data_dir, dataset.num_classes)
+    dataset = dataclasses.replace(dataset, num_classes=len(folder.classes))
+    validation = images.scan(args.val_dir)
+    images.check_same_classes(validation, folder.classes, str(args.data_dir))
+    sizes, fingerprint = images.inspect(folder)
+    labels = open_labels(args, dataset, folder, fingerprint)
+
+    passes = labels.passes if labels else 0
+    phases = schedule.phases(args.schedule, args.soft_epochs, args.hard_epochs, max(passes, 1))
+    kinds = schedule.epoch_kinds(phases)
+    if "soft" in kinds and labels is None:
+        raise UserError(f"schedule {args.schedule} has soft epochs: give --label-dir")
+    counts = set(folder.counts())
+    lr, eta, source = published_hyper(
+        dataset.name, args.model, counts.pop() if len(counts) == 1 else None
+    )
+    if args.lr is None or args.eta is None:
+        print(f"learning rate: {source}")
+    spec = ViewSpec(
+        dataset.input_size,
+        args.batch_size or (labels.spec.batch_size if labels else 16),
+        args.min_scale or (labels.spec.min_scale if labels else 0.08),
+    )
+    settings = {
+        **{name: list(v) if isinstance(v, tuple) else v for name, v in vars(dataset).items()},
+        "images_sha256": fingerprint,
+        "labels_sha256": sha256_file(labels.path / "manifest.json") if labels else None,
+        "validation_images": len(validation.files),
+        "model": args.model,
+        "phases": [list(phase) for phase in phases],
+        "passes": passes,
+        "batch_size": spec.batch_size,
+        "min_scale": spec.min_scale,
+        "lr": lr if args.lr is None else args.lr,
+        "eta": eta if args.eta is None else args.eta,
+        "grad_accum": args.grad_accum,
+        "temperature": args.temperature,
+        "soft_loss_scale": args.soft_loss_scale,
+        "label_smoothing": args.label_smoothing,
+        "weight_decay": args.weight_decay,
+        "seed": args.seed,
+        "eval_every": args.eval_every,
+        "precision": machine.precision,
+    }
+    return Plan(dataset, machine, folder, sizes, validation, labels, kinds, spec, settings)
+
+
+@dataclasses.dataclass
+class Reached:
+    """What a run has reached; part of its checkpoint.
+
+    Attributes:
+        epochs: epochs done.
+        seconds: wall time spent, over all starts.
+        best, last: {"epoch", "top1", "top5"} of the best and the latest evaluation.
+    """
+
+    epochs: int = 0
+    seconds: float = 0.0
+    best: dict | None = None
+    last: dict | None = None
+
+
+def train(plan: Plan, run: runlog.RunFolder, workers: int, compiled: bool) -> None:
+    """Trains from the run's checkpoint, or from scratch, to the end of the schedule."""
+    settings, kinds, device = plan.settings, plan.kinds, plan.machine.device
+    torch.manual_seed(settings["seed"])
+    try:
+        model = models.build(settings["model"], plan.dataset.num_classes, plan.dataset.input_size)
+    except ValueError as error:
+        raise UserError(f"--model: {error}") from None
+    # Convolutions are faster with channels last, on GPUs in mixed precision and on CPUs.
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(
+        engine.parameter_groups(model, settings["weight_decay"]),
+        lr=settings["lr"],
+        fused=True,
+    )
+    scaler = plan.machine.scaler()
+    labels = plan.labels.to(device) if plan.labels else None
+    pool = schedule.BatchPool(len(labels) if labels else 0, settings["seed"])
+    reached = Reached()
+    if saved := run.checkpoint():
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        pool.state = saved["pool"]
+        torch.set_rng_state(saved["rng"]["cpu"])
+        if device.type == "cuda" and saved["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(saved["rng"]["cuda"], device)
+        reached = Reached(**saved["reached"])
+        print(f"{run.path}: continuing after epoch {reached.epochs} of {len(kinds)}")
+
+    source = images.open_images(plan.folder, plan.sizes, plan.dataset, device, workers)
+    pixels = images.load_evaluation(plan.validation, plan.dataset)
+    hard_labels = plan.folder.labels.to(device)
+    network = describe_network(plan)
+    views_per_epoch = len(plan.folder.files)
+    batches_per_epoch = math.ceil(views_per_epoch / plan.spec.batch_size)
+    run.begin(reached.epochs)
+    bar = cli.progress(
+        desc="train",
+        unit="view",
+        total=len(kinds) * views_per_epoch,
+        initial=reached.epochs * views_per_epoch,
+    )
+    trainer = engine.Trainer(
+        torch.compile(model) if compiled else model,
+        *(optimizer, scaler, plan.machine, settings["grad_accum"], bar.update),
+    )
+    saved_at = time.monotonic()
+    for epoch in range(reached.epochs, len(kinds)):
+        started = time.monotonic()
+        kind, starts_phase = kinds[epoch], epoch == 0 or kinds[epoch] != kinds[epoch - 1]
+        lr = schedule.learning_rate(epoch, len(kinds), settings["lr"], settings["eta"])
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if kind == "soft":
+            if starts_phase:
+                pool.refill()
+            result = engine.train_soft_epoch(
+                trainer,
+                source,
+                labels,
+                pool.take(batches_per_epoch),
+                settings["temperature"],
+                settings["soft_loss_scale"],
+            )
+        else:
+            views = draw(plan.spec, plan.sizes, settings["seed"], epoch + 1).to(device)
+            result = engine.train_hard_epoch(
+                trainer, source, views, hard_labels, settings["label_smoothing"]
+            )
+        if not math.isfinite(result.loss):
+            raise UserError(
+                f"the loss became {result.loss} in epoch {epoch + 1} ({kind} labels); the last "
+                f"good checkpoint is kept in {run.path}; try a lower --lr or --amp off"
+            )
+        trained = time.monotonic() - started
+        line = {
+            "epoch": epoch + 1,
+            "kind": kind,
+            "lr": lr,
+            "loss": result.loss,
+            "train_top1": result.top1,
+            "train_top5": result.top5,
+            "seconds": round(trained, 3),
+            "images_per_second": round(views_per_epoch / trained, 1),
+        }
+        ends = epoch + 1 == len(kinds)
+        evaluated = ends or (epoch + 1) % settings["eval_every"] == 0
+        if evaluated:
+            top1, top5 = engine.evaluate(
+                trainer.model,
+                pixels,
+                plan.validation.labels,
+                source.mean,
+                source.std,
+                plan.machine,
+                lambda starts: cli.progress(starts, desc="evaluate", leave=False, delay=2),
+            )
+            line |= {"val_top1": top1, "val_top5": top5}
+            reached.last = {"epoch": epoch + 1, "top1": top1, "top5": top5}
+            if reached.best is None or top1 > reached.best["top1"]:
+                reached.best = reached.last
+                run.save(runlog.BEST, {**network, **reached.best, "model": model.state_dict()})
+        run.log(line)
+        reached.epochs = epoch + 1
+        reached.seconds += time.monotonic() - started
+        bar.set_postfix_str(
+            f"epoch {epoch + 1}/{len(kinds)} {kind} loss {result.loss:.4g} "
+            f"top-1 {reached.last['top1'] if reached.last else math.nan:.2f} %",
+            refresh=False,
+        )
+        if evaluated or time.monotonic() - saved_at > _CHECKPOINT_SECONDS:
+            saved_at = time.monotonic()
+            state = {
+                **network,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "pool": pool.state,
+                "rng": {
+                    "cpu": torch.get_rng_state(),
+                    "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+                },
+                "reached": dataclasses.asdict(reached),
+            }
+            run.save(runlog.CHECKPOINT, state)
+    bar.close()
+    result = {
+        "dataset": plan.dataset.name,
+        "model": settings["model"],
+        "best": reached.best,
+        "last": reached.last,
+        "epochs": reached.epochs,
+        "phases": settings["phases"],
+        "seed": settings["seed"],
+        "label_bytes": labels.bytes_on_disk() if "soft" in kinds else 0,
+        "seconds": round(reached.seconds, 1),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    }
+    run.finish(result)
+    print(f"{run.path}: {describe_result(result)}")
+
+
+def describe_network(plan: Plan) -> dict:
+    """What evaluate.py needs beside the weights; plain types, part of every checkpoint."""
+    return {
+        "format": "hald-student",
+        "network": plan.settings["model"],
+        "dataset": {**vars(plan.dataset)},
+        "classes": plan.folder.classes,
+        "precision": plan.machine.precision,
+    }
+
+
+def describe_result(result: dict) -> str:
+    """One line: best and last top-1, label bytes, seconds."""
+    best, last = result["best"], result["last"]
+    return (
+        f"top-1 best {best['top1']:.2f} % (epoch {best['epoch']}), last {last['top1']:.2f} %; "
+        f"{result['label_bytes']:,} label bytes, {result['seconds']:.0f} s"
+    )
+
+
+def main() -> None:
+    args = parse_arguments()
+    plan = make_plan(args)
+    others = {name: str(value) for name, value in vars(args).items() if name not in plan.settings}
+    run = runlog.RunFolder(args.output_dir, plan.settings, others)
+    if run.started and args.resume == "off":
+        raise UserError(f"{args.output_dir} holds a run already; --resume auto continues it")
+    if result := run.result():
+        print(f"{args.output_dir} is done: {describe_result(result)}")
+        return
+    train(plan, run, args.workers, args.compile)
+
+
+if __name__ == "__main__":
+    cli.run(main)
