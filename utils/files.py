@@ -1,12 +1,14 @@
 """Files that are written whole or not at all, and read without executing anything in them."""
 
+import contextlib
 import hashlib
 import json
 import os
 import pickle
+import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,6 +40,25 @@ def atomic_write(path: Path, write: bytes | Callable[[BinaryIO], None]) -> None:
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)
         raise
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder that appears at `path` only when everything in it has been written.
+
+    Yields `<path>.partial`, emptied of what an interrupted attempt left, and renames it on success.
+
+    Raises:
+        UserError: `path` exists already.
+    """
+    if path.exists():
+        raise UserError(f"{path} exists already and is left as it is; choose another folder")
+    partial = path.with_name(path.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    yield partial
+    partial.rename(path)
 
 
 def _umask() -> int:

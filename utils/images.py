@@ -150,7 +150,7 @@ def decode(path: Path, data: bytes | None = None) -> Image.Image:
         raise UserError(f"cannot read image {path}: {reason}") from None
 
 
-def _pixels(image: Image.Image) -> torch.Tensor:
+def pixels_of(image: Image.Image) -> torch.Tensor:
     """uint8 [3, H, W]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
@@ -242,7 +242,7 @@ class _Crops(torch.utils.data.Dataset):
     def __getitem__(self, batch: int) -> torch.Tensor | str:
         views = self.batches[batch]
         try:
-            images = [_pixels(decode(self.files[index])) for index in views.index.tolist()]
+            images = [pixels_of(decode(self.files[index])) for index in views.index.tolist()]
         except UserError as error:
             return str(error)
         return crop_resize(images, views.box, views.flip, self.size)
@@ -261,7 +261,7 @@ def open_images(
     if not (sizes == sizes[0]).all() or needed > _available_memory() // 2:
         return StreamingImages(folder.files, dataset, device, workers)
     pixels = torch.empty(len(sizes), 3, height, width, dtype=torch.uint8)
-    decoded = _map_files(lambda path: _pixels(decode(path)), folder.files, "decoding images")
+    decoded = _map_files(lambda path: pixels_of(decode(path)), folder.files, "decoding images")
     for place, image in zip(pixels, decoded, strict=True):
         place.copy_(image)
     return ResidentImages(pixels, dataset, device)
@@ -285,7 +285,7 @@ def load_evaluation(folder: ImageFolder, dataset: Dataset) -> torch.Tensor:
         image = decode(path)
         if image.size != (size, size) or resize != size:
             image = transforms.center_crop(transforms.resize(image, resize), [size, size])
-        return _pixels(image)
+        return pixels_of(image)
 
     pixels = torch.empty(len(folder.files), 3, size, size, dtype=torch.uint8)
     prepared = _map_files(prepare, folder.files, "decoding validation images")

@@ -1,0 +1,195 @@
+"""Selects distilled images from an ordinary image folder, as RDED does (arXiv 2312.03526).
+
+Random crops of each image are scored by a teacher (cross-entropy with the image's class), the best
+crop of each image is kept, and the best images of each class are written; optionally several of
+them tiled into one. Nothing has to be downloaded but the images.
+
+python scripts/prepare_distilled.py --data-dir TRAIN --out-dir D --dataset imagenet1k
+    --teacher ResNet18 --ipc 10 --collage 2
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a plain script: imports start at the repository root
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import dataclasses
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from relabel.teacher import Ensemble, load_teacher
+from utils import cli, datasets, images, runtime
+from utils.cli import UserError, bounded
+from utils.files import atomic_write, read_json, to_json, whole_folder
+from utils.views import ORDER, Views, ViewSpec, centre_views, crop_resize, draw, shuffle
+
+_RECORD = "selection.json"
+_BATCH = 64
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = cli.Parser(description="Select distilled images by a teacher's confidence (RDED).")
+    parser.add_argument("--data-dir", type=Path, required=True, help="training images")
+    parser.add_argument("--out-dir", type=Path, required=True, help="distilled images to make")
+    datasets.add_arguments(parser)
+    parser.add_argument("--teacher", required=True, metavar="NAME")
+    parser.add_argument("--teacher-weights", type=Path, metavar="FILE")
+    parser.add_argument("--ipc", type=bounded(int, 1), required=True, metavar="N")
+    parser.add_argument(
+        "--crops",
+        type=bounded(int, 0),
+        default=5,
+        metavar="N",
+        help="random crops scored per image; 0: the largest central square",
+    )
+    parser.add_argument("--min-scale", type=bounded(float, 0.0001, 1), default=0.5, metavar="X")
+    parser.add_argument(
+        "--collage",
+        type=bounded(int, 1, 4),
+        default=1,
+        metavar="N",
+        help="tile N x N crops of one class into each distilled image",
+    )
+    parser.add_argument(
+        "--candidates",
+        type=bounded(int, 1),
+        default=300,
+        metavar="N",
+        help="images per class that are looked at, chosen at random",
+    )
+    parser.add_argument("--format", choices=("png", "jpg"), default="png")
+    parser.add_argument("--seed", type=bounded(int, 0, 2**62), default=0, metavar="N")
+    runtime.add_arguments(parser)
+    return parser.parse_args()
+
+
+def choose_candidates(labels: torch.Tensor, limit: int, seed: int) -> torch.Tensor:
+    """int64: for each class at most `limit` random images, class by class."""
+    order = torch.from_numpy(shuffle(seed, ORDER, 0, len(labels)))
+    by_class = order[torch.argsort(labels[order], stable=True)]
+    counts = torch.bincount(labels).tolist()
+    return torch.cat([rows[:limit].sort().values for rows in by_class.split(counts)])
+
+
+def score_crops(
+    teacher: Ensemble,
+    folder: images.ImageFolder,
+    sizes: np.ndarray,
+    dataset: datasets.Dataset,
+    args: argparse.Namespace,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best crop of every image of `folder`.
+
+    Returns:
+        float32 [images], its cross-entropy, and int32 [images, 4], its box.
+    """
+    device = teacher.runtime.device
+    source = images.open_images(folder, sizes, dataset, device, args.workers)
+    spec = ViewSpec(dataset.input_size, _BATCH, args.min_scale, mix="none")
+    rounds = [draw(spec, sizes, args.seed, epoch) for epoch in range(1, args.crops + 1)]
+    best = torch.full((len(sizes),), torch.inf)
+    boxes = torch.zeros(len(sizes), 4, dtype=torch.int32)
+    bar = cli.progress(desc="scoring crops", unit="crop", total=len(sizes) * max(1, len(rounds)))
+    for views in rounds or [centre_views(sizes, _BATCH)]:
+        batches = list(views.to(device))
+        for batch, pixels in zip(batches, source.render(batches), strict=True):
+            targets = folder.labels[batch.index.cpu()].to(device)
+            loss = F.cross_entropy(teacher.logits(pixels), targets, reduction="none").cpu()
+            _keep_better(best, boxes, loss, batch)
+            bar.update(len(loss))
+    bar.close()
+    return best, boxes
+
+
+def _keep_better(best: torch.Tensor, boxes: torch.Tensor, loss: torch.Tensor, batch: Views) -> None:
+    index = batch.index.cpu()
+    better = loss < best[index]
+    best[index[better]] = loss[better]
+    boxes[index[better]] = batch.box.cpu()[better]
+
+
+def write_images(
+    out: Path, folder: images.ImageFolder, chosen: list[list[int]], boxes, size: int, args
+) -> None:
+    """Writes IPC images per class to out/00000, ...; chosen: per class, best images first."""
+    tile = size // args.collage
+    no_flip = torch.zeros(1, dtype=torch.bool)
+    bar = cli.progress(desc="writing images", unit="img", total=len(chosen) * args.ipc)
+    for label, members in enumerate(chosen):
+        (out / f"{label:05d}").mkdir()
+        for number in range(args.ipc):
+            canvas = torch.empty(3, tile * args.collage, tile * args.collage)
+            for place in range(args.collage**2):
+                # Tiles are dealt out so that every collage gets one of the best.
+                image = members[place * args.ipc + number]
+                pixels = images.pixels_of(images.decode(folder.files[image]))
+                row, column = divmod(place, args.collage)
+                canvas[
+                    :,
+                    row * tile : (row + 1) * tile,
+                    column * tile : (column + 1) * tile,
+                ] = crop_resize(pixels[None], boxes[image : image + 1], no_flip, tile)[0]
+            array = canvas.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+            path = out / f"{label:05d}" / f"{number:05d}.{args.format}"
+            Image.fromarray(array).save(path, **({"quality": 95} if args.format == "jpg" else {}))
+            bar.update()
+    bar.close()
+
+
+def main() -> None:
+    args = parse_arguments()
+    dataset = datasets.from_arguments(args)
+    machine = runtime.from_arguments(args)
+    folder = images.scan(args.data_dir, dataset.num_classes)
+    dataset = dataclasses.replace(dataset, num_classes=len(folder.classes))
+    if dataset.input_size % args.collage:
+        raise UserError(f"--collage {args.collage} does not divide {dataset.input_size} pixels")
+    needed = args.ipc * args.collage**2
+    for name, count in zip(folder.classes, folder.counts(), strict=True):
+        if min(count, args.candidates) < needed:
+            raise UserError(
+                f"{folder.root / name}: {min(count, args.candidates)} candidate images, but "
+                f"IPC {args.ipc} with --collage {args.collage} takes {needed}"
+            )
+    teacher = load_teacher(args.teacher, args.teacher_weights, dataset, machine)
+    record = {
+        "dataset": dataset.name,
+        "teacher": args.teacher,
+        "teacher_sha256": teacher.sha256,
+        "classes": folder.classes,
+        **{
+            name: getattr(args, name)
+            for name in ("ipc", "crops", "min_scale", "collage", "candidates", "format", "seed")
+        },
+    }
+    if (args.out_dir / _RECORD).is_file() and read_json(args.out_dir / _RECORD) == record:
+        print(f"{args.out_dir} is there already: nothing to do")
+        return
+    with whole_folder(args.out_dir) as out:
+        candidates = choose_candidates(folder.labels, args.candidates, args.seed)
+        looked_at = dataclasses.replace(
+            folder,
+            files=[folder.files[index] for index in candidates.tolist()],
+            labels=folder.labels[candidates],
+        )
+        sizes, _ = images.inspect(looked_at)
+        losses, boxes = score_crops(
+            Ensemble([teacher], None, machine), looked_at, sizes, dataset, args
+        )
+        chosen = []
+        for label in range(len(folder.classes)):
+            members = (looked_at.labels == label).nonzero()[:, 0]
+            chosen.append(members[losses[members].argsort(stable=True)][:needed].tolist())
+        write_images(out, looked_at, chosen, boxes, dataset.input_size, args)
+        atomic_write(out / _RECORD, to_json(record))
+    print(f"{args.out_dir}: IPC {args.ipc} for {len(folder.classes)} classes")
+
+
+if __name__ == "__main__":
+    cli.run(main)
