@@ -159,7 +159,7 @@ class LabelWriter:
         if not path.exists():
             return False
         stored = _read_npz(path)
-        if hashlib.sha256(stored["payload"]).hexdigest() != str(stored["payload_sha256"]):
+        if hashlib.sha256(stored["payload"]).digest() != stored["payload_sha256"].tobytes():
             raise UserError(f"{path} is damaged: delete it and run the same command again")
         return True
 
@@ -175,8 +175,8 @@ class LabelWriter:
         payload = np.frombuffer(self.codec.pack(centre(logits), mixture), dtype=np.uint8)
         arrays = {
             "payload": payload,
-            "payload_sha256": np.array(hashlib.sha256(payload).hexdigest()),
-            "views_sha256": np.array(self.draw(number).checksum()),
+            "payload_sha256": np.frombuffer(hashlib.sha256(payload).digest(), dtype=np.uint8),
+            "views_sha256": np.frombuffer(self.draw(number).checksum(), dtype=np.uint8),
             "teacher_correct": np.array(correct, dtype="<i8"),
         }
         atomic_write(self.path / pass_name(number), _npz_bytes(arrays))
@@ -332,7 +332,7 @@ class LabelSet:
         path = self.path / pass_name(number)
         stored = _read_npz(path)
         views = draw(self.spec, self.sizes, self.manifest["seed"] + number)
-        if views.checksum() != str(stored["views_sha256"]):
+        if views.checksum() != stored["views_sha256"].tobytes():
             raise UserError(
                 f"{path}: the views drawn from the seed are not those that were labelled; the set "
                 "was made by an incompatible version"

@@ -117,8 +117,8 @@ class Views:
         }
         return dataclasses.replace(self, **moved)
 
-    def checksum(self) -> str:
-        """Hex SHA-256 over all fields (little-endian), to know that views were drawn again."""
+    def checksum(self) -> bytes:
+        """SHA-256 over all fields (little-endian), to know that views were drawn again."""
         digest = hashlib.sha256(f"{self.batch_size}".encode())
         kinds = {torch.int64: "<i8", torch.int32: "<i4", torch.bool: "u1", torch.float32: "<f4"}
         for field in dataclasses.fields(self):
@@ -126,7 +126,7 @@ class Views:
             if isinstance(value, torch.Tensor):
                 digest.update(field.name.encode())
                 digest.update(value.cpu().numpy().astype(kinds[value.dtype]).tobytes())
-        return digest.hexdigest()
+        return digest.digest()
 
     def partner(self) -> torch.Tensor | None:
         """int64 [N]: the position among these N views of each view's partner; None if unmixed."""
