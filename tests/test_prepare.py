@@ -1,0 +1,831 @@
+"""Data preparation: published files to class folders, by links, checked before anything is made."""
+
+import gzip
+import hashlib
+import os
+import pickle
+import struct
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.datasets import CIFAR10
+
+from scripts import prepare_links, prepare_torchvision, prepare_val
+from utils import cli, images
+from utils.cli import UserError
+from utils.files import read_json
+
+
+def run(monkeypatch, script, *arguments):
+    monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
+    script.main()
+
+
+def error_of(monkeypatch, script, *arguments) -> str:
+    with pytest.raises(UserError) as caught:
+        run(monkeypatch, script, *arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def contents(root):
+    """Every name below a folder: bytes of files, targets of links, None for folders."""
+    found = {}
+    for path in sorted(root.rglob("*")):
+        if path.is_symlink():
+            found[str(path.relative_to(root))] = str(path.readlink())
+        else:
+            found[str(path.relative_to(root))] = path.read_bytes() if path.is_file() else None
+    return found
+
+
+def md5(path) -> str:
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+# CIFAR
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    """CIFAR-10's format with three training and two validation images; MD5s as published ones."""
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 3072), dtype=np.uint8)
+    folder = tmp_path / "source" / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    batches = {
+        "data_batch_1": {"data": pixels[:2], "labels": [1, 0]},
+        "data_batch_2": {"data": pixels[2:3], "labels": [1]},
+        "test_batch": {"data": pixels[3:], "labels": [0, 1]},
+        "batches.meta": {"label_names": ["airplane", "automobile"]},
+    }
+    for name, batch in batches.items():
+        (folder / name).write_bytes(pickle.dumps(batch))
+    sums = {name: md5(folder / name) for name in batches}
+    train = [[name, sums[name]] for name in ("data_batch_1", "data_batch_2")]
+    monkeypatch.setattr(CIFAR10, "train_list", train)
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": sums["batches.meta"]})
+    return folder.parent, pixels.reshape(5, 3, 32, 32).transpose(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("inside", ["", "cifar-10-batches-py"])
+def test_cifar_pixels_labels_and_names_are_the_published_ones(cifar, tmp_path, monkeypatch, inside):
+    source, pixels = cifar
+    out, before = tmp_path / "out", contents(source)
+    arguments = ("--dataset", "cifar10", "--out-dir", out, "--source-dir", source / inside)
+    run(monkeypatch, prepare_torchvision, *arguments)
+    expected = {
+        "train/00000/00001.png": 1,
+        "train/00001/00000.png": 0,
+        "train/00001/00002.png": 2,
+        "val/00000/00000.png": 3,
+        "val/00001/00001.png": 4,
+    }
+    assert {str(path.relative_to(out)) for path in out.rglob("*.png")} == set(expected)
+    for name, place in expected.items():
+        np.testing.assert_array_equal(np.array(Image.open(out / name)), pixels[place])
+    assert images.scan(out / "train", 2).labels.tolist() == [0, 1, 1]
+    assert contents(source) == before
+
+
+def test_cifar_archive_is_extracted_for_the_run_only(cifar, tmp_path, monkeypatch):
+    source, pixels = cifar
+    alone, out = tmp_path / "alone", tmp_path / "out"
+    alone.mkdir()
+    archive = alone / CIFAR10.filename
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(source / CIFAR10.base_folder, CIFAR10.base_folder)
+    monkeypatch.setattr(CIFAR10, "tgz_md5", md5(archive))
+    run(
+        monkeypatch, prepare_torchvision, "--dataset=cifar10", f"--out-dir={out}",
+        f"--source-dir={archive}",
+    )  # fmt: skip
+    np.testing.assert_array_equal(np.array(Image.open(out / "val/00000/00000.png")), pixels[3])
+    assert sorted(entry.name for entry in out.iterdir()) == ["dataset.json", "train", "val"]
+    assert [entry.name for entry in alone.iterdir()] == [CIFAR10.filename]
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("name", ["data_batch_2", "batches.meta"])
+def test_cifar_file_that_is_not_the_published_one_is_never_unpickled(
+    cifar, tmp_path, monkeypatch, name
+):
+    source, _ = cifar
+    bad = source / CIFAR10.base_folder / name
+    bad.write_bytes(pickle.dumps(Bomb(tmp_path / "executed")))
+    arguments = ("--dataset=cifar10", f"--out-dir={tmp_path / 'out'}", f"--source-dir={source}")
+    message = error_of(monkeypatch, prepare_torchvision, *arguments)
+    assert str(bad) in message and "not the published file" in message
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["source"]
+
+
+def test_cifar_archive_with_another_md5_is_not_extracted(tmp_path, monkeypatch):
+    archive = tmp_path / CIFAR10.filename
+    archive.write_bytes(b"not an archive")
+    arguments = ("--dataset=cifar10", f"--out-dir={tmp_path / 'out'}", f"--source-dir={tmp_path}")
+    message = error_of(monkeypatch, prepare_torchvision, *arguments)
+    assert str(archive) in message and CIFAR10.tgz_md5 in message
+
+
+def test_incomplete_cifar_names_the_missing_file(cifar, tmp_path, monkeypatch):
+    source, _ = cifar
+    (source / CIFAR10.base_folder / "test_batch").unlink()
+    arguments = ("--dataset=cifar10", f"--out-dir={tmp_path / 'out'}", f"--source-dir={source}")
+    assert "test_batch is missing" in error_of(monkeypatch, prepare_torchvision, *arguments)
+
+
+def test_source_folder_without_cifar_is_refused(tmp_path, monkeypatch):
+    arguments = ("--dataset=cifar100", f"--out-dir={tmp_path / 'out'}", f"--source-dir={tmp_path}")
+    message = error_of(monkeypatch, prepare_torchvision, *arguments)
+    assert "neither cifar-100-python nor cifar-100-python.tar.gz" in message
+
+
+def test_failed_download_is_one_line_that_names_the_way_out(tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise RuntimeError("no\nroute")
+
+    monkeypatch.setitem(prepare_torchvision._SOURCES, "cifar10", offline)
+    arguments = ("--dataset=cifar10", f"--out-dir={tmp_path / 'out'}")
+    message = error_of(monkeypatch, prepare_torchvision, *arguments)
+    assert "(no route)" in message and "--source-dir" in message
+
+
+# Fashion-MNIST
+
+
+@pytest.fixture
+def fashion(tmp_path, monkeypatch):
+    """Fashion-MNIST's files with two training images and one validation image."""
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for name, rows, labels in (("train", pixels[:2], [1, 0]), ("t10k", pixels[2:], [1])):
+        header = struct.pack(">BBBBiii", 0, 0, 8, 3, len(rows), 28, 28)
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(header + rows.tobytes())
+        header = struct.pack(">BBBBi", 0, 0, 8, 1, len(rows))
+        (folder / f"{name}-labels-idx1-ubyte").write_bytes(header + bytes(labels))
+    sums = {name: md5(folder / name) for name in prepare_torchvision._IDX_MD5}
+    monkeypatch.setattr(prepare_torchvision, "_IDX_MD5", sums)
+    return folder, pixels
+
+
+def fashion_arguments(source, out, *more):
+    return ("--dataset=fashion_mnist", f"--out-dir={out}", f"--source-dir={source}", *more)
+
+
+def test_fashion_mnist_keeps_its_pixels_as_rgb(fashion, tmp_path, monkeypatch):
+    source, pixels = fashion
+    out, before = tmp_path / "out", contents(source)
+    run(monkeypatch, prepare_torchvision, *fashion_arguments(source, out))
+    expected = {"train/00000/00001.png": 1, "train/00001/00000.png": 0, "val/00001/00000.png": 2}
+    assert {str(path.relative_to(out)) for path in out.rglob("*.png")} == set(expected)
+    for name, place in expected.items():
+        written = np.array(Image.open(out / name))
+        np.testing.assert_array_equal(written, np.repeat(pixels[place][..., None], 3, axis=2))
+    assert contents(source) == before
+
+
+def test_fashion_mnist_is_padded_equally_on_all_sides(fashion, tmp_path, monkeypatch):
+    source, pixels = fashion
+    out = tmp_path / "out"
+    run(monkeypatch, prepare_torchvision, *fashion_arguments(source, out, "--size=32"))
+    written = np.array(Image.open(out / "val/00001/00000.png"))
+    assert written.shape == (32, 32, 3)
+    np.testing.assert_array_equal(written[2:30, 2:30, 1], pixels[2])
+    assert written.sum() == 3 * pixels[2].sum(dtype=np.int64)
+
+
+def test_fashion_mnist_is_read_gzipped_too(fashion, tmp_path, monkeypatch):
+    source, pixels = fashion
+    for path in list(source.iterdir()):
+        path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    out = tmp_path / "out"
+    run(monkeypatch, prepare_torchvision, *fashion_arguments(source, out))
+    written = np.array(Image.open(out / "train/00001/00000.png"))
+    np.testing.assert_array_equal(written[..., 0], pixels[0])
+
+
+def test_mnist_in_place_of_fashion_mnist_is_refused(fashion, tmp_path, monkeypatch):
+    source, _ = fashion
+    labels = source / "train-labels-idx1-ubyte"
+    labels.write_bytes(labels.read_bytes()[:-1] + b"\5")
+    message = error_of(monkeypatch, prepare_torchvision, *fashion_arguments(source, tmp_path / "o"))
+    assert str(labels) in message and "not Fashion-MNIST's" in message
+
+
+def test_truncated_gzip_file_is_named(fashion, tmp_path, monkeypatch):
+    source, _ = fashion
+    path = source / "train-images-idx3-ubyte"
+    cut = path.with_name(path.name + ".gz")
+    cut.write_bytes(gzip.compress(path.read_bytes())[:-20])
+    path.unlink()
+    message = error_of(monkeypatch, prepare_torchvision, *fashion_arguments(source, tmp_path / "o"))
+    assert f"{cut} is damaged" in message
+
+
+def test_missing_idx_file_is_named(fashion, tmp_path, monkeypatch):
+    source, _ = fashion
+    (source / "t10k-labels-idx1-ubyte").unlink()
+    message = error_of(monkeypatch, prepare_torchvision, *fashion_arguments(source, tmp_path / "o"))
+    assert f"{source / 't10k-labels-idx1-ubyte'} is missing" in message
+
+
+def test_folder_without_idx_files_is_refused(fashion, tmp_path, monkeypatch):
+    message = error_of(monkeypatch, prepare_torchvision, *fashion_arguments(tmp_path, "unused"))
+    assert f"{tmp_path} has no train-images-idx3-ubyte" in message
+
+
+def test_missing_source_folder_is_refused(tmp_path, monkeypatch):
+    arguments = fashion_arguments(tmp_path / "no", tmp_path / "out")
+    assert "not found" in error_of(monkeypatch, prepare_torchvision, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--dataset=cifar10", "--size=32"), "--size goes with --dataset fashion_mnist"),
+        (("--dataset=fashion_mnist", "--size=31"), "--size 31 is odd"),
+    ],
+)
+def test_size_that_makes_no_sense_is_refused(tmp_path, monkeypatch, arguments, message):
+    out = f"--out-dir={tmp_path / 'out'}"
+    assert message in error_of(monkeypatch, prepare_torchvision, *arguments, out)
+
+
+def test_second_run_says_done_and_changes_nothing(fashion, tmp_path, monkeypatch, capsys):
+    source, _ = fashion
+    out = tmp_path / "out"
+    run(monkeypatch, prepare_torchvision, *fashion_arguments(source, out))
+    before = contents(out)
+    run(monkeypatch, prepare_torchvision, *fashion_arguments(source, out))
+    assert "nothing to do" in capsys.readouterr().out
+    assert contents(out) == before
+
+
+def test_folder_made_with_another_size_is_left_as_it_is(fashion, tmp_path, monkeypatch):
+    source, _ = fashion
+    out = tmp_path / "out"
+    run(monkeypatch, prepare_torchvision, *fashion_arguments(source, out))
+    before = contents(out)
+    message = error_of(
+        monkeypatch, prepare_torchvision, *fashion_arguments(source, out, "--size=32")
+    )
+    assert "exists already" in message
+    assert contents(out) == before
+
+
+def test_interrupted_writing_starts_over(fashion, tmp_path, monkeypatch):
+    source, _ = fashion
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(prepare_torchvision, "atomic_write", raise_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(interrupted, prepare_torchvision, *fashion_arguments(source, out))
+    assert partial.is_dir() and not out.exists()
+    (partial / "left").write_bytes(b"over")
+    run(monkeypatch, prepare_torchvision, *fashion_arguments(source, out))
+    assert not partial.exists() and not (out / "left").exists()
+    assert (out / "val/00001/00000.png").is_file()
+
+
+def raise_interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_user_error_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    arguments = fashion_arguments(tmp_path / "no", tmp_path / "out")
+    monkeypatch.setattr(sys, "argv", ["scripts/prepare_torchvision.py", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.run(prepare_torchvision.main)
+    assert caught.value.code == 2
+    expected = f"prepare_torchvision.py: --source-dir not found: {tmp_path / 'no'}\n"
+    assert capsys.readouterr().err == expected
+
+
+# Validation folders: Tiny-ImageNet
+
+
+def wordnet_ids(count: int) -> list[str]:
+    return [f"n{10_000_000 + 7 * number}" for number in range(count)]
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """tiny-imagenet-200 with one validation image per class, the classes in reverse order."""
+    root = tmp_path / "tiny-imagenet-200"
+    (root / "val" / "images").mkdir(parents=True)
+    lines = []
+    for number, name in enumerate(reversed(wordnet_ids(200))):
+        (root / "val" / "images" / f"val_{number}.JPEG").write_bytes(f"{number}".encode())
+        lines.append(f"val_{number}.JPEG\t{name}\t0\t32\t44\t62\n")
+    (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    return root
+
+
+def tiny_arguments(root, out, *more):
+    return ("--kind=tiny_imagenet", f"--data-dir={root}", f"--out-dir={out}", *more)
+
+
+@pytest.mark.parametrize("inside", ["", "val"])
+def test_tiny_imagenet_is_linked_into_its_classes(tiny, tmp_path, monkeypatch, inside):
+    out, before = tmp_path / "out", contents(tiny)
+    run(monkeypatch, prepare_val, *tiny_arguments(tiny / inside, out))
+    folder = images.scan(out, 200)
+    assert folder.classes == wordnet_ids(200)
+    assert [path.name for path in folder.files] == [f"val_{199 - k}.JPEG" for k in range(200)]
+    assert folder.files[0].readlink() == tiny / "val" / "images" / "val_199.JPEG"
+    assert folder.files[0].read_bytes() == b"199"
+    assert contents(tiny) == before
+
+
+def test_copies_hold_the_bytes_and_no_links(tiny, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    run(monkeypatch, prepare_val, *tiny_arguments(tiny, out, "--copy"))
+    copied = out / wordnet_ids(200)[0] / "val_199.JPEG"
+    assert not copied.is_symlink() and copied.read_bytes() == b"199"
+
+
+def test_relative_source_gives_absolute_links(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny)
+    run(monkeypatch, prepare_val, *tiny_arguments("val", tmp_path / "out"))
+    link = next((tmp_path / "out").rglob("*.JPEG"))
+    assert link.readlink().is_absolute() and link.is_file()
+
+
+def test_image_without_label_is_named(tiny, tmp_path, monkeypatch):
+    extra = tiny / "val" / "images" / "val_200.JPEG"
+    extra.write_bytes(b"")
+    message = error_of(monkeypatch, prepare_val, *tiny_arguments(tiny, tmp_path / "out"))
+    assert f"no label for 1 images, the first: {extra}" in message
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_label_without_image_is_named(tiny, tmp_path, monkeypatch):
+    (tiny / "val" / "images" / "val_7.JPEG").unlink()
+    message = error_of(monkeypatch, prepare_val, *tiny_arguments(tiny, tmp_path / "out"))
+    assert "1 images of" in message and "the first: val_7;" in message
+
+
+def test_wrong_number_of_classes_is_refused(tiny, tmp_path, monkeypatch):
+    annotations = tiny / "val" / "val_annotations.txt"
+    first, second = wordnet_ids(200)[:2]
+    annotations.write_text(annotations.read_text().replace(first, second))
+    message = error_of(monkeypatch, prepare_val, *tiny_arguments(tiny, tmp_path / "out"))
+    assert "names 199 classes, there must be 200" in message
+
+
+def test_label_that_is_no_wordnet_id_is_named(tiny, tmp_path, monkeypatch):
+    annotations = tiny / "val" / "val_annotations.txt"
+    annotations.write_text(annotations.read_text().replace(wordnet_ids(1)[0], "../goldfish"))
+    message = error_of(monkeypatch, prepare_val, *tiny_arguments(tiny, tmp_path / "out"))
+    assert "the label of val_199 is '../goldfish'" in message
+
+
+def test_image_listed_twice_is_named(tiny, tmp_path, monkeypatch):
+    annotations = tiny / "val" / "val_annotations.txt"
+    annotations.write_text(annotations.read_text() + "val_3.JPEG\tn10000007\n")
+    message = error_of(monkeypatch, prepare_val, *tiny_arguments(tiny, tmp_path / "out"))
+    assert "gives val_3 twice" in message
+
+
+def test_other_files_are_counted_and_ignored(tiny, tmp_path, monkeypatch, capsys):
+    (tiny / "val" / "images" / "notes.txt").write_text("mine")
+    run(monkeypatch, prepare_val, *tiny_arguments(tiny, tmp_path / "out"))
+    assert "1 files that are not images are ignored" in capsys.readouterr().out
+
+
+def test_folder_that_is_sorted_already_is_refused(tiny, tmp_path, monkeypatch):
+    (tiny / "val" / "images" / "n10000000").mkdir()
+    message = error_of(monkeypatch, prepare_val, *tiny_arguments(tiny, tmp_path / "out"))
+    assert "has sub-folders (n10000000)" in message
+
+
+def test_missing_folder_and_missing_annotations_are_named(tiny, tmp_path, monkeypatch):
+    message = error_of(monkeypatch, prepare_val, *tiny_arguments(tmp_path / "no", tmp_path / "out"))
+    assert f"image folder not found: {tmp_path / 'no' / 'images'}" in message
+    (tiny / "val" / "val_annotations.txt").unlink()
+    message = error_of(monkeypatch, prepare_val, *tiny_arguments(tiny / "val", tmp_path / "out"))
+    assert "list of labels not found" in message
+
+
+def test_output_inside_the_source_is_refused(tiny, monkeypatch):
+    out = tiny / "val" / "images" / "sorted"
+    message = error_of(monkeypatch, prepare_val, *tiny_arguments(tiny, out))
+    assert "inside the source" in message
+
+
+def test_labels_flag_with_tiny_imagenet_is_refused(tiny, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, prepare_val, *tiny_arguments(tiny, tmp_path / "out", "--labels=x"))
+    assert caught.value.code == 2
+    assert "go with --kind imagenet1k" in capsys.readouterr().err
+
+
+def test_second_validation_run_says_done(tiny, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    run(monkeypatch, prepare_val, *tiny_arguments(tiny, out))
+    before = contents(out)
+    run(monkeypatch, prepare_val, *tiny_arguments(tiny, out))
+    assert "nothing to do" in capsys.readouterr().out
+    assert contents(out) == before
+
+
+def test_validation_folder_made_otherwise_is_left_as_it_is(tiny, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    run(monkeypatch, prepare_val, *tiny_arguments(tiny, out))
+    before = contents(out)
+    message = error_of(monkeypatch, prepare_val, *tiny_arguments(tiny, out, "--copy"))
+    assert "exists already" in message
+    assert contents(out) == before
+
+
+def test_interrupted_links_start_over(tiny, tmp_path, monkeypatch):
+    out, before = tmp_path / "out", contents(tiny)
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(prepare_val, "atomic_write", raise_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(interrupted, prepare_val, *tiny_arguments(tiny, out))
+    assert (tmp_path / "out.partial").is_dir() and not out.exists()
+    run(monkeypatch, prepare_val, *tiny_arguments(tiny, out))
+    assert len(images.scan(out, 200).files) == 200
+    assert not (tmp_path / "out.partial").exists()
+    assert contents(tiny) == before
+
+
+# Validation folders: ImageNet-1K
+
+KNOWN = {65: "n01751748", 970: "n09193705", 230: "n02105855", 809: "n04263257", 516: "n03125729"}
+
+
+def imagenet_ids() -> list[str]:
+    """1000 sorted WordNet ids with the published ones of the first five images in their places."""
+    ids = []
+    for index in range(1000):
+        if index in KNOWN:
+            ids.append(KNOWN[index])
+        else:
+            before = max((place for place in KNOWN if place < index), default=None)
+            start = 1_440_764 if before is None else int(KNOWN[before][1:]) - before
+            ids.append(f"n{start + index:08d}")
+    assert ids == sorted(set(ids))
+    return ids
+
+
+IDS = imagenet_ids()
+# Sorted index of each image's class: the first five as published, the others once each.
+INDEX = [*KNOWN, *(index for index in range(1000) if index not in KNOWN)]
+DEVKIT = [IDS[(index * 489 + 3) % 1000] for index in range(1000)]  # an order that is not sorted
+
+
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory):
+    """1000 validation images, one per class."""
+    folder = tmp_path_factory.mktemp("flat")
+    for number in range(1, 1001):
+        (folder / f"ILSVRC2012_val_{number:08d}.JPEG").write_bytes(f"{number}".encode())
+    before = contents(folder)
+    yield folder
+    assert contents(folder) == before
+
+
+def imagenet_arguments(flat, tmp_path, labels: str | None, name="labels.txt", synsets=None):
+    if labels is not None:
+        (tmp_path / name).write_text(labels)
+    arguments = ["--kind=imagenet1k", f"--data-dir={flat}", f"--out-dir={tmp_path / 'out'}"]
+    arguments.append(f"--labels={tmp_path / name}")
+    if synsets is not None:
+        (tmp_path / "synsets.txt").write_text("".join(f"{synset}\n" for synset in synsets))
+        arguments.append(f"--synsets={tmp_path / 'synsets.txt'}")
+    return arguments
+
+
+def file_lines(label_of, template="{image}.JPEG {label}\n") -> str:
+    return "".join(
+        template.format(image=f"ILSVRC2012_val_{number:08d}", label=label_of(index))
+        for number, index in enumerate(INDEX, start=1)
+    )
+
+
+def assert_sorted_into(out, classes):
+    folder = images.scan(out, 1000)
+    assert folder.classes == classes
+    numbers = [INDEX.index(label) + 1 for label in range(1000)]
+    expected = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in numbers]
+    assert [path.name for path in folder.files] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "labels"),
+    [
+        ("synset_labels.txt", "".join(f"{IDS[index]}\n" for index in INDEX)),
+        ("val.txt", file_lines(lambda index: IDS[index])),
+        (
+            "LOC_val_solution.csv",
+            "ImageId,PredictionString\n"
+            + file_lines(lambda index: IDS[index], "{image},{label} 1 2 3 4 {label} 5 6 7 8 \n"),
+        ),
+        (
+            "valprep.sh",
+            "#!/bin/bash\nmkdir -p n01440764\n"
+            + file_lines(lambda index: IDS[index], "mv {image}.JPEG {label}/\n"),
+        ),
+    ],
+)
+def test_lists_of_wordnet_ids_are_understood(flat, tmp_path, monkeypatch, name, labels):
+    run(monkeypatch, prepare_val, *imagenet_arguments(flat, tmp_path, labels, name))
+    assert_sorted_into(tmp_path / "out", IDS)
+
+
+@pytest.mark.parametrize("template", ["val/{image}.JPEG {label}\n", "{label}\n"])
+def test_numbers_from_0_are_positions_in_sorted_order(flat, tmp_path, monkeypatch, template):
+    labels = file_lines(lambda index: index, template)
+    run(monkeypatch, prepare_val, *imagenet_arguments(flat, tmp_path, labels))
+    assert_sorted_into(tmp_path / "out", [f"{index:05d}" for index in range(1000)])
+
+
+def test_meta_bin_of_torchvision_is_understood(flat, tmp_path, monkeypatch):
+    import torch
+
+    meta = ({IDS[0]: ("tench",)}, [IDS[index] for index in INDEX])
+    torch.save(meta, tmp_path / "meta.bin")
+    run(monkeypatch, prepare_val, *imagenet_arguments(flat, tmp_path, None, "meta.bin"))
+    assert_sorted_into(tmp_path / "out", IDS)
+
+
+def devkit_labels() -> str:
+    return file_lines(lambda index: DEVKIT.index(IDS[index]) + 1, "{label}\n")
+
+
+def test_devkit_numbers_with_the_devkit_order_are_understood(flat, tmp_path, monkeypatch):
+    arguments = imagenet_arguments(flat, tmp_path, devkit_labels(), synsets=DEVKIT)
+    run(monkeypatch, prepare_val, *arguments)
+    assert_sorted_into(tmp_path / "out", IDS)
+
+
+def test_devkit_numbers_with_meta_mat_are_understood(flat, tmp_path, monkeypatch):
+    from scipy.io import savemat
+
+    synsets = np.zeros(1001, dtype=[("ILSVRC2012_ID", object), ("WNID", object)])
+    for place, number in enumerate(reversed(range(1, 1002))):  # 1001: not a leaf, as in the devkit
+        synsets[place] = (number, ["n00000000", *DEVKIT][number % 1001])
+    savemat(tmp_path / "meta.mat", {"synsets": synsets})
+    arguments = imagenet_arguments(flat, tmp_path, devkit_labels())
+    run(monkeypatch, prepare_val, *arguments, f"--synsets={tmp_path / 'meta.mat'}")
+    assert_sorted_into(tmp_path / "out", IDS)
+
+
+def test_devkit_numbers_alone_are_refused(flat, tmp_path, monkeypatch):
+    arguments = imagenet_arguments(flat, tmp_path, devkit_labels())
+    message = error_of(monkeypatch, prepare_val, *arguments)
+    assert "devkit's order or the sorted one" in message and "--synsets" in message
+
+
+def test_devkit_numbers_with_sorted_wordnet_ids_are_noticed(flat, tmp_path, monkeypatch):
+    arguments = imagenet_arguments(flat, tmp_path, devkit_labels(), synsets=IDS)
+    message = error_of(monkeypatch, prepare_val, *arguments)
+    assert "ILSVRC2012_val_00000001" in message and "it is n01751748" in message
+
+
+def test_devkit_numbers_less_one_are_noticed(flat, tmp_path, monkeypatch):
+    labels = file_lines(lambda index: DEVKIT.index(IDS[index]), "{label}\n")
+    message = error_of(monkeypatch, prepare_val, *imagenet_arguments(flat, tmp_path, labels))
+    assert "in another order" in message
+
+
+def test_numbers_that_could_be_either_are_refused(flat, tmp_path, monkeypatch):
+    labels = file_lines(lambda index: min(max(index, 1), 999))
+    message = error_of(monkeypatch, prepare_val, *imagenet_arguments(flat, tmp_path, labels))
+    assert "the numbers run from 1 to 999" in message and "unclear" in message
+
+
+def test_mixed_labels_are_refused(flat, tmp_path, monkeypatch):
+    labels = file_lines(lambda index: IDS[index] if index else "0")
+    message = error_of(monkeypatch, prepare_val, *imagenet_arguments(flat, tmp_path, labels))
+    assert "not all are numbers" in message
+
+
+def test_line_count_that_differs_is_refused(flat, tmp_path, monkeypatch):
+    labels = "".join(f"{IDS[index]}\n" for index in INDEX[:-1])
+    message = error_of(monkeypatch, prepare_val, *imagenet_arguments(flat, tmp_path, labels))
+    assert "999 labels for 1000 images" in message
+
+
+def test_list_without_names_needs_numbered_images(tmp_path, monkeypatch):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "first.JPEG").write_bytes(b"")
+    arguments = imagenet_arguments(folder, tmp_path, f"{IDS[0]}\n")
+    message = error_of(monkeypatch, prepare_val, *arguments)
+    assert "use a list with file names" in message
+
+
+def test_line_with_one_word_among_pairs_is_named(flat, tmp_path, monkeypatch):
+    labels = file_lines(lambda index: IDS[index]) + "n01440764\n"
+    message = error_of(monkeypatch, prepare_val, *imagenet_arguments(flat, tmp_path, labels))
+    assert "'n01440764' stands alone" in message
+
+
+@pytest.mark.parametrize(
+    ("synsets", "message"),
+    [
+        (IDS[:-1], "has 999 different WordNet ids"),
+        ([*IDS[:-1], IDS[0]], "has 999 different WordNet ids"),
+        ([*IDS[:-1], "goldfish"], "'goldfish' is not a WordNet id"),
+    ],
+)
+def test_synsets_that_are_not_1000_wordnet_ids_are_refused(
+    flat, tmp_path, monkeypatch, synsets, message
+):
+    arguments = imagenet_arguments(flat, tmp_path, devkit_labels(), synsets=synsets)
+    assert message in error_of(monkeypatch, prepare_val, *arguments)
+
+
+def test_synsets_beside_wordnet_ids_are_refused(flat, tmp_path, monkeypatch):
+    labels = file_lines(lambda index: IDS[index])
+    arguments = imagenet_arguments(flat, tmp_path, labels, synsets=IDS)
+    assert "leave --synsets out" in error_of(monkeypatch, prepare_val, *arguments)
+
+
+def test_damaged_lists_are_named(flat, tmp_path, monkeypatch):
+    arguments = imagenet_arguments(flat, tmp_path, "")
+    assert "labels.txt is empty" in error_of(monkeypatch, prepare_val, *arguments)
+    (tmp_path / "labels.txt").write_bytes(b"\xff\xfe\xfa")
+    assert "is not a text file" in error_of(monkeypatch, prepare_val, *arguments)
+    (tmp_path / "meta.mat").write_bytes(b"MATLAB 5.0 MAT-file" + bytes(300))
+    arguments = imagenet_arguments(flat, tmp_path, devkit_labels())
+    synsets = f"--synsets={tmp_path / 'meta.mat'}"
+    assert "not the devkit's meta.mat" in error_of(monkeypatch, prepare_val, *arguments, synsets)
+
+
+def test_imagenet_without_labels_is_refused(flat, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, prepare_val, "--kind=imagenet1k", f"--data-dir={flat}", "--out-dir=x")
+    assert caught.value.code == 2
+    assert "also needs --labels" in capsys.readouterr().err
+
+
+# Links
+
+
+def class_folders(root, *names):
+    for name in names:
+        (root / name).mkdir(parents=True)
+        (root / name / "image.png").write_bytes(name.encode())
+    return root
+
+
+def link_arguments(root, out, *more):
+    return (f"--data-dir={root}", f"--out-dir={out}", *more)
+
+
+def test_wordnet_ids_become_numbers_in_sorted_order(tmp_path, monkeypatch):
+    root = class_folders(tmp_path / "in", "n02105855", "n01440764", "n09193705")
+    out, before = tmp_path / "out", contents(root)
+    run(monkeypatch, prepare_links, *link_arguments(root, out))
+    expected = {"00000": "n01440764", "00001": "n02105855", "00002": "n09193705"}
+    assert read_json(out / "class_names.json") == expected
+    assert {name: (out / name).readlink() for name in expected} == {
+        name: root / folder for name, folder in expected.items()
+    }
+    assert [path.read_bytes().decode() for path in images.scan(out, 3).files] == sorted(
+        expected.values()
+    )
+    assert contents(root) == before
+
+
+def test_numbers_become_the_recorded_names_again(tmp_path, monkeypatch):
+    names = ["n01440764", "n02105855"]
+    numbers, back = tmp_path / "numbers", tmp_path / "back"
+    run(
+        monkeypatch, prepare_links, *link_arguments(class_folders(tmp_path / "in", *names), numbers)
+    )
+    record = f"--names={numbers / 'class_names.json'}"
+    run(monkeypatch, prepare_links, *link_arguments(numbers, back, record))
+    assert images.scan(back).classes == names
+    assert [(back / name / "image.png").read_text() for name in names] == names
+
+
+@pytest.mark.parametrize(
+    "lines", ["n01440764 tench, fish\nn02105855 dog\n", "n01440764\nn02105855"]
+)
+def test_numbers_become_the_names_of_a_text_file(tmp_path, monkeypatch, lines):
+    root, out = class_folders(tmp_path / "in", "0", "1"), tmp_path / "out"
+    (tmp_path / "names.txt").write_text(lines)
+    arguments = link_arguments(root, out, f"--names={tmp_path / 'names.txt'}")
+    run(monkeypatch, prepare_links, *arguments)
+    assert (out / "n01440764").readlink() == root / "0"
+    assert (out / "n02105855").readlink() == root / "1"
+
+
+def test_unpadded_numbers_are_linked_in_number_order(tmp_path, monkeypatch):
+    root = class_folders(tmp_path / "in", *map(str, range(11)))
+    with pytest.raises(UserError, match="scrambled"):
+        images.scan(root)
+    out = tmp_path / "out"
+    run(monkeypatch, prepare_links, *link_arguments(root, out))
+    expected = [str(number) for number in range(11)]
+    assert [path.read_bytes().decode() for path in images.scan(out, 11).files] == expected
+
+
+def test_numbers_from_1_keep_their_order(tmp_path, monkeypatch):
+    root, out = class_folders(tmp_path / "in", *map(str, range(1, 12))), tmp_path / "out"
+    run(monkeypatch, prepare_links, *link_arguments(root, out))
+    assert (out / "00001").readlink() == root / "2"
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (["n01440764", "0"], "'0' is a number beside other names"),
+        (["n01440764", "train"], "'train' is neither"),
+        (["0", "1", "3"], "there is no folder 2"),
+        (["0", "1", "01"], "the number 1 is there twice"),
+        (["5", "6"], "begin at 5"),
+        (["00000", "00001"], "use it as it is"),
+    ],
+)
+def test_folders_that_cannot_be_linked_are_refused(tmp_path, monkeypatch, folders, message):
+    root = class_folders(tmp_path / "in", *folders)
+    assert message in error_of(monkeypatch, prepare_links, *link_arguments(root, tmp_path / "out"))
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("names.txt", "b\na\n", "classes would be scrambled"),
+        ("names.txt", "a\na\n", "classes would be scrambled"),
+        ("names.txt", "a\nb\nc\n", "has 3 names"),
+        ("names.txt", "a\n../b\n", "no folder can be"),
+        ("names.json", '{"first": "a"}', "must map numbers to names"),
+        ("names.json", "{", "is damaged"),
+        ("other.txt", "a\nb\n", "not found"),
+    ],
+)
+def test_names_that_cannot_be_used_are_refused(tmp_path, monkeypatch, name, content, message):
+    root = class_folders(tmp_path / "in", "0", "1")
+    (tmp_path / name).write_text(content)
+    flag = f"--names={tmp_path / name.replace('other', 'names')}"
+    arguments = link_arguments(root, tmp_path / "out", flag)
+    assert message in error_of(monkeypatch, prepare_links, *arguments)
+
+
+def test_names_for_wordnet_ids_are_refused(tmp_path, monkeypatch):
+    root = class_folders(tmp_path / "in", "n01440764")
+    arguments = link_arguments(root, tmp_path / "out", "--names=x")
+    assert "goes with numbered folders" in error_of(monkeypatch, prepare_links, *arguments)
+
+
+def test_missing_and_empty_folders_are_refused(tmp_path, monkeypatch):
+    arguments = link_arguments(tmp_path / "no", tmp_path / "out")
+    assert "not found" in error_of(monkeypatch, prepare_links, *arguments)
+    (tmp_path / "no").mkdir()
+    assert "is empty" in error_of(monkeypatch, prepare_links, *arguments)
+
+
+def test_links_inside_the_source_are_refused(tmp_path, monkeypatch):
+    root = class_folders(tmp_path / "in", "n01440764")
+    message = error_of(monkeypatch, prepare_links, *link_arguments(root, root / "out"))
+    assert "inside the source" in message
+
+
+def test_second_linking_says_done(tmp_path, monkeypatch, capsys):
+    root, out = class_folders(tmp_path / "in", "n01440764"), tmp_path / "out"
+    for _ in range(2):
+        run(monkeypatch, prepare_links, *link_arguments(root, out))
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_links_to_another_source_are_left_as_they_are(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    first = class_folders(tmp_path / "first", "n01440764")
+    second = class_folders(tmp_path / "second", "n01440764")
+    run(monkeypatch, prepare_links, *link_arguments(first, out))
+    message = error_of(monkeypatch, prepare_links, *link_arguments(second, out))
+    assert "exists already" in message
+    assert (out / "00000").readlink() == first / "n01440764"
+
+
+def test_emptying_an_interrupted_folder_of_links_spares_the_source(tmp_path, monkeypatch):
+    root, out = class_folders(tmp_path / "in", "n01440764"), tmp_path / "out"
+    before = contents(root)
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(prepare_links, "atomic_write", raise_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(interrupted, prepare_links, *link_arguments(root, out))
+    assert (tmp_path / "out.partial" / "00000").is_symlink() and not out.exists()
+    run(monkeypatch, prepare_links, *link_arguments(root, out))
+    assert (out / "00000" / "image.png").is_file()
+    assert not (tmp_path / "out.partial").exists()
+    assert contents(root) == before
