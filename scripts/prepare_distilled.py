@@ -16,6 +16,7 @@ if not __package__:  # run as a plain script: imports start at the repository ro
 
 import argparse
 import dataclasses
+import hashlib
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from PIL import Image
 from relabel.teacher import Ensemble, load_teacher
 from utils import cli, datasets, images, runtime
 from utils.cli import UserError, bounded
-from utils.files import atomic_write, read_json, to_json, whole_folder
+from utils.files import atomic_write, to_json, whole_folder
 from utils.views import ORDER, Views, ViewSpec, centre_views, crop_resize, draw, shuffle
 
 _RECORD = "selection.json"
@@ -88,11 +89,16 @@ def score_crops(
 
     Returns:
         float32 [images], its cross-entropy, and int32 [images, 4], its box.
+
+    Raises:
+        UserError: the teacher's output for an image is not a number.
     """
     device = teacher.runtime.device
     source = images.open_images(folder, sizes, dataset, device, args.workers)
     spec = ViewSpec(dataset.input_size, _BATCH, args.min_scale, mix="none")
     rounds = [draw(spec, sizes, args.seed, epoch) for epoch in range(1, args.crops + 1)]
+    # What is scored is what is written: the crop, not its mirror image.
+    rounds = [dataclasses.replace(views, flip=torch.zeros_like(views.flip)) for views in rounds]
     best = torch.full((len(sizes),), torch.inf)
     boxes = torch.zeros(len(sizes), 4, dtype=torch.int32)
     bar = cli.progress(desc="scoring crops", unit="crop", total=len(sizes) * max(1, len(rounds)))
@@ -104,6 +110,11 @@ def score_crops(
             _keep_better(best, boxes, loss, batch)
             bar.update(len(loss))
     bar.close()
+    if not torch.isfinite(best).all():
+        path = folder.files[int((~torch.isfinite(best)).nonzero()[0, 0])]
+        raise UserError(
+            f"the teacher's output for {path} is NaN or infinite: other weights, or --amp off"
+        )
     return best, boxes
 
 
@@ -151,15 +162,17 @@ def main() -> None:
     if dataset.input_size % args.collage:
         raise UserError(f"--collage {args.collage} does not divide {dataset.input_size} pixels")
     needed = args.ipc * args.collage**2
+    takes = f"IPC {args.ipc} with --collage {args.collage} takes {needed}"
+    if args.candidates < needed:
+        raise UserError(f"--candidates {args.candidates} is too few: {takes} per class")
     for name, count in zip(folder.classes, folder.counts(), strict=True):
-        if min(count, args.candidates) < needed:
-            raise UserError(
-                f"{folder.root / name}: {min(count, args.candidates)} candidate images, but "
-                f"IPC {args.ipc} with --collage {args.collage} takes {needed}"
-            )
+        if count < needed:
+            raise UserError(f"{folder.root / name} has {count} images, but {takes} per class")
     teacher = load_teacher(args.teacher, args.teacher_weights, dataset, machine)
+    names = "".join(f"{path.relative_to(folder.root).as_posix()}\n" for path in folder.files)
     record = {
-        "dataset": dataset.name,
+        "dataset": dataclasses.asdict(dataset),
+        "source_names_sha256": hashlib.sha256(names.encode()).hexdigest(),
         "teacher": args.teacher,
         "teacher_sha256": teacher.sha256,
         "classes": folder.classes,
@@ -168,7 +181,8 @@ def main() -> None:
             for name in ("ipc", "crops", "min_scale", "collage", "candidates", "format", "seed")
         },
     }
-    if (args.out_dir / _RECORD).is_file() and read_json(args.out_dir / _RECORD) == record:
+    made = args.out_dir / _RECORD
+    if made.is_file() and made.read_bytes() == to_json(record):
         print(f"{args.out_dir} is there already: nothing to do")
         return
     with whole_folder(args.out_dir) as out:
