@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Prepares the environment and runs the tests; arguments go to pytest.
+set -euo pipefail
+
+# shellcheck source=scripts/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+use_environment requirements-dev.txt
+cd "$ROOT"
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+PATH="$(dirname "$PYTHON"):$PATH" shellcheck --external-sources scripts/*.sh config.sh .ci/run
+exec "$PYTHON" -m pytest "$@"
