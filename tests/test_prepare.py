@@ -573,6 +573,12 @@ def test_devkit_numbers_with_the_devkit_order_are_understood(flat, tmp_path, mon
     assert_sorted_into(tmp_path / "out", IDS)
 
 
+def test_numbers_from_0_count_in_the_order_of_given_synsets(flat, tmp_path, monkeypatch):
+    labels = file_lines(lambda index: DEVKIT.index(IDS[index]))
+    run(monkeypatch, prepare_val, *imagenet_arguments(flat, tmp_path, labels, synsets=DEVKIT))
+    assert_sorted_into(tmp_path / "out", IDS)
+
+
 def test_devkit_numbers_with_meta_mat_are_understood(flat, tmp_path, monkeypatch):
     from scipy.io import savemat
 
