@@ -67,11 +67,12 @@ def from_arguments(args: argparse.Namespace) -> Dataset:
         return Dataset(
             "custom", args.num_classes, args.input_size, tuple(args.mean), tuple(args.std)
         )
+    dataset = named(args.dataset)
     for name, value in given.items():
         if value is not None:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} goes with --dataset custom; {args.dataset} has its own")
-    return named(args.dataset)
+    return dataset
 
 
 def named(name: str) -> Dataset:

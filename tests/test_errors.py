@@ -1,0 +1,302 @@
+"""Bad input: one line, exit code 2, and nothing written or changed."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import generate_arguments, train_arguments, tree, write_images
+from PIL import Image
+
+from relabel import generate
+from utils import images
+from utils.cli import UserError
+from validate import evaluate, train
+
+
+class Code:
+    """Something whose pickle would run code when loaded."""
+
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+def rename_classes(w, *names):
+    for folder, new in zip(sorted(w.data.iterdir()), names, strict=True):
+        folder.rename(w.data / f"x{new}")
+    for folder in list(w.data.iterdir()):
+        folder.rename(w.data / folder.name[1:])
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def other_images(w):
+    shutil.rmtree(w.data)
+    write_images(w.data, 3, seed=9)
+
+
+def break_manifest(w, **changes):
+    path = w.labels / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def save(w, content):
+    w.weights = w.data.parent / "other.pt"
+    torch.save(content, w.weights)
+
+
+def wrong_class_count(w):
+    state = torch.load(w.weights, weights_only=True)
+    save(w, {name: torch.cat([v, v]) if v.shape[0] == 4 else v for name, v in state.items()})
+
+
+def swap_outputs(w):
+    state = torch.load(w.weights, weights_only=True)
+    turned = {name: v.roll(1, 0) if v.shape[0] == 4 else v for name, v in state.items()}
+    save(w, turned)
+
+
+def nan_weights(w):
+    state = torch.load(w.weights, weights_only=True)
+    save(w, {name: v * float("nan") if v.ndim == 4 else v for name, v in state.items()})
+
+
+# name: (what happens to a copy of the world, further arguments, part of the message)
+GENERATE = {
+    "missing folder": (lambda w: shutil.rmtree(w.data), [], "image folder not found"),
+    "empty folder": (
+        lambda w: [shutil.rmtree(folder) for folder in w.data.iterdir()],
+        [],
+        "must hold one sub-folder of images per class",
+    ),
+    "class without images": (
+        lambda w: [file.unlink() for file in (w.data / "00001").iterdir()],
+        [],
+        "00001 has no images",
+    ),
+    "scrambled by text order": (
+        lambda w: rename_classes(w, "0", "1", "10", "2"),
+        [],
+        "class order would be scrambled",
+    ),
+    "wrong number of classes": (None, ["--num-classes", 5], "has 4 class folders"),
+    "truncated image": (lambda w: truncate(w.data / "00002" / "1.png"), [], "00002/1.png"),
+    "zero-byte image": (
+        lambda w: (w.data / "00002" / "1.png").write_bytes(b""),
+        [],
+        "00002/1.png: not an image",
+    ),
+    "uneven classes": (
+        lambda w: (w.data / "00003" / "0.png").unlink(),
+        [],
+        "00003 has 2 images where other classes have 3",
+    ),
+    "SLC not a multiple of IPC": (None, ["--slc", 4], "not a multiple of IPC, which is 3"),
+    "batch of one under BSSL": (
+        None,
+        ["--batch-size", 11],
+        "IPC 3 x 4 classes = 12 images in batches of 11 leave a last batch of one image",
+    ),
+    "teacher of other classes": (wrong_class_count, [], "expected (4,"),
+    "weights of another network": (None, ["--teacher", "ResNet18"], "do not fit ResNet18"),
+    "weights with code": (lambda w: save(w, {"a": Code()}), [], "nothing in it was executed"),
+    "damaged weights": (lambda w: truncate(w.weights), [], "is damaged"),
+    "missing weights": (
+        None,
+        ["--teacher-weights", "no/such.pt"],
+        "teacher weights not found: no/such.pt",
+    ),
+    "no state dict": (lambda w: save(w, [1, 2]), [], "holds no state dict"),
+    "too many weights": (None, ["--teacher-weights", "a", "b"], "2 given for 1 teachers"),
+    "unknown teacher": (None, ["--teacher", "ResNet19"], "ResNet18"),
+    "unknown data set": (None, ["--dataset", "cifar1000"], "did you mean cifar100"),
+    "facts of a known data set": (
+        None,
+        ["--dataset", "cifar10"],
+        "goes with --dataset custom; cifar10 has its own",
+    ),
+    "unknown flag": (None, ["--slcc", 3], "unknown argument --slcc; did you mean --slc"),
+    "zero batch size": (None, ["--batch-size", 0], "must be at least 1"),
+    "negative seed": (None, ["--seed", -1], "must be between 0 and"),
+    "no CUDA": (None, ["--device", "cuda:99"], "--device cpu runs without one"),
+    "not a device": (None, ["--device", "gpu"], "not a device"),
+    "fp16 on a CPU": (None, ["--amp", "fp16"], "needs a GPU"),
+    "class order alarm": (swap_outputs, [], "class order is probably scrambled"),
+    "NaN teacher": (nan_weights, ["--force"], "NaN or infinite logits in pass 0"),
+}
+
+TRAIN = {
+    "missing validation": (None, ["--val-dir", "no/such"], "image folder not found: no/such"),
+    "other images": (other_images, [], "images (SHA-256 over names and contents)"),
+    "other data set": (
+        lambda w: break_manifest(w, dataset="cifar10"),
+        [],
+        "dataset: expected 'custom', found 'cifar10'",
+    ),
+    "other input size": (None, ["--input-size", 64], "input size: expected 64, found 32"),
+    "other batch size": (None, ["--batch-size", 16], "were made in batches of 5"),
+    "other version": (lambda w: break_manifest(w, version=9), [], "reads version 1"),
+    "no label set": (None, ["--label-dir", "no/such"], "label folder not found"),
+    "damaged manifest": (
+        lambda w: (w.labels / "manifest.json").write_text("{"),
+        [],
+        "is damaged: not JSON",
+    ),
+    "damaged pass": (
+        lambda w: truncate(w.labels / "pass_0000.npz"),
+        [],
+        "pass_0000.npz is damaged",
+    ),
+    "incomplete": (lambda w: (w.labels / "pass_0000.npz").unlink(), [], "pass_0000.npz is missing"),
+    "SLC too large": (None, ["--slc", 9], "use a multiple of 3 up to 6"),
+    "validation of other classes": (
+        lambda w: (w.data / "00003").rename(w.data / "00009"),
+        [],
+        "class 3 is '00003'",
+    ),
+    "unknown student": (None, ["--model", "ConvNett"], "ConvNet"),
+    "unknown schedule": (None, ["--schedule", "hadl"], "unknown schedule 'hadl'"),
+    "schedule does not parse": (None, ["--schedule", "soft:x"], "not of the form"),
+    "no epochs": (None, ["--soft-epochs", 0, "--hard-epochs", 0], "has no epochs"),
+    "negative smoothing": (None, ["--label-smoothing", -1], "must be between 0 and 1"),
+}
+
+
+def check_refused(done, message, world, before):
+    assert done.code == 2, done.err
+    lines = [line for line in done.err.splitlines() if line]
+    assert len(lines) == 1 and message in lines[0], done.err
+    assert "Traceback" not in done.err and "executed\n" not in done.out
+    assert tree(world.data.parent) == before
+
+
+@pytest.mark.parametrize("case", GENERATE)
+def test_generate_refuses(case, copied, tmp_path, command, monkeypatch):
+    spoil, more, message = GENERATE[case]
+    shutil.copy(copied.weights, tmp_path / "teacher.pt")
+    copied.weights = tmp_path / "teacher.pt"
+    if spoil:
+        spoil(copied)
+    before = tree(tmp_path)
+    arguments = generate_arguments(copied.data, tmp_path / "new", copied.weights, "--slc", 3)
+    done = command(generate.main, *arguments, *more)
+    if case == "NaN teacher":  # found while the first pass is made: its folder is there by then
+        shutil.rmtree(tmp_path / "new")
+    else:
+        assert not (tmp_path / "new").exists()
+    check_refused(done, message, copied, before)
+
+
+@pytest.mark.parametrize("case", TRAIN)
+def test_train_refuses(case, copied, tmp_path, command):
+    spoil, more, message = TRAIN[case]
+    if spoil:
+        spoil(copied)
+    before = tree(tmp_path)
+    done = command(train.main, *train_arguments(copied, tmp_path / "new", *more))
+    assert not (tmp_path / "new").exists()
+    check_refused(done, message, copied, before)
+
+
+def test_a_label_folder_of_other_settings_is_left_alone(copied, tmp_path, command):
+    before = tree(tmp_path)
+    arguments = generate_arguments(copied.data, copied.labels, copied.weights, "--slc", 3)
+    done = command(generate.main, *arguments)
+    check_refused(done, "made with other settings (slc: expected 3, found 6)", copied, before)
+
+
+def test_a_folder_of_something_else_is_left_alone(copied, tmp_path, command):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("x")
+    before = tree(tmp_path)
+    arguments = generate_arguments(copied.data, tmp_path / "thesis", copied.weights, "--slc", 3)
+    done = command(generate.main, *arguments)
+    check_refused(done, "is not empty and not a label set", copied, before)
+    done = command(train.main, *train_arguments(copied, tmp_path / "thesis"))
+    check_refused(done, "is not empty and not a run", copied, before)
+
+
+def test_a_damaged_finished_pass_is_named_when_continuing(copied, command):
+    (copied.labels / "manifest.json").rename(copied.labels / "manifest.partial.json")
+    truncate(copied.labels / "pass_0001.npz")
+    before = tree(copied.labels)
+    arguments = generate_arguments(copied.data, copied.labels, copied.weights, "--slc", 6)
+    done = command(generate.main, *arguments)
+    assert done.code == 2 and "pass_0001.npz is damaged" in done.err
+    assert tree(copied.labels) == before
+
+
+def test_nan_loss_stops_and_keeps_the_checkpoint(world, tmp_path, command, monkeypatch):
+    original = train.engine.train_hard_epoch
+
+    def broken(trainer, *rest):
+        result = original(trainer, *rest)
+        result.loss = float("nan")
+        return result
+
+    monkeypatch.setattr(train.engine, "train_hard_epoch", broken)
+    arguments = train_arguments(world, tmp_path / "run", "--eval-every", 1)
+    done = command(train.main, *arguments)
+    assert done.code == 2 and "the loss became nan in epoch 2 (hard labels)" in done.err
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert saved["reached"]["epochs"] == 1
+
+
+def test_a_checkpoint_with_code_is_refused(world, tmp_path, command):
+    torch.save({"format": "hald-student", "model": Code()}, tmp_path / "c.pt")
+    done = command(evaluate.main, "--checkpoint", tmp_path / "c.pt", "--val-dir", world.val)
+    assert done.code == 2 and "nothing in it was executed" in done.err
+
+
+def test_a_checkpoint_that_names_code_needs_confirmation(world, tmp_path, command):
+    state = {"format": "hald-student", "network": "os:system", "precision": "off"}
+    facts = {"name": "c", "num_classes": 4, "input_size": 32, "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    torch.save({**state, "dataset": facts}, tmp_path / "c.pt")
+    done = command(evaluate.main, "--checkpoint", tmp_path / "c.pt", "--val-dir", world.val)
+    assert done.code == 2 and "confirm with --model os:system" in done.err
+
+
+def test_unusual_image_files_are_converted(tmp_path):
+    for mode in ("L", "P", "RGBA", "CMYK", "I;16"):
+        ending = "jpg" if mode == "CMYK" else "png"
+        path = tmp_path / f"{mode[0]}{len(mode)}.{ending}"
+        Image.new(mode, (8, 6), 0).save(path)
+        assert images.pixels_of(images.decode(path)).shape == (3, 6, 8)
+
+
+def test_implausibly_large_images_are_named(tmp_path, monkeypatch):
+    Image.new("RGB", (100, 100)).save(tmp_path / "big.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UserError, match=r"big\.png is implausibly large"):
+        images.decode(tmp_path / "big.png")
+
+
+def test_files_that_are_not_images_are_ignored_and_counted(copied, capsys):
+    (copied.data / "00000" / "notes.txt").write_text("x")
+    assert len(images.scan(copied.data).files) == 12
+    assert "1 files that are not images are ignored" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("distilled", "validation", "fits"),
+    [
+        (["00000", "00001"], ["n01440764", "n01443537"], True),
+        (["cat", "dog"], ["cat", "dog"], True),
+        (["00000", "00001"], ["cat", "dog"], True),
+        (["cat", "dog"], ["cat", "cow"], False),
+        (["00000", "00001"], ["00000", "00002"], False),
+        (["00000", "00001"], ["00000"], False),
+    ],
+)
+def test_class_lists(tmp_path, distilled, validation, fits):
+    for name in validation:
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / name / "0.png")
+    folder = images.scan(tmp_path)
+    if fits:
+        images.check_same_classes(folder, distilled, "labels")
+    else:
+        with pytest.raises(UserError):
+            images.check_same_classes(folder, distilled, "labels")

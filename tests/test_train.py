@@ -1,0 +1,158 @@
+"""Whole training runs: repeatable, resumable, recorded; evaluation repeats them."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, script, train_arguments, tree
+
+from utils import runlog
+from validate import evaluate, train
+
+
+def weights(output):
+    return torch.load(output / "checkpoint.pt", weights_only=True)["model"]
+
+
+def accuracies(output):
+    result = json.loads((output / "result.json").read_text())
+    return result["best"], result["last"]
+
+
+def same_weights(one, other):
+    first, second = weights(one), weights(other)
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(world, tmp_path, command):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        done = command(train.main, *train_arguments(world, tmp_path / name, "--seed", seed))
+        assert done.code == 0, done.err
+    assert accuracies(tmp_path / "a") == accuracies(tmp_path / "b")
+    assert same_weights(tmp_path / "a", tmp_path / "b")
+    assert not same_weights(tmp_path / "a", tmp_path / "c")
+
+
+def test_a_stopped_run_continues_to_the_same_weights(world, tmp_path, command, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert command(train.main, *train_arguments(world, whole)).code == 0
+
+    original = train.draw
+
+    def stop_in_the_fourth_epoch(spec, sizes, seed, epoch=0):
+        if epoch == 3:
+            raise KeyboardInterrupt
+        return original(spec, sizes, seed, epoch)
+
+    monkeypatch.setattr(train, "draw", stop_in_the_fourth_epoch)
+    stopped = command(train.main, *train_arguments(world, parts))
+    assert stopped.code == 130 and "the same command again continues" in stopped.err
+    assert [line["epoch"] for line in log(parts)] == [1, 2]
+    monkeypatch.setattr(train, "draw", original)
+    done = command(train.main, *train_arguments(world, parts))
+    assert done.code == 0 and "continuing after epoch 2 of 4" in done.out
+    assert accuracies(whole) == accuracies(parts) and same_weights(whole, parts)
+    assert [line["epoch"] for line in log(parts)] == [1, 2, 3, 4]
+
+
+def log(output):
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+def test_the_run_folder_records_everything(world, tmp_path, command):
+    output = tmp_path / "run"
+    assert command(train.main, *train_arguments(world, output, "--slc", 3)).code == 0
+    assert set(tree(output)) == {
+        *("args.yaml", "log.jsonl", "checkpoint.pt", "best.pt", "curves.png", "result.json")
+    }
+    recorded = yaml.safe_load((output / "args.yaml").read_text())
+    assert recorded["settings"]["passes"] == 1 and recorded["settings"]["lr"] == 0.001
+    assert [line["kind"] for line in log(output)] == ["soft", "hard", "hard", "soft"]
+    assert [line["epoch"] for line in log(output) if "val_top1" in line] == [2, 4]
+    result = json.loads((output / "result.json").read_text())
+    assert result["last"]["epoch"] == 4 and result["best"]["top1"] >= result["last"]["top1"]
+    names = ("manifest.json", "pass_0000.npz")
+    assert result["label_bytes"] == sum((world.labels / name).stat().st_size for name in names)
+
+
+def test_a_finished_run_says_so_and_changes_nothing(world, tmp_path, command):
+    output = tmp_path / "run"
+    command(train.main, *train_arguments(world, output))
+    before = tree(output)
+    again = command(train.main, *train_arguments(world, output))
+    assert again.code == 0 and "is done: top-1 best" in again.out
+    refused = command(train.main, *train_arguments(world, output, "--temperature", 4))
+    assert refused.code == 2 and "temperature: expected 4.0, found 20.0" in refused.err
+    off = command(train.main, *train_arguments(world, output, "--resume", "off"))
+    assert off.code == 2 and "holds a run already" in off.err
+    assert tree(output) == before
+
+
+def test_evaluate_repeats_the_last_accuracy(world, tmp_path, command):
+    output = tmp_path / "run"
+    command(train.main, *train_arguments(world, output))
+    arguments = ("--checkpoint", output / "checkpoint.pt", "--val-dir", world.val)
+    found = command(evaluate.main, *arguments, "--device", "cpu")
+    last = json.loads((output / "result.json").read_text())["last"]
+    expected = f"top-1 {last['top1']:.4f} %, top-5 {last['top5']:.4f} % of 20 images"
+    assert found.code == 0 and expected in found.out
+
+
+def test_the_balanced_loss_trains_otherwise(world, tmp_path, command):
+    command(train.main, *train_arguments(world, tmp_path / "none"))
+    scaled = train_arguments(world, tmp_path / "T2", "--soft-loss-scale", "T2")
+    assert command(train.main, *scaled).code == 0
+    first, second = (log(tmp_path / name)[0]["loss"] for name in ("none", "T2"))
+    assert 100 < second / first < 400 * 1.01
+
+
+def test_hard_labels_alone_need_no_label_set(world, tmp_path, command):
+    arguments = [
+        *("--data-dir", world.data, "--val-dir", world.val, "--output-dir", tmp_path / "run"),
+        *("--model", "ConvNetW32", "--schedule", "hard:1", "--device", "cpu"),
+        *("--dataset", "custom", "--input-size", 32, "--mean", 0, 0, 0, "--std", 1, 1, 1),
+    ]
+    done = command(train.main, *arguments)
+    assert done.code == 0, done.err
+    assert "; 0 label bytes" in done.out
+
+
+@pytest.mark.parametrize(
+    ("dataset", "model", "ipc", "expected"),
+    [
+        ("imagenet1k", "ResNet18", 10, (0.001, 2)),
+        ("imagenet1k", "resnet18", 50, (0.001, 1)),
+        ("imagenet1k", "ResNet50", 30, (0.001, 2)),
+        ("imagewoof", "ResNet50", 10, (0.005, 1)),
+        ("imagenet1k", "ResNet101", 1, (0.0035, 2)),
+        ("imagenet1k", "vit_b_16", 10, (0.001, 2)),
+        ("digits", "ConvNet", 10, (0.001, 2)),
+    ],
+)
+def test_published_hyperparameters(dataset, model, ipc, expected):
+    assert train.published_hyper(dataset, model, ipc)[:2] == expected
+
+
+def test_the_entry_that_was_taken_is_named():
+    assert "IPC 10 (nearest to IPC 20)" in train.published_hyper("imagenet1k", "ResNet50", 20)[2]
+    assert "default, no entry" in train.published_hyper("digits", "ConvNet", 5)[2]
+
+
+def test_a_log_line_cut_off_by_a_kill_is_dropped(tmp_path):
+    run = runlog.RunFolder(tmp_path / "run", {"lr": 1}, {})
+    run.begin(0)
+    run.log({"epoch": 1})
+    with (run.path / "log.jsonl").open("a") as file:
+        file.write('{"epoch": 2, "lo')
+    run.begin(1)
+    assert run.log_lines() == [{"epoch": 1}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", ["validate/train", "relabel/generate"])
+def test_scripts_and_modules_start_from_anywhere(entry):
+    plain = script(ROOT / f"{entry}.py", "--help", cwd=ROOT.parents[-1])
+    module = script("-m", entry.replace("/", "."), "--help", cwd=ROOT)
+    assert plain.returncode == module.returncode == 0
+    assert plain.stdout == module.stdout
