@@ -37,8 +37,8 @@ echo "== 1/5 images: scikit-learn's digits, 899 to train, 898 to test"
 "$PYTHON" "$ROOT/scripts/prepare_digits.py" --out-dir "$out/digits"
 echo "== 2/5 teacher: trained on the whole training split"
 OMP_NUM_THREADS=2 "$PYTHON" "$ROOT/validate/train.py" --data-dir "$out/digits/train" \
-    --output-dir "$out/teacher" --schedule hard:80 --label-smoothing 0 --min-scale 0.25 --eta 1 \
-    "${common[@]}"
+    --output-dir "$out/teacher" --schedule hard:60 --hard-mix none --label-smoothing 0 \
+    --min-scale 0.5 --eta 1 "${common[@]}"
 echo "== 3/5 distilled images: per class the five that the teacher is surest of"
 "$PYTHON" "$ROOT/scripts/prepare_distilled.py" --data-dir "$out/digits/train" \
     --out-dir "$out/distilled_ipc5" --dataset digits --teacher ConvNetW32 \

@@ -49,12 +49,15 @@ def save(w, content):
 
 def wrong_class_count(w):
     state = torch.load(w.weights, weights_only=True)
-    save(w, {name: torch.cat([v, v]) if v.shape[0] == 4 else v for name, v in state.items()})
+    save(
+        w,
+        {name: torch.cat([v, v]) if v.ndim and v.shape[0] == 4 else v for name, v in state.items()},
+    )
 
 
 def swap_outputs(w):
     state = torch.load(w.weights, weights_only=True)
-    turned = {name: v.roll(1, 0) if v.shape[0] == 4 else v for name, v in state.items()}
+    turned = {name: v.roll(1, 0) if v.ndim and v.shape[0] == 4 else v for name, v in state.items()}
     save(w, turned)
 
 
@@ -166,7 +169,7 @@ TRAIN = {
 
 def check_refused(done, message, world, before):
     assert done.code == 2, done.err
-    lines = [line for line in done.err.splitlines() if line]
+    lines = [line for line in done.err.splitlines() if line and not line.startswith("relabel:")]
     assert len(lines) == 1 and message in lines[0], done.err
     assert "Traceback" not in done.err and "executed\n" not in done.out
     assert tree(world.data.parent) == before

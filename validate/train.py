@@ -24,7 +24,7 @@ from utils import cli, datasets, images, runlog, runtime
 from utils.cli import UserError, bounded
 from utils.files import sha256_file
 from utils.labels import LabelSet
-from utils.views import ViewSpec, draw
+from utils.views import MIXES, ViewSpec, draw
 from validate import engine, schedule
 
 _DEFAULT_HYPER = (0.001, 2.0)
@@ -88,6 +88,12 @@ def parse_arguments() -> argparse.Namespace:
         type=bounded(float, 0.0001, 1),
         metavar="X",
         help="smallest crop in hard epochs (default: the label set's, or 0.08 without labels)",
+    )
+    recipe.add_argument(
+        "--hard-mix",
+        choices=MIXES,
+        default="cutmix",
+        help="mixing in hard epochs; none suits training a teacher",
     )
     recipe.add_argument("--lr", type=bounded(float, 0), help="default: hyper.yaml")
     recipe.add_argument("--eta", type=bounded(float, 0.01), help="default: hyper.yaml")
@@ -194,6 +200,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         dataset.input_size,
         args.batch_size or (labels.spec.batch_size if labels else 16),
         args.min_scale or (labels.spec.min_scale if labels else 0.08),
+        mix=args.hard_mix,
     )
     settings = {
         **{name: list(v) if isinstance(v, tuple) else v for name, v in vars(dataset).items()},
@@ -205,6 +212,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         "passes": passes,
         "batch_size": spec.batch_size,
         "min_scale": spec.min_scale,
+        "hard_mix": spec.mix,
         "lr": lr if args.lr is None else args.lr,
         "eta": eta if args.eta is None else args.eta,
         "grad_accum": args.grad_accum,
