@@ -57,7 +57,7 @@ def wrong_class_count(w):
 
 def swap_outputs(w):
     state = torch.load(w.weights, weights_only=True)
-    turned = {name: v.roll(1, 0) if v.ndim and v.shape[0] == 4 else v for name, v in state.items()}
+    turned = {name: v.roll(1, 0) if 4 in v.shape[:1] else v for name, v in state.items()}
     save(w, turned)
 
 
