@@ -21,7 +21,7 @@ from tqdm import tqdm
 from relabel.teacher import Ensemble, load_teacher, use_batch_statistics
 from utils import cli, datasets, images, runtime
 from utils.cli import UserError, bounded
-from utils.codecs import CODECS, Mixture
+from utils.codecs import CODECS
 from utils.labels import LabelSet, LabelWriter
 from utils.views import MIXES, RATIO, centre_views
 
@@ -166,8 +166,6 @@ def label_pass(
 ) -> None:
     """Draws, renders and labels the views of one pass, and writes them."""
     views = writer.draw(number)
-    size = writer.spec.input_size
-    mixture = Mixture(*views.classes(labels), views.lam(size))
     logits = torch.empty(len(views.index), writer.settings["num_classes"])
     batches = list(views.to(teachers.runtime.device))
     start = 0
@@ -180,8 +178,7 @@ def label_pass(
             f"the teacher gave NaN or infinite logits in pass {number}; try --amp off, else its "
             "weights are broken"
         )
-    mainly = torch.where(mixture.lam >= 0.5, mixture.own, mixture.partner)
-    writer.write_pass(number, logits, mixture, int((logits.argmax(1) == mainly).sum()))
+    writer.write_pass(number, logits, views, labels)
 
 
 def main() -> None:

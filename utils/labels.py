@@ -95,6 +95,48 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} is damaged: {error}") from None
 
 
+def _smallest_unsigned(values: torch.Tensor) -> np.ndarray:
+    """The same non-negative integers in the narrowest little-endian unsigned type."""
+    array = values.numpy()
+    kind = np.min_scalar_type(int(array.max(initial=0)))
+    return array.astype(kind.newbyteorder("<"))
+
+
+def _views_to_arrays(views: Views) -> dict[str, np.ndarray]:
+    """Views that cannot be drawn again, in at most 10 bytes each at 224 pixels."""
+    arrays = {
+        "index": _smallest_unsigned(views.index),
+        "box": _smallest_unsigned(views.box),
+        "flip": np.packbits(views.flip.numpy()),
+    }
+    if views.mix_index is not None:
+        arrays["mix_index"] = _smallest_unsigned(views.mix_index)
+    if views.mix_box is not None:
+        arrays["mix_box"] = _smallest_unsigned(views.mix_box)
+    if views.mix_lam is not None:
+        arrays["mix_lam"] = views.mix_lam.numpy().astype("<f4")
+    return arrays
+
+
+def _views_from_arrays(stored: dict[str, np.ndarray], batch_size: int) -> Views:
+    """The views that _views_to_arrays stored."""
+
+    def tensor(name: str, kind: type) -> torch.Tensor | None:
+        return torch.from_numpy(stored[name].astype(kind)) if name in stored else None
+
+    index = tensor("index", np.int64)
+    flip = np.unpackbits(stored["flip"], count=len(index)).astype(bool)
+    return Views(
+        index,
+        tensor("box", np.int32),
+        torch.from_numpy(flip),
+        batch_size,
+        tensor("mix_index", np.int64),
+        tensor("mix_box", np.int32),
+        tensor("mix_lam", np.float32),
+    )
+
+
 class LabelWriter:
     """Writes a label set pass by pass; every file is written whole or not at all.
 
@@ -102,13 +144,14 @@ class LabelWriter:
     when all are there. The result does not depend on the order of passes or on interruptions.
     """
 
-    def __init__(self, path: Path, settings: dict, sizes: np.ndarray):
+    def __init__(self, path: Path, settings: dict, sizes: np.ndarray, flag: str = "--label-dir"):
         """Prepares to start a label set, or to continue one with the same settings.
 
         Args:
             path: its folder; nothing is written before `begin`.
             settings: the manifest without per-pass results.
             sizes: int [images, 2], height and width of every image.
+            flag: the flag that names the folder, for messages.
 
         Raises:
             UserError: the folder holds something else, or a label set with other settings.
@@ -123,7 +166,7 @@ class LabelWriter:
             if difference := first_difference(self.settings, existing, _NOT_COMPARED):
                 raise UserError(
                     f"{self.path} holds a label set made with other settings ({difference}); "
-                    "choose another --label-dir or the same settings"
+                    f"choose another {flag} or the same settings"
                 )
             self.settings["versions"] = existing["versions"]
         elif self.path.exists() and any(self.path.iterdir()):
@@ -163,21 +206,33 @@ class LabelWriter:
             raise UserError(f"{path} is damaged: delete it and run the same command again")
         return True
 
-    def write_pass(self, number: int, logits: torch.Tensor, mixture: Mixture, correct: int):
+    def write_pass(
+        self,
+        number: int,
+        logits: torch.Tensor,
+        views: Views,
+        hard_labels: torch.Tensor,
+    ) -> None:
         """Packs and writes one pass.
 
         Args:
             number: the pass.
-            logits: float32 [images, C], the teacher's logits in the order of `draw(number)`.
-            mixture: the hard labels of the same views.
-            correct: views whose top class is the class that covers most of them.
+            logits: float32 [images, C], the teacher's logits.
+            views: the same views; stored only where `draw(number)` does not give them again.
+            hard_labels: int64 [images], the class of every image.
         """
+        mixture = Mixture(*views.classes(hard_labels), views.lam(self.spec.input_size))
+        mainly = torch.where(mixture.lam >= 0.5, mixture.own, mixture.partner)
+        correct = int((logits.argmax(1) == mainly).sum())
+        checksum = views.checksum()
+        drawn_again = self.settings["seed"] is not None
         payload = np.frombuffer(self.codec.pack(centre(logits), mixture), dtype=np.uint8)
         arrays = {
             "payload": payload,
             "payload_sha256": np.frombuffer(hashlib.sha256(payload).digest(), dtype=np.uint8),
-            "views_sha256": np.frombuffer(self.draw(number).checksum(), dtype=np.uint8),
+            "views_sha256": np.frombuffer(checksum, dtype=np.uint8),
             "teacher_correct": np.array(correct, dtype="<i8"),
+            **({} if drawn_again else _views_to_arrays(views)),
         }
         atomic_write(self.path / pass_name(number), _npz_bytes(arrays))
 
@@ -331,11 +386,14 @@ class LabelSet:
         """Views and codes of one pass, read from disk, the views drawn again and verified."""
         path = self.path / pass_name(number)
         stored = _read_npz(path)
-        views = draw(self.spec, self.sizes, self.manifest["seed"] + number)
+        if self.manifest["seed"] is None:
+            views = _views_from_arrays(stored, self.spec.batch_size)
+        else:
+            views = draw(self.spec, self.sizes, self.manifest["seed"] + number)
         if views.checksum() != stored["views_sha256"].tobytes():
             raise UserError(
-                f"{path}: the views drawn from the seed are not those that were labelled; the set "
-                "was made by an incompatible version"
+                f"{path}: the views are not those that were labelled; the set was made by an "
+                "incompatible version"
             )
         return views, self.codec.unpack(stored["payload"].tobytes())
 

@@ -1,0 +1,259 @@
+"""Imports a published FKD label folder as a label set that trains without a teacher.
+
+The folder holds `sampler_indices_dict.pt` ({"0": [image indices of pass 0], ...}) and, for every
+pass p, `epoch_<p>.tar`: a list of batches [coords, flips, mix_index, lam, bbox, soft_labels].
+Crops are stored there as half-precision fractions of the image; imported are the pixels that the
+published training code cuts (truncated). soft_labels are softmax(logits / 20); stored are the
+centred logits 20 log p.
+
+python relabel/convert.py --fkd-dir F --data-dir D --out-dir L --dataset imagenet1k
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a plain script: imports start at the repository root
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import dataclasses
+
+import numpy as np
+import torch
+
+from utils import cli, datasets, images, runtime
+from utils.cli import UserError, bounded
+from utils.files import load_tensors, sha256_file
+from utils.labels import LabelSet, LabelWriter
+from utils.views import RATIO, Views
+
+TEMPERATURE = 20.0
+_INDICES = "sampler_indices_dict.pt"
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = cli.Parser(description="Import a published FKD label folder as a label set.")
+    parser.add_argument("--fkd-dir", type=Path, required=True, help="the published label folder")
+    parser.add_argument("--data-dir", type=Path, required=True, help="the images it was made for")
+    parser.add_argument("--out-dir", type=Path, required=True, help="the label set to make")
+    datasets.add_arguments(parser)
+    parser.add_argument(
+        "--min-scale",
+        type=bounded(float, 0.0001, 1),
+        default=0.08,
+        metavar="X",
+        help="smallest crop the labels were made with; hard epochs use it too",
+    )
+    return parser.parse_args()
+
+
+def load_published(path: Path) -> object:
+    """Loads one published file: tensors and plain types, and numpy scalars among them.
+
+    Lambda and the CutMix box were saved as numpy scalars; their types are allowed, nothing else.
+    """
+    scalar = np.float64(0).__reduce__()[0]
+    kinds = [np.dtype, *(type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "?"))]
+    with torch.serialization.safe_globals(
+        [(scalar, "numpy.core.multiarray.scalar"), scalar, *kinds]
+    ):
+        return load_tensors(path, "published label file")
+
+
+@dataclasses.dataclass
+class PublishedPass:
+    """One pass as published, checked: its views, and float32 [images, C] probabilities."""
+
+    views: Views
+    probabilities: torch.Tensor
+
+
+def read_pass(
+    path: Path, order: list[int], sizes: np.ndarray, num_classes: int, input_size: int
+) -> PublishedPass:
+    """Reads and checks `epoch_<p>.tar`.
+
+    Args:
+        path: the file.
+        order: image index of every view.
+        sizes: int [images, 2], height and width.
+        num_classes, input_size: what the labels and CutMix boxes must fit.
+
+    Raises:
+        UserError: naming the batch and what does not fit.
+    """
+    batches = load_published(path)
+    if not isinstance(batches, list) or not batches:
+        raise UserError(f"{path} is not a list of label batches")
+    batch_size, start = len(batches[0][1]), 0
+    parts: dict[str, list[torch.Tensor]] = {
+        name: [] for name in ("box", "flip", "mix_index", "mix_box", "mix_lam", "probabilities")
+    }
+    for number, batch in enumerate(batches):
+        where = f"{path}, batch {number}"
+        if not isinstance(batch, (list, tuple)) or len(batch) != 6:
+            raise UserError(f"{where}: expected coords, flips, mix_index, lam, bbox, soft_labels")
+        coords, flips, mix_index, lam, bbox, probabilities = batch
+        coords, flips = torch.as_tensor(coords).float(), torch.as_tensor(flips).bool()
+        count = len(flips)
+        indices = order[start : start + count]
+        if count != min(batch_size, len(order) - start) or coords.shape != (count, 4):
+            raise UserError(
+                f"{where}: {count} views where {min(batch_size, len(order) - start)} belong"
+            )
+        if probabilities.shape != (count, num_classes):
+            raise UserError(
+                f"{where}: soft labels are {tuple(probabilities.shape)}, expected "
+                f"({count}, {num_classes})"
+            )
+        if not torch.isfinite(probabilities).all():
+            raise UserError(f"{where}: soft labels are not finite")
+        parts["box"].append(_boxes(coords, sizes[indices], where))
+        parts["flip"].append(flips)
+        parts["probabilities"].append(probabilities.float())
+        if mix_index is not None:
+            mix_index = torch.as_tensor(mix_index).long()
+            if mix_index.shape != (count,) or not ((mix_index >= 0) & (mix_index < count)).all():
+                raise UserError(f"{where}: mix_index does not name views of the batch")
+            parts["mix_index"].append(mix_index)
+        if bbox is not None:
+            box = torch.tensor([int(value) for value in bbox], dtype=torch.int32)
+            if len(box) != 4 or not ((box >= 0) & (box <= input_size)).all():
+                raise UserError(f"{where}: CutMix box {bbox} does not fit {input_size} pixels")
+            parts["mix_box"].append(torch.cat([box[:2], (box[2:] - box[:2]).clamp(min=0)]))
+        elif lam is not None:
+            parts["mix_lam"].append(torch.tensor(float(lam)))
+        start += count
+    if start != len(order):
+        raise UserError(f"{path} has {start} views, {_INDICES} lists {len(order)}")
+    return _assemble(parts, order, batch_size, len(batches), path)
+
+
+def _boxes(coords: torch.Tensor, sizes: np.ndarray, where: str) -> torch.Tensor:
+    """int32 [B, 4] pixels of fractional crops (top, left, height, width), truncated."""
+    scale = torch.from_numpy(np.asarray(sizes, dtype=np.float64)).repeat(1, 2)
+    box = (coords.double() * scale).trunc().int()
+    box[:, 2:].clamp_(min=1)
+    limit = torch.from_numpy(np.asarray(sizes, dtype=np.int32))
+    if (box[:, :2] < 0).any() or (box[:, :2] + box[:, 2:] > limit).any():
+        raise UserError(f"{where}: a crop lies outside its image; are these the right images?")
+    return box
+
+
+def _assemble(
+    parts: dict[str, list[torch.Tensor]], order: list[int], batch_size: int, batches: int, path
+) -> PublishedPass:
+    cutmix, mixup = len(parts["mix_box"]) == batches, len(parts["mix_lam"]) == batches
+    if parts["mix_box"] and not cutmix:
+        raise UserError(f"{path} mixes batches with and without a CutMix box")
+    mixed = cutmix or (mixup and bool((torch.stack(parts["mix_lam"]) < 1).any()))
+    if mixed and len(parts["mix_index"]) != batches:
+        raise UserError(f"{path} has mixed batches without mix_index")
+    views = Views(
+        torch.tensor(order),
+        torch.cat(parts["box"]),
+        torch.cat(parts["flip"]),
+        batch_size,
+        torch.cat(parts["mix_index"]) if mixed else None,
+        torch.stack(parts["mix_box"]) if cutmix else None,
+        torch.stack(parts["mix_lam"]) if mixed and not cutmix else None,
+    )
+    return PublishedPass(views, torch.cat(parts["probabilities"]))
+
+
+def to_logits(probabilities: torch.Tensor) -> torch.Tensor:
+    """Centred logits 20 log p; a probability that half precision lost becomes its smallest one."""
+    smallest = torch.finfo(torch.float16).smallest_normal / 1024
+    logits = TEMPERATURE * probabilities.clamp(min=smallest).log()
+    return logits - logits.mean(dim=1, keepdim=True)
+
+
+def read_order(path: Path, images_count: int) -> list[list[int]]:
+    """Image indices of every pass; raises UserError unless each pass holds every image once."""
+    content = load_published(path)
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{path} is not a dictionary of image indices")
+    passes = []
+    for number in range(len(content)):
+        order = content.get(str(number), content.get(number))
+        if order is None:
+            raise UserError(f"{path} has no entry for pass {number}")
+        order = [int(index) for index in order]
+        if sorted(order) != list(range(images_count)):
+            raise UserError(
+                f"{path}: pass {number} lists {len(order)} images, which are not the "
+                f"{images_count} of the image folder once each"
+            )
+        passes.append(order)
+    return passes
+
+
+def main() -> None:
+    args = parse_arguments()
+    dataset = datasets.from_arguments(args)
+    folder = images.scan(args.data_dir, dataset.num_classes)
+    dataset = dataclasses.replace(dataset, num_classes=len(folder.classes))
+    ipc = folder.ipc()
+    if not args.fkd_dir.is_dir():
+        raise UserError(f"published label folder not found: {args.fkd_dir}")
+    sizes, fingerprint = images.inspect(folder)
+    orders = read_order(args.fkd_dir / _INDICES, len(folder.files))
+
+    def published(number: int) -> PublishedPass:
+        path = args.fkd_dir / f"epoch_{number}.tar"
+        return read_pass(path, orders[number], sizes, dataset.num_classes, dataset.input_size)
+
+    first = published(0).views
+    mix = "none" if first.mix_index is None else "mixup" if first.mix_box is None else "cutmix"
+    same_size = bool((sizes == sizes[0]).all())
+    settings = {
+        "dataset": dataset.name,
+        "num_classes": dataset.num_classes,
+        "classes": folder.classes,
+        "ipc": ipc,
+        "slc": ipc * len(orders),
+        "passes": len(orders),
+        "batch_size": first.batch_size,
+        "image_size": sizes[0].tolist() if same_size else None,
+        "input_size": dataset.input_size,
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
+        "seed": None,
+        "crop_scale": [args.min_scale, 1.0],
+        "crop_ratio": list(RATIO),
+        "mix": mix,
+        "teachers": [],
+        "imported": {
+            "layout": "FKD",
+            "temperature": TEMPERATURE,
+            "sampler_indices_sha256": sha256_file(args.fkd_dir / _INDICES),
+        },
+        "codec": {"name": "fp16"},
+        "images": {"count": len(folder.files), "per_class": ipc, "sha256": fingerprint},
+        "versions": runtime.versions(),
+    }
+    writer = LabelWriter(args.out_dir, settings, sizes, "--out-dir")
+    if writer.complete:
+        LabelSet.open(args.out_dir)
+        print(f"{args.out_dir} is complete and verified: nothing to do")
+        return
+    writer.begin()
+    for number in cli.progress(range(len(orders)), desc="convert", unit="pass"):
+        if writer.verified(number):
+            continue
+        one = published(number)
+        if one.views.batch_size != first.batch_size or (one.views.mix_box is None) != (
+            first.mix_box is None
+        ):
+            raise UserError(f"pass {number} has another batch size or mixing than pass 0")
+        writer.write_pass(number, to_logits(one.probabilities), one.views, folder.labels)
+    manifest = writer.finish()
+    print(
+        f"{args.out_dir}: {len(orders)} passes of {len(folder.files)} soft labels; teacher top-1 "
+        f"on the views {manifest['teacher_top1']:.1f} %"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)
