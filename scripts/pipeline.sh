@@ -1,0 +1,80 @@
+# shellcheck shell=bash
+# Sourced by run_imagenet.sh and its siblings: checks the paths, relabels, trains a student.
+
+# shellcheck source=scripts/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+# shellcheck source=config.sh
+source "$ROOT/config.sh"
+
+DOWNLOADS="https://drive.google.com/drive/folders"
+
+check_paths() { # DATASET IMAGES VALIDATION: one line for each thing that is missing
+    local dataset="$1" images="$2" validation="$3" missing=0
+    if [[ -z "$Main_Data_Path" || -z "$val_dir" ]]; then
+        echo "config.sh: set Main_Data_Path (images, labels, runs) and val_dir (validation images)" \
+            "in $ROOT/config.sh or in the environment; to see everything work without any data," \
+            "run: bash scripts/run_demo.sh" >&2
+        return 2
+    fi
+    if [[ ! -d "$images" ]]; then
+        echo "no distilled images at $images: download them from" \
+            "$DOWNLOADS/1H99ui_LZxyNYfaAEfDVX7rvobP3J-Lwp or select some with: python" \
+            "scripts/prepare_distilled.py --help; METHOD=$METHOD and IPC=$IPC choose the folder" >&2
+        missing=1
+    fi
+    if [[ ! -d "$validation" ]]; then
+        echo "no validation images at $validation: download them from" \
+            "$DOWNLOADS/1BCWWdvo1MnwtTUIEK-t3QcS0KwwAMVqH or sort your own with: python" \
+            "scripts/prepare_val.py --help" >&2
+        missing=1
+    fi
+    if [[ -n "$TEACHER_WEIGHTS" && ! -f "$TEACHER_WEIGHTS" ]]; then
+        echo "no teacher weights at TEACHER_WEIGHTS=$TEACHER_WEIGHTS" >&2
+        missing=1
+    elif [[ -z "$TEACHER_WEIGHTS" && "$dataset" != imagenet1k && "$TEACHER" != *:* &&
+        ! -f "$Main_Data_Path/$TEACHER.pth" ]]; then
+        echo "no teacher weights at $Main_Data_Path/$TEACHER.pth: put a $TEACHER trained on" \
+            "$dataset there, or name a file with TEACHER_WEIGHTS" >&2
+        missing=1
+    fi
+    return $((missing * 2))
+}
+
+run_pipeline() { # DATASET [-- FLAG ...]: the flags go to validate/train.py
+    local dataset="$1"
+    shift
+    if [[ "${1:-}" == -- ]]; then
+        shift
+    elif [[ $# -gt 0 ]]; then
+        echo "unexpected argument $1: settings come from config.sh or the environment (IPC=50 bash" \
+            "...), flags for validate/train.py follow --" >&2
+        return 2
+    fi
+    local name="${METHOD}_bs${BATCH_SIZE}_slc${SLC}_ipc${IPC}"
+    local images="$Main_Data_Path/generated_data/syn_data/$dataset/${METHOD}_ipc$IPC"
+    local labels="$Main_Data_Path/generated_data/new_labels/$dataset/$name"
+    local run="$Main_Data_Path/runs/$dataset/${name}_${MODEL}_${SCHEDULE//[:,]/-}_seed$SEED"
+    check_paths "$dataset" "$images" "$val_dir/$dataset"
+    use_environment requirements.txt
+    if [[ -f "$labels/sampler_indices_dict.pt" ]]; then
+        echo "== 1/2 labels: importing the published ones in $labels"
+        "$PYTHON" "$ROOT/relabel/convert.py" --fkd-dir "$labels" --data-dir "$images" \
+            --out-dir "${labels}_imported" --dataset "$dataset"
+        labels="${labels}_imported"
+    else
+        local teacher=(--teacher "$TEACHER")
+        [[ -z "$TEACHER_WEIGHTS" ]] || teacher+=(--teacher-weights "$TEACHER_WEIGHTS")
+        [[ "$METHOD" != rded ]] || teacher+=(--no-bssl)
+        echo "== 1/2 labels: $labels"
+        mkdir -p "$(dirname "$labels")"
+        "$PYTHON" "$ROOT/relabel/generate.py" --data-dir "$images" --label-dir "$labels" \
+            --dataset "$dataset" --slc "$SLC" --batch-size "$BATCH_SIZE" --codec "$CODEC" \
+            --workers "$WORKERS" "${teacher[@]}"
+    fi
+    echo "== 2/2 student: $run"
+    mkdir -p "$(dirname "$run")"
+    "$PYTHON" "$ROOT/validate/train.py" --data-dir "$images" --label-dir "$labels" \
+        --val-dir "$val_dir/$dataset" --output-dir "$run" --dataset "$dataset" --model "$MODEL" \
+        --schedule "$SCHEDULE" --soft-epochs "$SOFT_EPOCHS" --hard-epochs "$HARD_EPOCHS" \
+        --seed "$SEED" --workers "$WORKERS" "$@"
+}

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Relabels distilled Tiny-ImageNet images and trains a student on them; settings: config.sh.
+# Flags after -- go to validate/train.py: bash scripts/run_tiny_imagenet.sh -- --soft-loss-scale T2
+set -euo pipefail
+
+# shellcheck source=scripts/pipeline.sh
+source "$(dirname "${BASH_SOURCE[0]}")/pipeline.sh"
+run_pipeline tiny_imagenet "$@"

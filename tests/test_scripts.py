@@ -1,0 +1,90 @@
+"""The shell scripts: what they check before any work."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, tree
+from PIL import Image
+
+
+def bash(script: str, *arguments: str, **settings: object) -> subprocess.CompletedProcess:
+    cleared = {name: value for name, value in os.environ.items() if name != "TEACHER_WEIGHTS"}
+    environment = {**cleared, **{name: str(value) for name, value in settings.items()}}
+    command = ["bash", str(ROOT / "scripts" / script), *arguments]
+    return subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("script", ["run_imagenet.sh", "run_tiny_imagenet.sh", "run_cifar100.sh"])
+def test_an_untouched_configuration_is_explained(script):
+    done = bash(script, Main_Data_Path="", val_dir="")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "set Main_Data_Path" in done.stderr and "scripts/run_demo.sh" in done.stderr
+
+
+def test_everything_that_is_missing_is_named_at_once(tmp_path):
+    done = bash("run_cifar100.sh", Main_Data_Path=tmp_path / "a", val_dir=tmp_path / "b", IPC=7)
+    assert done.returncode == 2 and not done.stdout
+    images, validation, teacher = done.stderr.splitlines()
+    assert f"{tmp_path}/a/generated_data/syn_data/cifar100/fadrm_ipc7" in images
+    assert "prepare_distilled.py" in images
+    assert f"{tmp_path}/b/cifar100" in validation and "prepare_val.py" in validation
+    assert f"{tmp_path}/a/ResNet18.pth" in teacher
+    assert tree(tmp_path) == {}
+
+
+def test_flags_for_training_follow_two_dashes(tmp_path):
+    done = bash("run_imagenet.sh", "--lr", "1", Main_Data_Path=tmp_path, val_dir=tmp_path)
+    assert done.returncode == 2 and "flags for validate/train.py follow --" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_pipeline_runs_and_passes_flags_on(tmp_path):
+    """CIFAR-100's layout with its 100 classes; the student's epochs and flags from outside."""
+    main, validation = tmp_path / "main", tmp_path / "val"
+    images = main / "generated_data/syn_data/cifar100/rded_ipc1"
+    for label in range(100):
+        for root in (images, validation / "cifar100"):
+            (root / f"{label:05d}").mkdir(parents=True)
+            colour = (round(255 * label / 100), 90, 90)
+            Image.new("RGB", (32, 32), colour).save(root / f"{label:05d}" / "0.png")
+    settings = {
+        **{"Main_Data_Path": main, "val_dir": validation, "METHOD": "rded", "IPC": 1, "SLC": 1},
+        **{"SOFT_EPOCHS": 1, "HARD_EPOCHS": 0, "MODEL": "ConvNetW32", "WORKERS": 0},
+        "TEACHER": "tests.fixed_teacher:factory",
+    }
+    done = bash("run_cifar100.sh", "--", "--temperature", "4", **settings)
+    assert done.returncode == 0, done.stderr
+    run = main / "runs/cifar100/rded_bs16_slc1_ipc1_ConvNetW32_hald_seed0"
+    assert "temperature: 4.0" in (run / "args.yaml").read_text()
+    manifest = main / "generated_data/new_labels/cifar100/rded_bs16_slc1_ipc1/manifest.json"
+    assert '"bssl": false' in manifest.read_text()
+    again = bash("run_cifar100.sh", "--", "--temperature", "4", **settings)
+    assert again.returncode == 0
+    assert "nothing to do" in again.stdout and "is done" in again.stdout
+
+
+def test_requirements_are_compared_by_version(tmp_path):
+    checker = ROOT / "scripts" / "check_requirements.py"
+    for text, expected in (
+        ("numpy>=1.0\n", 0),
+        ("numpy>=99\n", 1),
+        ("no-such-package\n", 1),
+        ("-r other.txt\n", 1),
+    ):
+        (tmp_path / "requirements.txt").write_text(text)
+        (tmp_path / "other.txt").write_text("numpy>=99\n")
+        done = subprocess.run(
+            [shutil.which("python3"), checker, tmp_path / "requirements.txt"],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(site_packages())},
+        )
+        assert done.returncode == expected
+
+
+def site_packages() -> list[str]:
+    import numpy
+
+    return [str(Path(numpy.__file__).parents[1])]
