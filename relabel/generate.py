@@ -146,7 +146,10 @@ def check_class_order(
     views.index = torch.from_numpy(chosen)[views.index]
     batches = [batch.to(device) for batch in views]
     hits = 0
-    for batch, pixels in zip(batches, source.render(batches), strict=True):
+    bar = cli.progress(
+        source.render(batches), desc="class order", total=len(batches), leave=False, delay=2
+    )
+    for batch, pixels in zip(batches, bar, strict=True):
         hits += (teachers.logits(pixels).argmax(1).cpu() == labels[batch.index.cpu()]).sum().item()
     chance, count = 1 / (int(labels.max()) + 1), len(chosen)
     spread = 4 * math.sqrt(count * chance * (1 - chance))
