@@ -13,17 +13,18 @@ if not __package__:  # run as a plain script: imports start at the repository ro
 import argparse
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from relabel.teacher import Ensemble, load_teacher, use_batch_statistics
-from utils import cli, datasets, images, runtime
+from utils import cli, codecs, datasets, images, runtime
 from utils.cli import UserError, bounded
-from utils.codecs import CODECS
+from utils.codecs import FIT_LABELS, Mixture
 from utils.labels import LabelSet, LabelWriter
-from utils.views import MIXES, RATIO, centre_views
+from utils.views import MIXES, RATIO, Views, centre_views
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -81,7 +82,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="X",
         help="smallest crop as a share of the image's area",
     )
-    labels.add_argument("--codec", choices=sorted(CODECS), default="fp16")
+    codecs.add_arguments(labels, default="fp16")
     labels.add_argument("--seed", type=bounded(int, 0, 2**62), default=42, metavar="N")
     labels.add_argument(
         "--force", action="store_true", help="go on although the class order looks scrambled"
@@ -164,24 +165,41 @@ def check_class_order(
         )
 
 
-def label_pass(
-    writer: LabelWriter, number: int, teachers: Ensemble, source, labels: torch.Tensor, bar: tqdm
-) -> None:
-    """Draws, renders and labels the views of one pass, and writes them."""
-    views = writer.draw(number)
-    logits = torch.empty(len(views.index), writer.settings["num_classes"])
+def label_views(
+    number: int, views: Views, teachers: Ensemble, source, bar: tqdm
+) -> Iterator[torch.Tensor]:
+    """Renders and labels the views of a pass: float32 [n, C] logits, some batches at a time."""
     batches = list(views.to(teachers.runtime.device))
-    start = 0
     for pixels in source.render(batches):
-        logits[start : start + len(pixels)] = teachers.logits(pixels)
-        start += len(pixels)
-        bar.update(len(pixels))
-    if not logits.isfinite().all():
-        raise UserError(
-            f"the teacher gave NaN or infinite logits in pass {number}; try --amp off, else its "
-            "weights are broken"
-        )
-    writer.write_pass(number, logits, views, labels)
+        logits = teachers.logits(pixels).cpu()
+        if not logits.isfinite().all():
+            raise UserError(
+                f"the teacher gave NaN or infinite logits in pass {number}; try --amp off, else "
+                "its weights are broken"
+            )
+        bar.update(len(logits))
+        yield logits
+
+
+def fit_codec(
+    writer: LabelWriter, teachers: Ensemble, source, labels: torch.Tensor
+) -> dict[int, list[torch.Tensor]]:
+    """Fits the writer's codec to the first labels; returns the logits of passes labelled whole."""
+    kept: dict[int, list[torch.Tensor]] = {}
+    total = writer.settings["passes"] * len(labels)
+    with cli.progress(total=min(FIT_LABELS, total), desc="fit codec", unit="view") as bar:
+
+        def chunks() -> Iterator[tuple[torch.Tensor, Mixture]]:
+            for number in range(writer.settings["passes"]):
+                views, kept[number], start = writer.draw(number), [], 0
+                mixture = writer.mixture(views, labels)
+                for logits in label_views(number, views, teachers, source, bar):
+                    kept[number].append(logits)
+                    yield logits, mixture[start : start + len(logits)]
+                    start += len(logits)
+
+        writer.fit(chunks())
+    return {n: parts for n, parts in kept.items() if sum(map(len, parts)) == len(labels)}
 
 
 def main() -> None:
@@ -222,7 +240,7 @@ def main() -> None:
         ],
         "bssl": args.bssl,
         "precision": machine.precision,
-        "codec": {"name": args.codec},
+        "codec": codecs.from_arguments(args),
         "images": {
             "count": len(folder.files),
             "per_class": ipc or folder.counts(),
@@ -241,6 +259,9 @@ def main() -> None:
         for teacher in teachers.teachers:
             use_batch_statistics(teacher.model)
     writer.begin()
+    fitting = {}
+    if writer.codec is None:
+        fitting = fit_codec(writer, teachers, source, folder.labels)
     missing = [number for number in range(passes) if not writer.verified(number)]
     if len(missing) < passes:
         print(f"{passes - len(missing)} of {passes} passes are there and verified: skipped")
@@ -248,7 +269,13 @@ def main() -> None:
     done = total - len(missing) * len(folder.files)
     with cli.progress(total=total, initial=done, desc="relabel", unit="view") as bar:
         for number in missing:
-            label_pass(writer, number, teachers, source, folder.labels, bar)
+            views = writer.draw(number)
+            logits = fitting.pop(number, None)
+            if logits is None:
+                logits = label_views(number, views, teachers, source, bar)
+            else:
+                bar.update(len(views.index))
+            writer.write_pass(number, logits, views, folder.labels)
     manifest = writer.finish()
     size = sum((args.label_dir / name).stat().st_size for name in manifest["files"])
     print(

@@ -11,16 +11,17 @@ are described in the docstrings of the four codecs; all numbers are little-endia
   klt    the difference from the class mean in a fitted basis, rounded, entropy coded
 """
 
+import argparse
 import dataclasses
 import lzma
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from utils.cli import UserError
+from utils.cli import UserError, bounded
 
 Codes = tuple[torch.Tensor, ...]
 
@@ -29,7 +30,7 @@ TEMPERATURE = 20.0  # at which distortion is measured
 DEFAULT_DISTORTION = 0.01
 FIT_LABELS = 20_000
 _FIT_VALUES = 1 << 28  # logits kept for fitting: 1 GiB
-_CHUNK = 4096  # labels encoded at once
+_BLOCK = 4096  # labels encoded at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,13 +100,37 @@ class Codec:
 
     def pack(self, logits: torch.Tensor, mixture: Mixture) -> bytes:
         """Bytes of float32 [N, C] centred logits."""
-        starts = range(0, len(logits), _CHUNK)
-        rows = [slice(start, start + _CHUNK) for start in starts]
-        return self.pack_codes(join([self.encode(logits[part], mixture[part]) for part in rows]))
+        parts = [self.encode(block, mixture[rows]) for rows, block in blocks([logits])]
+        return self.pack_codes(join(parts))
+
+
+def blocks(chunks: Iterable[torch.Tensor]) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Rows of a stream [n, C], [m, C], ... in blocks of 4096, whatever sizes they come in.
+
+    The same labels then always go through the same matrix products, and become the same bytes.
+
+    Yields:
+        the place of each block in the stream, and the block.
+    """
+    start, waiting = 0, []
+
+    def block() -> tuple[slice, torch.Tensor]:
+        nonlocal start, waiting
+        rows = torch.cat(waiting)
+        rows, waiting = rows[:_BLOCK], [rows[_BLOCK:]]
+        start += len(rows)
+        return slice(start - len(rows), start), rows
+
+    for chunk in chunks:
+        waiting.append(chunk)
+        while sum(map(len, waiting)) >= _BLOCK:
+            yield block()
+    if sum(map(len, waiting)):
+        yield block()
 
 
 def join(chunks: list[Codes]) -> Codes:
-    """The codes of several chunks of labels as one."""
+    """The codes of several blocks of labels as one."""
     return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
 
 
@@ -275,7 +300,17 @@ def unpack_bits(data: bytes, bits: int, count: int) -> np.ndarray:
 
 
 # One filter for all payloads: literals dominate, so no alignment (lp, pb) is modelled.
-_LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 3, "lp": 0, "pb": 0, "dict_size": 1 << 24}]
+_LZMA = [
+    {
+        "id": lzma.FILTER_LZMA2,
+        "preset": 6,
+        "lc": 3,
+        "lp": 0,
+        "pb": 0,
+        "nice_len": 273,
+        "dict_size": 1 << 24,
+    }
+]
 _LARGEST = (1 << 15) - 1
 _HEADER = np.dtype("<u4")
 
@@ -375,7 +410,7 @@ def _principal(centred: torch.Tensor, rank: int = 1024) -> torch.Tensor:
     classes = centred.shape[1]
     if classes <= 4 * rank:
         scatter = torch.zeros(classes, classes, dtype=torch.float64)
-        for chunk in centred.split(_CHUNK):
+        for chunk in centred.split(_BLOCK):
             scatter += chunk.double().T @ chunk.double()
         return torch.linalg.eigh(scatter).eigenvectors.flip(1).T.float().contiguous()
     generator = torch.Generator().manual_seed(0)
@@ -662,6 +697,67 @@ def from_manifest(parameters: dict, num_classes: int, arrays: dict[str, np.ndarr
     if name not in CODECS:
         raise UserError(f"codec {name!r} is unknown to this version (known: {', '.join(CODECS)})")
     options = {key: value for key, value in parameters.items() if key != "name"}
-    if CODECS[name].fitted:
-        return CODECS[name](num_classes, options, arrays)
-    return CODECS[name](num_classes, **options)
+    if not CODECS[name].fitted:
+        return CODECS[name](num_classes, **options)
+    if not arrays:
+        raise UserError(f"codec.npz, the fitted part of codec {name}, is missing")
+    return CODECS[name](num_classes, options, arrays)
+
+
+def needs_fit(parameters: dict) -> bool:
+    """Whether the codec of a manifest's "codec" entry has a part that is fitted to the labels."""
+    return parameters["name"] in CODECS and CODECS[parameters["name"]].fitted
+
+
+def fit(
+    parameters: dict,
+    chunks: Iterable[tuple[torch.Tensor, Mixture]],
+    num_classes: int,
+    labels: int,
+    pass_labels: int,
+) -> Codec:
+    """The codec of a manifest's "codec" entry, fitted to the first labels of a stream (Klt.fit)."""
+    options = {key: value for key, value in parameters.items() if key != "name"}
+    return CODECS[parameters["name"]].fit(
+        chunks, num_classes, labels, pass_labels=pass_labels, **options
+    )
+
+
+def add_arguments(parser: argparse._ActionsContainer, default: str | None = None) -> None:
+    """Adds --codec and the flags that belong to one codec each."""
+    required = {"required": True} if default is None else {"default": default}
+    parser.add_argument("--codec", choices=sorted(CODECS), help="how labels are stored", **required)
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument(
+        "--bytes-per-label",
+        type=bounded(float, 0.1),
+        metavar="N",
+        help="klt: budget for the logits, basis and class means included",
+    )
+    target.add_argument(
+        "--distortion",
+        type=bounded(float, 1e-6, 1),
+        metavar="X",
+        help="klt: share of the label's information lost at temperature 20 "
+        f"(default without a budget: {DEFAULT_DISTORTION})",
+    )
+    parser.add_argument("--topk", type=bounded(int, 1), metavar="K", help="topk: logits kept")
+    parser.add_argument(
+        "--bits", type=bounded(int, 1, 8), metavar="N", help="quant: bits per class"
+    )
+
+
+def from_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The manifest's "codec" entry that the flags ask for; raises UserError when they clash."""
+    owners = {"topk": "topk", "bits": "quant", "bytes_per_label": "klt", "distortion": "klt"}
+    given = {name: getattr(args, name) for name in owners if getattr(args, name) is not None}
+    for name in given:
+        if owners[name] != args.codec:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} belongs to codec {owners[name]}, not to {args.codec}")
+    for name in CODECS[args.codec].options:
+        if name not in given:
+            raise UserError(f"--codec {args.codec} needs --{name}")
+    if args.codec == "klt" and not given:
+        given = {"distortion": DEFAULT_DISTORTION}
+    return {"name": args.codec, **given}

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import io
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 
 from utils import codecs
 from utils.cli import UserError
-from utils.codecs import Codes, Mixture
+from utils.codecs import Codec, Codes, Mixture, blocks, join
 from utils.files import atomic_write, read_json, sha256_file, to_json
 from utils.views import Views, ViewSpec, draw
 
@@ -160,7 +160,6 @@ class LabelWriter:
         self.settings = {"format": FORMAT, "version": VERSION, **settings}
         self.spec = view_spec(self.settings)
         self.sizes = sizes
-        self.codec = codecs.from_manifest(settings["codec"], settings["num_classes"], {})
         existing = self._existing_settings()
         if existing is not None:
             if difference := first_difference(self.settings, existing, _NOT_COMPARED):
@@ -171,6 +170,34 @@ class LabelWriter:
             self.settings["versions"] = existing["versions"]
         elif self.path.exists() and any(self.path.iterdir()):
             raise UserError(f"{self.path} is not empty and not a label set; choose another folder")
+        self.codec = self._open_codec()
+
+    def _open_codec(self) -> Codec | None:
+        """The codec; None while its fitted part has yet to be fitted."""
+        parameters, fitted = self.settings["codec"], {}
+        if codecs.needs_fit(parameters):
+            if not (self.path / _CODEC).exists():
+                return None
+            fitted = _read_npz(self.path / _CODEC)
+        return codecs.from_manifest(parameters, self.settings["num_classes"], fitted)
+
+    def fit(self, chunks: Iterable[tuple[torch.Tensor, Mixture]]) -> None:
+        """Fits the codec, where that is needed, and records its fitted part.
+
+        Args:
+            chunks: logits float32 [n, C] and mixtures from the first pass on; read as far as
+                needed.
+        """
+        if self.codec is None:
+            count = self.settings["images"]["count"]
+            self.codec = codecs.fit(
+                self.settings["codec"],
+                ((centre(logits), mixture) for logits, mixture in chunks),
+                self.settings["num_classes"],
+                labels=count * self.settings["passes"],
+                pass_labels=count,
+            )
+            atomic_write(self.path / _CODEC, _npz_bytes(self.codec.arrays()))
 
     def begin(self) -> None:
         """Makes the folder and records the settings, where that has not been done."""
@@ -206,32 +233,43 @@ class LabelWriter:
             raise UserError(f"{path} is damaged: delete it and run the same command again")
         return True
 
+    def mixture(self, views: Views, hard_labels: torch.Tensor) -> Mixture:
+        """The hard labels in these views; hard_labels int64 [images]."""
+        return Mixture(*views.classes(hard_labels), views.lam(self.spec.input_size))
+
     def write_pass(
         self,
         number: int,
-        logits: torch.Tensor,
+        logits: torch.Tensor | Iterable[torch.Tensor],
         views: Views,
         hard_labels: torch.Tensor,
+        teacher_correct: int | None = None,
     ) -> None:
         """Packs and writes one pass.
 
         Args:
             number: the pass.
-            logits: float32 [images, C], the teacher's logits.
+            logits: float32 [images, C], the teacher's logits, at once or as a stream of chunks.
             views: the same views; stored only where `draw(number)` does not give them again.
             hard_labels: int64 [images], the class of every image.
+            teacher_correct: views whose mainly shown class the teacher names; counted when None.
         """
-        mixture = Mixture(*views.classes(hard_labels), views.lam(self.spec.input_size))
+        mixture = self.mixture(views, hard_labels)
         mainly = torch.where(mixture.lam >= 0.5, mixture.own, mixture.partner)
-        correct = int((logits.argmax(1) == mainly).sum())
         checksum = views.checksum()
         drawn_again = self.settings["seed"] is not None
-        payload = np.frombuffer(self.codec.pack(centre(logits), mixture), dtype=np.uint8)
+        codes, correct = [], 0
+        for rows, block in blocks([logits] if isinstance(logits, torch.Tensor) else logits):
+            correct += int((block.argmax(1) == mainly[rows]).sum())
+            codes.append(self.codec.encode(centre(block), mixture[rows]))
+        payload = np.frombuffer(self.codec.pack_codes(join(codes)), dtype=np.uint8)
+        if teacher_correct is None:
+            teacher_correct = correct
         arrays = {
             "payload": payload,
             "payload_sha256": np.frombuffer(hashlib.sha256(payload).digest(), dtype=np.uint8),
             "views_sha256": np.frombuffer(checksum, dtype=np.uint8),
-            "teacher_correct": np.array(correct, dtype="<i8"),
+            "teacher_correct": np.array(teacher_correct, dtype="<i8"),
             **({} if drawn_again else _views_to_arrays(views)),
         }
         atomic_write(self.path / pass_name(number), _npz_bytes(arrays))
@@ -259,7 +297,7 @@ class LabelSet:
     i // batches_per_pass. Codes are loaded pass by pass when first used and then kept.
     """
 
-    def __init__(self, path: Path, manifest: dict, sizes: np.ndarray, codec):
+    def __init__(self, path: Path, manifest: dict, sizes: np.ndarray, codec: Codec):
         self.path, self.manifest, self.sizes, self.codec = path, manifest, sizes, codec
         self.spec = view_spec(manifest)
         self.device = torch.device("cpu")
@@ -381,6 +419,10 @@ class LabelSet:
                 tuple(code.to(self.device) for code in codes),
             )
         return self._loaded[number]
+
+    def teacher_correct(self, number: int) -> int:
+        """Views of a pass whose mainly shown class the teacher named."""
+        return int(_read_npz(self.path / pass_name(number))["teacher_correct"])
 
     def load_pass(self, number: int) -> tuple[Views, Codes]:
         """Views and codes of one pass, read from disk, the views drawn again and verified."""
