@@ -1,5 +1,6 @@
 """Bad input: one line, exit code 2, and nothing written or changed."""
 
+import errno
 import json
 import shutil
 
@@ -8,8 +9,8 @@ import torch
 from conftest import generate_arguments, train_arguments, tree, write_images
 from PIL import Image
 
-from relabel import generate
-from utils import images
+from relabel import generate, teacher
+from utils import files, images
 from utils.cli import UserError
 from validate import evaluate, train
 
@@ -303,3 +304,25 @@ def test_class_lists(tmp_path, distilled, validation, fits):
     else:
         with pytest.raises(UserError):
             images.check_same_classes(folder, distilled, "labels")
+
+
+def test_a_full_disk_leaves_nothing_half_written(world, tmp_path, command, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    arguments = generate_arguments(world.data, tmp_path / "new", world.weights, "--slc", 3)
+    done = command(generate.main, *arguments)
+    assert done.code == 2 and len(done.err.splitlines()) == 1
+    assert f"the disk is full at {tmp_path}/new/manifest.partial.json; free some space" in done.err
+    assert tree(tmp_path / "new") == {}
+
+
+def test_running_out_of_gpu_memory_says_which_flag_helps(world, tmp_path, command, monkeypatch):
+    def exhausted(self, views):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(teacher.Ensemble, "logits", exhausted)
+    arguments = generate_arguments(world.data, tmp_path / "new", world.weights, "--slc", 3)
+    done = command(generate.main, *arguments)
+    assert done.code == 2 and "out of GPU memory; a smaller --batch-size" in done.err
