@@ -299,18 +299,19 @@ def unpack_bits(data: bytes, bits: int, count: int) -> np.ndarray:
     return values
 
 
-# One filter for all payloads: literals dominate, so no alignment (lp, pb) is modelled.
-_LZMA = [
-    {
-        "id": lzma.FILTER_LZMA2,
-        "preset": 6,
-        "lc": 3,
-        "lp": 0,
-        "pb": 0,
-        "nice_len": 273,
-        "dict_size": 1 << 24,
-    }
-]
+_DICTIONARY = 1 << 24  # bytes of the LZMA dictionary that a reader provides
+
+
+def _filters(size: int) -> list[dict[str, int]]:
+    """LZMA2 for so many bytes: single numbers matter, not alignment, so no lp and pb.
+
+    The dictionary is no larger than the data, which makes small passes fast.
+    """
+    dictionary = max(1 << 12, min(_DICTIONARY, 1 << (size - 1).bit_length()))
+    shape = {"lc": 3, "lp": 0, "pb": 0, "nice_len": 273, "dict_size": dictionary}
+    return [{"id": lzma.FILTER_LZMA2, "preset": 6, **shape}]
+
+
 _LARGEST = (1 << 15) - 1
 _HEADER = np.dtype("<u4")
 
@@ -355,13 +356,14 @@ def pack_integers(values: np.ndarray) -> bytes:
             parts.append((filled.reshape(-1, per_byte) @ worth).astype(np.uint8))
         _add_energy(energy, column)
     data = b"".join(part if isinstance(part, bytes) else part.tobytes() for part in parts)
-    return lzma.compress(data, format=lzma.FORMAT_RAW, filters=_LZMA)
+    return lzma.compress(data, format=lzma.FORMAT_RAW, filters=_filters(len(data)))
 
 
 def unpack_integers(data: bytes, columns: int) -> np.ndarray:
     """int16 [N, columns]: the inverse of pack_integers; raises UserError on damage."""
     try:
-        stream = np.frombuffer(lzma.decompress(data, lzma.FORMAT_RAW, filters=_LZMA), np.uint8)
+        stream = lzma.decompress(data, lzma.FORMAT_RAW, filters=_filters(_DICTIONARY))
+        stream = np.frombuffer(stream, np.uint8)
         rows = int(stream[:4].view(_HEADER)[0])
         place = 4 + 2 * columns
         largest = stream[4:place].view("<u2").tolist()
