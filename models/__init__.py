@@ -1,11 +1,14 @@
 """The registry of networks: which name means which network at which resolution."""
 
 import difflib
+import hashlib
 import importlib
+import re
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor, hub, nn
 from torchvision import models as torchvision_models
 
 from models.convnet import convnet
@@ -89,10 +92,26 @@ def torchvision_weights(name: str) -> dict[str, Tensor]:
         raise ValueError(_unknown(name, [*_LARGE, *_torchvision_names()]))
     choices = torchvision_models.get_model_weights(torchvision_name)
     weights = choices.__members__.get("IMAGENET1K_V1", choices.DEFAULT)
+    _check_cached_file(weights.url)
     # The builder, not weights.get_state_dict(): it renames the keys of the old DenseNet files. It
     # insists on the auxiliary head of Inception, which `build` leaves out.
     state = torchvision_models.get_model(torchvision_name, weights=weights).state_dict()
     return {key: value for key, value in state.items() if not key.startswith("AuxLogits.")}
+
+
+def _check_cached_file(url: str) -> None:
+    """Raise ValueError when an earlier download is not the file its name's hash promises.
+
+    torchvision checks that hash only while downloading, and unpickles the file without
+    restrictions.
+    """
+    name = url.rpartition("/")[2]
+    path = Path(hub.get_dir()) / "checkpoints" / name
+    promised = re.search(r"-([0-9a-f]{8,})\.", name)
+    if path.exists() and promised:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        if not found.startswith(promised[1]):
+            raise ValueError(f"{path} is damaged or not torchvision's; delete it to download again")
 
 
 def _torchvision_names() -> list[str]:

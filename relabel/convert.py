@@ -25,6 +25,7 @@ from utils import cli, datasets, images, runtime
 from utils.cli import UserError, bounded
 from utils.files import load_tensors, sha256_file
 from utils.labels import LabelSet, LabelWriter
+from utils.metrics import near_chance
 from utils.views import RATIO, Views
 
 TEMPERATURE = 20.0
@@ -38,6 +39,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, required=True, help="the images it was made for")
     parser.add_argument("--out-dir", type=Path, required=True, help="the label set to make")
     datasets.add_arguments(parser)
+    parser.add_argument(
+        "--force", action="store_true", help="go on although the labels hardly fit the images"
+    )
     parser.add_argument(
         "--min-scale",
         type=bounded(float, 0.0001, 1),
@@ -189,6 +193,24 @@ def read_order(path: Path, images_count: int) -> list[list[int]]:
     return passes
 
 
+def check_fit(
+    args: argparse.Namespace,
+    one: PublishedPass,
+    hard_labels: torch.Tensor,
+    dataset: datasets.Dataset,
+) -> None:
+    """Stops when the labels hardly ever name the class of the image: other images or order."""
+    own, partner = one.views.classes(hard_labels)
+    mainly = torch.where(one.views.lam(dataset.input_size) >= 0.5, own, partner)
+    hits, count = int((one.probabilities.argmax(1) == mainly).sum()), len(mainly)
+    if near_chance(hits, count, dataset.num_classes) and not args.force:
+        raise UserError(
+            f"only {100 * hits / count:.1f} % of the labels in {args.fkd_dir} name the class of "
+            f"their image in {args.data_dir}: probably other images, or another class order; "
+            "--force goes on"
+        )
+
+
 def main() -> None:
     args = parse_arguments()
     dataset = datasets.from_arguments(args)
@@ -204,7 +226,9 @@ def main() -> None:
         path = args.fkd_dir / f"epoch_{number}.tar"
         return read_pass(path, orders[number], sizes, dataset.num_classes, dataset.input_size)
 
-    first = published(0).views
+    beginning = published(0)
+    first = beginning.views
+    check_fit(args, beginning, folder.labels, dataset)
     mix = "none" if first.mix_index is None else "mixup" if first.mix_box is None else "cutmix"
     same_size = bool((sizes == sizes[0]).all())
     settings = {

@@ -12,7 +12,6 @@ if not __package__:  # run as a plain script: imports start at the repository ro
 
 import argparse
 import dataclasses
-import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -24,6 +23,7 @@ from utils import cli, codecs, datasets, images, runtime
 from utils.cli import UserError, bounded
 from utils.codecs import FIT_LABELS, Mixture
 from utils.labels import LabelSet, LabelWriter
+from utils.metrics import near_chance
 from utils.views import MIXES, RATIO, Views, centre_views
 
 
@@ -101,7 +101,7 @@ def count_passes(args: argparse.Namespace, folder: images.ImageFolder) -> tuple[
             raise UserError(f"--slc {args.slc} is not a multiple of IPC, which is {ipc} here")
         passes = args.slc // ipc
     count = len(folder.files)
-    if args.bssl and count % args.batch_size == 1:
+    if args.bssl and (count - 1) % args.batch_size == 0:
         made_of = f"IPC {ipc} x {len(folder.classes)} classes" if ipc else "this folder"
         raise UserError(
             f"{made_of} = {count} images in batches of {args.batch_size} leave a last batch of "
@@ -138,9 +138,7 @@ def check_class_order(
 ) -> None:
     """Stops when the teacher hardly recognises the images: their classes are in another order.
 
-    Looks at unmixed central views of at most 1,024 images with running statistics. "Near chance"
-    is below four standard deviations above the expected hits of guessing, or five times those
-    where that is more and still at most a quarter.
+    Looks at unmixed central views of at most 1,024 images with running statistics.
     """
     chosen = np.linspace(0, len(sizes) - 1, min(len(sizes), 1024)).astype(int)
     views = centre_views(sizes[chosen], args.batch_size)
@@ -152,16 +150,14 @@ def check_class_order(
     )
     for batch, pixels in zip(batches, bar, strict=True):
         hits += (teachers.logits(pixels).argmax(1).cpu() == labels[batch.index.cpu()]).sum().item()
-    chance, count = 1 / (int(labels.max()) + 1), len(chosen)
-    spread = 4 * math.sqrt(count * chance * (1 - chance))
-    limit = max(count * chance + spread, count * min(5 * chance, 0.25))
+    count, num_classes = len(chosen), int(labels.max()) + 1
     top1 = 100 * hits / count
     print(f"teacher top-1 on central views of {count} images: {top1:.1f} %")
-    if hits < limit and not args.force:
+    if near_chance(hits, count, num_classes) and not args.force:
         raise UserError(
-            f"the teacher recognises only {top1:.1f} % of the images in {args.data_dir} (guessing: "
-            f"{100 * chance:.1f} %): the class order is probably scrambled, or the weights are "
-            "another data set's; --force goes on"
+            f"the teacher recognises only {top1:.1f} % of the images in {args.data_dir} (guessing "
+            f"gives {100 / num_classes:.1f} %): the class order is probably scrambled, or the "
+            "weights are another data set's; --force goes on"
         )
 
 
@@ -277,7 +273,7 @@ def main() -> None:
                 bar.update(len(views.index))
             writer.write_pass(number, logits, views, folder.labels)
     manifest = writer.finish()
-    size = sum((args.label_dir / name).stat().st_size for name in manifest["files"])
+    size = LabelSet.open(args.label_dir).bytes_on_disk()
     print(
         f"{total} soft labels in {args.label_dir}: {size:,} bytes, "
         f"{size / total:.1f} per label; teacher top-1 on the views {manifest['teacher_top1']:.1f} %"

@@ -12,7 +12,7 @@ import models
 from utils.cli import UserError
 from utils.datasets import Dataset
 from utils.files import load_tensors, sha256_state
-from utils.runtime import Runtime
+from utils.runtime import Runtime, check_outputs
 
 
 @dataclasses.dataclass
@@ -48,7 +48,7 @@ def load_teacher(name: str, weights: Path | None, dataset: Dataset, runtime: Run
         load_state(model, state[0], f"teacher weights {state[1]}", name)
     model.requires_grad_(False).eval()
     model.to(runtime.device, memory_format=torch.channels_last)
-    _check_outputs(model, name, dataset, runtime)
+    check_outputs(model, dataset, runtime.device, f"teacher {name}")
     return Teacher(name, model, sha256_state(model.state_dict()))
 
 
@@ -103,17 +103,6 @@ def load_state(model: nn.Module, state: dict[str, torch.Tensor], what: str, name
         counts = f"{len(missing)} tensors missing, {len(unexpected)} unexpected"
         raise UserError(f"{what} do not fit {name}: {counts} (first: {(missing + unexpected)[0]})")
     model.load_state_dict(state, strict=False)
-
-
-def _check_outputs(model: nn.Module, name: str, dataset: Dataset, runtime: Runtime) -> None:
-    """Raises UserError unless the network maps one input to one logit per class."""
-    size = dataset.input_size
-    with torch.inference_mode():
-        shape = tuple(model(torch.zeros(1, 3, size, size, device=runtime.device)).shape)
-    if shape != (1, dataset.num_classes):
-        raise UserError(
-            f"teacher {name} gives {shape[-1]} classes, {dataset.name} has {dataset.num_classes}"
-        )
 
 
 def use_batch_statistics(model: nn.Module) -> None:

@@ -128,12 +128,12 @@ def _keep_better(best: torch.Tensor, boxes: torch.Tensor, loss: torch.Tensor, ba
 def write_images(
     out: Path, folder: images.ImageFolder, chosen: list[list[int]], boxes, size: int, args
 ) -> None:
-    """Writes IPC images per class to out/00000, ...; chosen: per class, best images first."""
+    """Writes IPC images per class in the published layout; chosen: per class, best images first."""
     tile = size // args.collage
     no_flip = torch.zeros(1, dtype=torch.bool)
     bar = cli.progress(desc="writing images", unit="img", total=len(chosen) * args.ipc)
-    for label, members in enumerate(chosen):
-        (out / f"{label:05d}").mkdir()
+    for name, members in zip(images.published_names(folder.classes), chosen, strict=True):
+        (out / name).mkdir()
         for number in range(args.ipc):
             canvas = torch.empty(3, tile * args.collage, tile * args.collage)
             for place in range(args.collage**2):
@@ -147,7 +147,7 @@ def write_images(
                     column * tile : (column + 1) * tile,
                 ] = crop_resize(pixels[None], boxes[image : image + 1], no_flip, tile)[0]
             array = canvas.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-            path = out / f"{label:05d}" / f"{number:05d}.{args.format}"
+            path = out / name / f"{number:05d}.{args.format}"
             Image.fromarray(array).save(path, **({"quality": 95} if args.format == "jpg" else {}))
             bar.update()
     bar.close()

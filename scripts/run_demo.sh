@@ -12,7 +12,13 @@ mkdir -p "$out"
 
 # Networks this small do not gain from a second thread; two runs side by side do.
 export OMP_NUM_THREADS=1
-common=(--val-dir "$out/digits/test" --dataset digits --model ConvNetW32 --workers 0 --eval-every 20)
+common=(--val-dir "$out/digits/test" --dataset digits --model ConvNetW32 --lr 0.001 --workers 0
+    --eval-every 20)
+
+# Runs beside are not to outlive this script.
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
 
 student() { # NAME SEED [FLAG ...]
     if [[ -e "$out/$1_seed$2/result.json" ]]; then
@@ -21,7 +27,7 @@ student() { # NAME SEED [FLAG ...]
     fi
     "$PYTHON" "$ROOT/validate/train.py" --data-dir "$out/distilled_ipc5" \
         --label-dir "$out/labels_slc5" --output-dir "$out/$1_seed$2" --seed "$2" \
-        --label-smoothing 0.1 "${common[@]}" "${@:3}"
+        --label-smoothing 0.1 --eta 2 "${common[@]}" "${@:3}"
 }
 
 beside() { # LOG COMMAND ...: starts a command whose output goes to a file
@@ -43,7 +49,7 @@ echo "== 2/5 teacher: trained on the whole training split"
 if [[ -e "$out/teacher/result.json" ]]; then
     echo "$out/teacher is done: skipped"
 else
-    OMP_NUM_THREADS=2 "$PYTHON" "$ROOT/validate/train.py" --data-dir "$out/digits/train" \
+    "$PYTHON" "$ROOT/validate/train.py" --data-dir "$out/digits/train" \
         --output-dir "$out/teacher" --schedule hard:60 --hard-mix none --label-smoothing 0 \
         --min-scale 0.5 --eta 1 "${common[@]}"
 fi

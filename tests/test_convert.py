@@ -31,6 +31,8 @@ def write_published(folder, passes=2, batch=5, mixed=True) -> None:
             corner = np.int64(numbers.integers(0, 20))
             bbox = [corner, np.int64(4), corner + 9, np.int64(22)] if mixed else None
             logits = torch.from_numpy(numbers.normal(0, 4, (count, 4)))
+            members = order[str(number)][start : start + count]
+            logits[range(count), [image // 3 for image in members]] += 20
             batches.append(
                 [
                     coords,
@@ -118,6 +120,19 @@ def change(fkd, edit):
 class Code:
     def __reduce__(self):
         return (print, ("executed",))
+
+
+def test_labels_of_other_images_are_refused_unless_forced(world, tmp_path, command):
+    fkd = tmp_path / "fkd"
+    write_published(fkd)
+    for number in range(2):
+        batches = torch.load(fkd / f"epoch_{number}.tar", weights_only=False)
+        for batch in batches:
+            batch[5] = batch[5].roll(1, dims=1)
+        torch.save(batches, fkd / f"epoch_{number}.tar")
+    done = command(convert.main, *arguments(world, fkd, tmp_path / "l"))
+    assert done.code == 2 and "probably other images, or another class order" in done.err
+    assert command(convert.main, *arguments(world, fkd, tmp_path / "l"), "--force").code == 0
 
 
 REFUSED = {

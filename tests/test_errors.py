@@ -73,7 +73,7 @@ GENERATE = {
     "empty folder": (
         lambda w: [shutil.rmtree(folder) for folder in w.data.iterdir()],
         [],
-        "must hold one sub-folder of images per class",
+        "must hold one sub-folder per class",
     ),
     "class without images": (
         lambda w: [file.unlink() for file in (w.data / "00001").iterdir()],
@@ -82,6 +82,11 @@ GENERATE = {
     ),
     "scrambled by text order": (
         lambda w: rename_classes(w, "0", "1", "10", "2"),
+        [],
+        "class order would be scrambled",
+    ),
+    "scrambled behind a prefix": (
+        lambda w: rename_classes(w, "class_0", "class_1", "class_10", "class_2"),
         [],
         "class order would be scrambled",
     ),
@@ -103,6 +108,7 @@ GENERATE = {
         ["--batch-size", 11],
         "IPC 3 x 4 classes = 12 images in batches of 11 leave a last batch of one image",
     ),
+    "batches of one under BSSL": (None, ["--batch-size", 1], "a last batch of one image"),
     "teacher of other classes": (wrong_class_count, [], "expected (4,"),
     "weights of another network": (None, ["--teacher", "ResNet18"], "do not fit ResNet18"),
     "weights with code": (lambda w: save(w, {"a": Code()}), [], "nothing in it was executed"),
@@ -160,6 +166,8 @@ TRAIN = {
         [],
         "class 3 is '00003'",
     ),
+    "other normalisation": (None, ["--mean", 0, 0, 0], "mean: expected [0.0, 0.0, 0.0]"),
+    "student for larger images": (None, ["--model", "vit_b_16"], "does not take 32-pixel images"),
     "unknown student": (None, ["--model", "ConvNett"], "ConvNet"),
     "unknown schedule": (None, ["--schedule", "hadl"], "unknown schedule 'hadl'"),
     "schedule does not parse": (None, ["--schedule", "soft:x"], "not of the form"),
@@ -257,7 +265,7 @@ def test_a_checkpoint_with_code_is_refused(world, tmp_path, command):
 def test_a_checkpoint_that_names_code_needs_confirmation(world, tmp_path, command):
     state = {"format": "hald-student", "network": "os:system", "precision": "off"}
     facts = {"name": "c", "num_classes": 4, "input_size": 32, "mean": (0.0,) * 3, "std": (1.0,) * 3}
-    torch.save({**state, "dataset": facts}, tmp_path / "c.pt")
+    torch.save({**state, "dataset": facts, "classes": [], "model": {}}, tmp_path / "c.pt")
     done = command(evaluate.main, "--checkpoint", tmp_path / "c.pt", "--val-dir", world.val)
     assert done.code == 2 and "confirm with --model os:system" in done.err
 
@@ -288,7 +296,8 @@ def test_files_that_are_not_images_are_ignored_and_counted(copied, capsys):
     [
         (["00000", "00001"], ["n01440764", "n01443537"], True),
         (["cat", "dog"], ["cat", "dog"], True),
-        (["00000", "00001"], ["cat", "dog"], True),
+        (["00000", "00001"], ["0", "1"], True),
+        (["00000", "00001"], ["cat", "dog"], False),
         (["cat", "dog"], ["cat", "cow"], False),
         (["00000", "00001"], ["00000", "00002"], False),
         (["00000", "00001"], ["00000"], False),
@@ -325,4 +334,4 @@ def test_running_out_of_gpu_memory_says_which_flag_helps(world, tmp_path, comman
     monkeypatch.setattr(teacher.Ensemble, "logits", exhausted)
     arguments = generate_arguments(world.data, tmp_path / "new", world.weights, "--slc", 3)
     done = command(generate.main, *arguments)
-    assert done.code == 2 and "out of GPU memory; a smaller --batch-size" in done.err
+    assert done.code == 2 and "out of GPU memory; relabel with a smaller --batch-size" in done.err

@@ -63,7 +63,7 @@ def left_teacher(num_classes: int) -> nn.Module:
 
 
 GREYS = (40, 200, 120, 80, 160, 240)
-BEST_FIRST = {"first": (240, 200, 160, 120, 80, 40), "second": (40, 80, 120, 160, 200, 240)}
+BEST_FIRST = {"n00000001": (240, 200, 160, 120, 80, 40), "n00000002": (40, 80, 120, 160, 200, 240)}
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def test_the_surest_crop_of_an_image_is_the_one_written(tmp_path, monkeypatch):
     root, out = tmp_path / "in", tmp_path / "out"
     halves = np.zeros((32, 32, 3), dtype=np.uint8)
     halves[:, :16] = 255
-    for name in ("first", "second"):
+    for name in ("n00000001", "n00000002"):
         (root / name).mkdir(parents=True)
         Image.fromarray(halves).save(root / name / "0.png")
     run(monkeypatch, root, out, ipc=1, crops=200, min_scale=0.1)
@@ -178,7 +178,7 @@ def test_the_surest_crop_of_an_image_is_the_one_written(tmp_path, monkeypatch):
 def test_the_crop_that_was_scored_is_written_and_not_its_mirror_image(tmp_path, monkeypatch):
     root, out = tmp_path / "in", tmp_path / "out"
     ramp = np.linspace(255, 0, 32).astype(np.uint8)  # bright on the left
-    for name in ("first", "second"):
+    for name in ("n00000001", "n00000002"):
         (root / name).mkdir(parents=True)
         Image.fromarray(np.stack([np.tile(ramp, (32, 1))] * 3, axis=2)).save(root / name / "0.png")
     # Class 1 wants the bright side on the right: no crop is, so the flattest must win.
@@ -195,7 +195,7 @@ def test_jpg_is_written_when_asked_for(source, tmp_path, monkeypatch):
 
 
 def test_images_of_different_sizes_are_taken_too(source, tmp_path, monkeypatch):
-    Image.new("RGB", (40, 20), (255,) * 3).save(source / "first" / "wide.png")
+    Image.new("RGB", (40, 20), (255,) * 3).save(source / "n00000001" / "wide.png")
     run(monkeypatch, source, tmp_path / "out", ipc=1)
     assert (pixels(tmp_path / "out/00000/00000.png") == 255).all()
 
@@ -251,7 +251,7 @@ def test_folder_made_with_other_settings_is_left_as_it_is(source, tmp_path, monk
 
 def test_folder_made_from_other_images_is_left_as_it_is(source, tmp_path, monkeypatch):
     run(monkeypatch, source, tmp_path / "out")
-    (source / "first" / "0.png").rename(source / "first" / "another.png")
+    (source / "n00000001" / "0.png").rename(source / "n00000001" / "another.png")
     assert "exists already" in error_of(monkeypatch, source, tmp_path / "out")
 
 
@@ -276,7 +276,7 @@ def test_what_cannot_work_is_one_line_and_makes_no_folder(
 
 
 def test_truncated_image_is_named(source, tmp_path, monkeypatch):
-    path = source / "second" / "3.png"
+    path = source / "n00000002" / "3.png"
     path.write_bytes(path.read_bytes()[:40])
     assert str(path) in error_of(monkeypatch, source, tmp_path / "out")
 

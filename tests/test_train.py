@@ -64,7 +64,15 @@ def test_the_run_folder_records_everything(world, tmp_path, command):
     output = tmp_path / "run"
     assert command(train.main, *train_arguments(world, output, "--slc", 3)).code == 0
     assert set(tree(output)) == {
-        *("args.yaml", "log.jsonl", "checkpoint.pt", "best.pt", "curves.png", "result.json")
+        *(
+            "args.yaml",
+            "log.jsonl",
+            "checkpoint.pt",
+            "best.pt",
+            "curves.png",
+            "result.json",
+            ".lock",
+        )
     }
     recorded = yaml.safe_load((output / "args.yaml").read_text())
     assert recorded["settings"]["passes"] == 1 and recorded["settings"]["lr"] == 0.001
@@ -141,6 +149,7 @@ def test_the_entry_that_was_taken_is_named():
 
 def test_a_log_line_cut_off_by_a_kill_is_dropped(tmp_path):
     run = runlog.RunFolder(tmp_path / "run", {"lr": 1}, {})
+    run.path.mkdir()
     run.begin(0)
     run.log({"epoch": 1})
     with (run.path / "log.jsonl").open("a") as file:

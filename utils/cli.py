@@ -17,11 +17,18 @@ class UserError(Exception):
     """Something the user can mend; its text is the one line printed before exit code 2."""
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, except where there is none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser without abbreviations, whose errors are one line each."""
 
     def __init__(self, **kwargs):
-        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        kwargs.setdefault("formatter_class", _HelpFormatter)
         super().__init__(allow_abbrev=False, **kwargs)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None):
@@ -67,19 +74,28 @@ def progress(iterable=None, **options) -> tqdm:
     return tqdm(iterable, **options)
 
 
+def _terminated(*_) -> NoReturn:
+    program = Path(sys.argv[0]).name
+    print(f"\n{program}: terminated; the same command again continues", file=sys.stderr)
+    sys.exit(143)
+
+
 def run(main: Callable[[], None]) -> NoReturn:
     """Runs an entry script's `main`; whatever the user can mend ends in one line and exit code 2.
 
     SIGTERM and Ctrl-C exit with 143 and 130; every other exception keeps its traceback.
     """
     program = Path(sys.argv[0]).name
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         main()
     except UserError as error:
         message = str(error)
     except torch.OutOfMemoryError:
-        message = "out of GPU memory; a smaller --batch-size or --amp fp16 needs less"
+        message = (
+            "out of GPU memory; relabel with a smaller --batch-size, train a smaller --model, or "
+            "free the GPU of other jobs"
+        )
     except KeyboardInterrupt:
         print(f"\n{program}: interrupted; the same command again continues", file=sys.stderr)
         sys.exit(130)

@@ -7,7 +7,6 @@ import os
 import pickle
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -49,15 +48,20 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Yields `<path>.partial`, emptied of what an interrupted attempt left, and renames it on success.
 
     Raises:
-        UserError: `path` exists already.
+        UserError: `path` exists already, or the partial folder is not one of ours.
     """
     if path.exists():
         raise UserError(f"{path} exists already and is left as it is; choose another folder")
     partial = path.with_name(path.name + ".partial")
+    marker = partial / ".made-by-hald"
     if partial.exists():
+        if not marker.exists():
+            raise UserError(f"{partial} is in the way and was not made here; move it away")
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
+    marker.touch()
     yield partial
+    marker.unlink()
     partial.rename(path)
 
 
@@ -110,7 +114,8 @@ def load_tensors(path: Path, what: str) -> Any:
         UserError: the file is missing, damaged, or holds anything that would have to be executed.
     """
     if not path.is_file():
-        raise UserError(f"{what} not found: {path}")
+        state = "is a folder, not a file" if path.is_dir() else "not found"
+        raise UserError(f"{what} {state}: {path}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -118,6 +123,10 @@ def load_tensors(path: Path, what: str) -> Any:
             f"{what} {path} is damaged, or holds Python objects and not only tensors; nothing "
             "in it was executed (save the model's state_dict() alone)"
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except OSError:
+        raise
+    except (
+        Exception
+    ) as error:  # whatever the reader stumbles over in a file that is none of its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{what} {path} is damaged: {reason}") from None

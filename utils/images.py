@@ -26,6 +26,9 @@ from utils.cli import UserError, progress
 from utils.datasets import Dataset
 from utils.views import Views, crop_resize, mix, normalise, render
 
+# What IMG_EXTENSIONS can hold; never formats like EPS, which PIL hands to an interpreter.
+_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF", "WEBP")
+
 
 @dataclasses.dataclass(frozen=True)
 class ImageFolder:
@@ -48,6 +51,14 @@ class ImageFolder:
     def counts(self) -> list[int]:
         """Images per class."""
         return torch.bincount(self.labels, minlength=len(self.classes)).tolist()
+
+    def listing_sha256(self) -> str:
+        """Hex SHA-256 over names and sizes of all files: cheap, and other images differ in it."""
+        digest = hashlib.sha256()
+        for path in self.files:
+            name = path.relative_to(self.root).as_posix()
+            digest.update(f"{name} {path.stat().st_size}\n".encode())
+        return digest.hexdigest()
 
     def ipc(self) -> int:
         """Images per class; raises UserError when the classes differ."""
@@ -80,7 +91,7 @@ def scan(root: Path, num_classes: int | None = None) -> ImageFolder:
         entry.name for entry in root.iterdir() if entry.is_dir() and entry.name[0] != "."
     )
     if not classes:
-        raise UserError(f"{root} is empty: it must hold one sub-folder of images per class")
+        raise UserError(f"{root} has no class folders: it must hold one sub-folder per class")
     _check_order(root, classes)
     if num_classes is not None and len(classes) != num_classes:
         raise UserError(f"{root} has {len(classes)} class folders, the data set {num_classes}")
@@ -101,29 +112,35 @@ def scan(root: Path, num_classes: int | None = None) -> ImageFolder:
 
 
 def _check_order(root: Path, classes: list[str]) -> None:
-    """Stops when folders are numbers whose text order is not their number order."""
-    if all(name.isdigit() for name in classes):
-        numbers = [int(name) for name in classes]
-        for before, after in itertools.pairwise(classes):
-            if int(before) >= int(after):
-                raise UserError(
-                    f"{root}: as text, folder {before!r} sorts before {after!r}, so the class "
-                    f"order would be scrambled; name the folders with equally many digits "
-                    f"({'0' * (5 - len(str(numbers[0])))}{numbers[0]}, ...)"
-                )
+    """Stops when folders are numbered ("7", "class_7") and text order is not number order."""
+    numbered = [re.fullmatch(r"(\D*)(\d+)", name) for name in classes]
+    if not all(numbered) or len({found[1] for found in numbered}) > 1:
+        return
+    for before, after in itertools.pairwise(numbered):
+        if int(before[2]) >= int(after[2]):
+            raise UserError(
+                f"{root}: as text, folder {before[0]!r} sorts before {after[0]!r}, so the class "
+                f"order would be scrambled; name the folders with equally many digits "
+                f"({before[1]}{int(before[2]):05d}, ...); scripts/prepare_links.py makes links"
+            )
 
 
 def check_same_classes(folder: ImageFolder, classes: list[str], owner: str) -> None:
     """Raises UserError unless the folder's classes can be those of `owner`.
 
-    Index folders (00000 ...) and WordNet ids (n01440764 ...) name the same classes in the same
-    order; any other difference in names is a difference of class lists.
+    Index folders (00000 ..., or 0 ...) and WordNet ids (n01440764 ...) name the same classes in
+    the same order; any other difference in names is a difference of class lists.
     """
     if len(folder.classes) != len(classes):
         raise UserError(
             f"{folder.root} has {len(folder.classes)} class folders, {owner} has {len(classes)}"
         )
-    if folder.classes == classes or _is_indexed(folder.classes) != _is_indexed(classes):
+    sides = (folder.classes, classes)
+    if folder.classes == classes or {_kind(side) for side in sides} == {"index", "WordNet"}:
+        return
+    if {_kind(side) for side in sides} == {"index"} and [*map(int, sides[0])] == [
+        *map(int, classes)
+    ]:
         return
     for position, (found, expected) in enumerate(zip(folder.classes, classes, strict=True)):
         if found != expected:
@@ -133,8 +150,19 @@ def check_same_classes(folder: ImageFolder, classes: list[str], owner: str) -> N
             )
 
 
-def _is_indexed(classes: list[str]) -> bool:
-    return all(name.isdigit() for name in classes)
+def _kind(classes: list[str]) -> str:
+    """ "index" for numbers, "WordNet" for ids like n01440764, else "names"."""
+    for kind, pattern in (("index", r"\d+"), ("WordNet", r"n\d{8}")):
+        if all(re.fullmatch(pattern, name) for name in classes):
+            return kind
+    return "names"
+
+
+def published_names(classes: list[str]) -> list[str]:
+    """Folder names of distilled images: 00000 ... for numbers and WordNet ids, else the same."""
+    if _kind(classes) == "names":
+        return classes
+    return [f"{label:05d}" for label in range(len(classes))]
 
 
 def decode(path: Path, data: bytes | None = None) -> Image.Image:
@@ -142,7 +170,8 @@ def decode(path: Path, data: bytes | None = None) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(path if data is None else io.BytesIO(data)).convert("RGB")
+            source = path if data is None else io.BytesIO(data)
+            return Image.open(source, formats=_FORMATS).convert("RGB")
     except Image.DecompressionBombError:
         raise UserError(f"image {path} is implausibly large; it was not decoded") from None
     except (OSError, SyntaxError, ValueError) as error:
@@ -173,7 +202,7 @@ def inspect(folder: ImageFolder) -> tuple[np.ndarray, str]:
     def read(path: Path) -> tuple[tuple[int, int], str]:
         data = path.read_bytes()
         try:
-            width, height = Image.open(io.BytesIO(data)).size
+            width, height = Image.open(io.BytesIO(data), formats=_FORMATS).size
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
             decode(path, data)
             raise

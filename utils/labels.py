@@ -20,6 +20,7 @@ import torch
 from utils import codecs
 from utils.cli import UserError
 from utils.codecs import Codec, Codes, Mixture, blocks, join
+from utils.datasets import Dataset
 from utils.files import atomic_write, read_json, sha256_file, to_json
 from utils.views import Views, ViewSpec, draw
 
@@ -81,7 +82,7 @@ def _short(value: Any) -> str:
 def _npz_bytes(arrays: dict[str, np.ndarray]) -> bytes:
     """An uncompressed .npz archive: equal arrays, equal bytes."""
     buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
+    np.savez(buffer, **arrays)
     return buffer.getvalue()
 
 
@@ -93,6 +94,10 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} is missing from the label set") from None
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
+
+
+def _sha256(array: np.ndarray) -> bytes:
+    return hashlib.sha256(array).digest()
 
 
 def _smallest_unsigned(values: torch.Tensor) -> np.ndarray:
@@ -229,7 +234,10 @@ class LabelWriter:
         if not path.exists():
             return False
         stored = _read_npz(path)
-        if hashlib.sha256(stored["payload"]).digest() != stored["payload_sha256"].tobytes():
+        whole = {"payload", "payload_sha256", "views_sha256", "teacher_correct"} <= stored.keys()
+        if not whole or hashlib.sha256(stored["payload"]).digest() != bytes(
+            stored["payload_sha256"]
+        ):
             raise UserError(f"{path} is damaged: delete it and run the same command again")
         return True
 
@@ -393,21 +401,27 @@ class LabelSet:
         extra = [name for name in (_CODEC, _SIZES) if name in self.manifest["files"]]
         return sum((self.path / name).stat().st_size for name in [_MANIFEST, *extra, *names])
 
-    def check(
-        self, dataset: str, num_classes: int, classes: Sequence[str], input_size: int, images: str
-    ) -> None:
-        """Raises UserError, naming the field, unless the labels were made for exactly this."""
+    def check(self, dataset: Dataset, classes: Sequence[str], images: str) -> None:
+        """Raises UserError, naming the field, unless the labels were made for exactly this.
+
+        Args:
+            dataset: its facts, the number of classes counted.
+            classes: class names in order.
+            images: fingerprint of the image folder.
+        """
         manifest = self.manifest
         found = {
             "dataset": manifest["dataset"],
             "number of classes": manifest["num_classes"],
             "input size": manifest["input_size"],
+            "mean": manifest["mean"],
+            "std": manifest["std"],
             "class list": manifest["classes"],
             "images (SHA-256 over names and contents)": manifest["images"]["sha256"],
         }
-        expected = dict(
-            zip(found, (dataset, num_classes, input_size, list(classes), images), strict=True)
-        )
+        facts = (dataset.name, dataset.num_classes, dataset.input_size)
+        given = (*facts, list(dataset.mean), list(dataset.std), list(classes), images)
+        expected = dict(zip(found, given, strict=True))
         if difference := first_difference(expected, found):
             raise UserError(f"the labels in {self.path} were made for something else: {difference}")
 

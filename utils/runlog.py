@@ -1,5 +1,7 @@
 """The run folder: arguments, a line per epoch, checkpoint, result and curves."""
 
+import fcntl
+import io
 import json
 import subprocess
 from pathlib import Path
@@ -13,7 +15,7 @@ from utils.labels import first_difference
 from utils.runtime import versions
 
 ARGUMENTS, LOG, CHECKPOINT, BEST = "args.yaml", "log.jsonl", "checkpoint.pt", "best.pt"
-RESULT, CURVES = "result.json", "curves.png"
+RESULT, CURVES, LOCK = "result.json", "curves.png", ".lock"
 
 
 class RunFolder:
@@ -42,7 +44,7 @@ class RunFolder:
                     f"{self.path} holds a run with other settings ({difference}); choose another "
                     "--output-dir or the same settings"
                 )
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif self.path.exists() and any(entry.name != LOCK for entry in self.path.iterdir()):
             raise UserError(f"{self.path} is not empty and not a run; choose another --output-dir")
 
     def result(self) -> dict | None:
@@ -60,9 +62,27 @@ class RunFolder:
         path = self.path / CHECKPOINT
         return load_tensors(path, "checkpoint") if path.exists() else None
 
-    def begin(self, epochs_done: int) -> None:
-        """Makes the folder, records the arguments, and drops log lines after the checkpoint."""
+    def __enter__(self) -> "RunFolder":
+        """Locks the folder against a second process; raises UserError when one has it."""
         self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / LOCK).open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise UserError(f"another process is training in {self.path}; wait for it") from None
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._lock.close()
+        # Where nothing was recorded, an error came first: leave no trace of this attempt.
+        if not self.started:
+            (self.path / LOCK).unlink(missing_ok=True)
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
+
+    def begin(self, epochs_done: int) -> None:
+        """Records the arguments, and drops log lines after the checkpoint."""
         record = {
             "settings": self.settings,
             "others": self.others,
@@ -88,7 +108,10 @@ class RunFolder:
 
     def save(self, name: str, state: dict) -> None:
         """Writes CHECKPOINT or BEST."""
-        atomic_write(self.path / name, lambda file: torch.save(state, file))
+        # Through memory: torch.save hides a full disk behind an error of its own.
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        atomic_write(self.path / name, buffer.getvalue())
 
     def finish(self, result: dict) -> None:
         """Draws the curves and writes the result, which marks the run as done."""

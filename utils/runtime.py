@@ -2,12 +2,15 @@
 
 import argparse
 import dataclasses
+import os
 
 import numpy
 import torch
 import torchvision
+from torch import nn
 
 from utils.cli import UserError, bounded
+from utils.datasets import Dataset
 
 AMP_CHOICES = ("auto", "fp16", "bf16", "off")
 
@@ -38,6 +41,33 @@ class Runtime:
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
 
 
+def check_outputs(model: nn.Module, dataset: Dataset, device: torch.device, what: str) -> None:
+    """Raises UserError unless the network maps one input to one finite logit per class.
+
+    Args:
+        model: on `device`; evaluated without gradients, left in the mode it was in.
+        dataset: gives input size and number of classes.
+        device: where the network is.
+        what: names it in the message.
+    """
+    training, size = model.training, dataset.input_size
+    try:
+        with torch.inference_mode():
+            logits = model.eval()(torch.zeros(1, 3, size, size, device=device))
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{what} does not take {size}-pixel images: {reason}") from None
+    model.train(training)
+    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if shape != (1, dataset.num_classes):
+        raise UserError(
+            f"{what} gives {shape} for one image, expected (1, {dataset.num_classes}), the number "
+            f"of classes of {dataset.name}"
+        )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --device, --amp and --workers."""
     group = parser.add_argument_group("machine")
@@ -59,6 +89,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def from_arguments(args: argparse.Namespace) -> Runtime:
     """The runtime that the flags of add_arguments ask for; raises UserError if it is not there."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "started by torchrun with several processes, which is not supported yet; start one "
+            "process (CUDA_VISIBLE_DEVICES chooses its GPU)"
+        )
     name = args.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

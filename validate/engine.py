@@ -43,9 +43,11 @@ class Trainer:
 class EpochResult:
     """Means over an epoch's views: loss, and top-1 and top-5 in percent.
 
-    A view counts as correct when the prediction is the class that covers most of it.
+    A view counts as correct when the prediction is the class that covers most of it. A soft epoch
+    may have a few views more or less than there are images, as its batches come from the pool.
     """
 
+    views: int
     loss: float
     top1: float
     top5: float
@@ -168,7 +170,7 @@ def _train(
         seen += len(pixels)
         trainer.progress(len(pixels))
     top1, top5 = (100 * correct / seen).tolist()
-    return EpochResult((loss_sum / seen).item(), top1, top5)
+    return EpochResult(seen, (loss_sum / seen).item(), top1, top5)
 
 
 @torch.inference_mode()

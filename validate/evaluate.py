@@ -35,6 +35,9 @@ def main() -> None:
     saved = load_tensors(args.checkpoint, "checkpoint")
     if not isinstance(saved, dict) or saved.get("format") != "hald-student":
         raise UserError(f"{args.checkpoint} is not a checkpoint of validate/train.py")
+    needed = ("dataset", "network", "classes", "precision", "model")
+    if missing := [field for field in needed if field not in saved]:
+        raise UserError(f"{args.checkpoint} is incomplete: it has no {missing[0]!r}")
     if args.amp == "auto":
         machine = _training_precision(machine, saved["precision"])
     dataset = Dataset(**saved["dataset"])
@@ -53,7 +56,7 @@ def main() -> None:
     images.check_same_classes(folder, saved["classes"], str(args.checkpoint))
     pixels = images.load_evaluation(folder, dataset)
     top1, top5 = engine.evaluate(
-        model.to(machine.device),
+        model.to(machine.device, memory_format=torch.channels_last),
         pixels,
         folder.labels,
         torch.tensor(dataset.mean, device=machine.device),

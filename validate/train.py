@@ -137,7 +137,7 @@ def open_labels(
             raise UserError("--slc needs --label-dir")
         return None
     labels = LabelSet.open(args.label_dir)
-    labels.check(dataset.name, dataset.num_classes, folder.classes, dataset.input_size, fingerprint)
+    labels.check(dataset, folder.classes, fingerprint)
     stored = labels.manifest["batch_size"]
     if args.batch_size not in (None, stored):
         raise UserError(
@@ -206,7 +206,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         **{name: list(v) if isinstance(v, tuple) else v for name, v in vars(dataset).items()},
         "images_sha256": fingerprint,
         "labels_sha256": sha256_file(labels.path / "manifest.json") if labels else None,
-        "validation_images": len(validation.files),
+        "validation_images": validation.listing_sha256(),
         "model": args.model,
         "phases": [list(phase) for phase in phases],
         "passes": passes,
@@ -272,7 +272,10 @@ def train(plan: Plan, run: runlog.RunFolder, workers: int, compiled: bool) -> No
             torch.cuda.set_rng_state(saved["rng"]["cuda"], device)
         reached = Reached(**saved["reached"])
         print(f"{run.path}: continuing after epoch {reached.epochs} of {len(kinds)}")
+    elif run.started:
+        print(f"{run.path}: stopped before its first checkpoint; starting over")
 
+    runtime.check_outputs(model, plan.dataset, device, f"--model {settings['model']}")
     source = images.open_images(plan.folder, plan.sizes, plan.dataset, device, workers)
     pixels = images.load_evaluation(plan.validation, plan.dataset)
     hard_labels = plan.folder.labels.to(device)
@@ -327,7 +330,7 @@ def train(plan: Plan, run: runlog.RunFolder, workers: int, compiled: bool) -> No
             "train_top1": result.top1,
             "train_top5": result.top5,
             "seconds": round(trained, 3),
-            "images_per_second": round(views_per_epoch / trained, 1),
+            "images_per_second": round(result.views / trained, 1),
         }
         ends = epoch + 1 == len(kinds)
         evaluated = ends or (epoch + 1) % settings["eval_every"] == 0
@@ -349,9 +352,10 @@ def train(plan: Plan, run: runlog.RunFolder, workers: int, compiled: bool) -> No
         run.log(line)
         reached.epochs = epoch + 1
         reached.seconds += time.monotonic() - started
+        bar.n = reached.epochs * views_per_epoch
         bar.set_postfix_str(
             f"epoch {epoch + 1}/{len(kinds)} {kind} loss {result.loss:.4g} "
-            f"top-1 {reached.last['top1'] if reached.last else math.nan:.2f} %",
+            + (f"top-1 {reached.last['top1']:.2f} %" if reached.last else "not evaluated yet"),
             refresh=False,
         )
         if evaluated or time.monotonic() - saved_at > _CHECKPOINT_SECONDS:
@@ -416,7 +420,8 @@ def main() -> None:
     if result := run.result():
         print(f"{args.output_dir} is done: {describe_result(result)}")
         return
-    train(plan, run, args.workers, args.compile)
+    with run:
+        train(plan, run, args.workers, args.compile)
 
 
 if __name__ == "__main__":
