@@ -56,6 +56,28 @@ def test_a_stopped_run_continues_to_the_same_weights(world, tmp_path, command, m
     assert [line["epoch"] for line in log(parts)] == [1, 2, 3, 4]
 
 
+def test_a_run_stopped_between_two_refills_draws_the_rest_of_the_pool(
+    world, tmp_path, command, monkeypatch
+):
+    """Two passes of three batches: after three epochs of three, half the second shuffle is left."""
+    more = ("--schedule", "soft:4", "--eval-every", 1)
+    assert command(train.main, *train_arguments(world, tmp_path / "whole", *more)).code == 0
+    original, calls = train.engine.train_soft_epoch, []
+
+    def stop_at_the_fourth(*arguments):
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(train.engine, "train_soft_epoch", stop_at_the_fourth)
+    parts = train_arguments(world, tmp_path / "parts", *more)
+    assert command(train.main, *parts).code == 130
+    done = command(train.main, *parts)
+    assert done.code == 0 and "continuing after epoch 3 of 4" in done.out
+    assert same_weights(tmp_path / "whole", tmp_path / "parts")
+
+
 def log(output):
     return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
 
