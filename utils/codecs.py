@@ -61,7 +61,8 @@ def distortion(
     expected = (teacher.double() / temperature).log_softmax(1)
     found = (decoded.double() / temperature).log_softmax(1)
     lost = (expected.exp() * (expected - found)).sum()
-    return float(lost / (expected.exp() * (expected + math.log(teacher.shape[1]))).sum())
+    told = (expected.exp() * (expected + math.log(teacher.shape[1]))).sum()
+    return float(lost / told) if told > 0 else 0.0
 
 
 class Codec:
@@ -446,8 +447,10 @@ def _class_means(values: torch.Tensor, mixture: Mixture, num_classes: int) -> to
     means = torch.zeros(num_classes, values.shape[1])
     residual = gather(values)
     direction = residual / weight
-    energy = (residual * direction).sum()
-    for _ in range(12):
+    energy = start = (residual * direction).sum()
+    for _ in range(20):
+        if energy <= 1e-8 * start:
+            break
         image = gather(_blend(direction, mixture)) + direction
         stride = energy / (direction * image).sum().clamp(min=1e-30)
         means += stride * direction
@@ -497,7 +500,10 @@ class Klt(Codec):
         whole = unpack_integers(arrays["class_means"].tobytes(), components)
         self.class_means = torch.from_numpy(whole.astype(np.float32)) * (self.step / 4)
         # The rounded basis is not quite orthonormal: least squares, not the transpose, inverts it.
-        self.projection = torch.linalg.pinv(self.basis.double()).float()
+        rows = self.basis.double()
+        gram = rows @ rows.T
+        gram += 1e-9 * gram.trace() * torch.eye(components)
+        self.projection = torch.linalg.solve(gram, rows).T.float().contiguous()
         self._device = torch.device("cpu")
 
     def parameters(self) -> dict[str, Any]:
@@ -605,24 +611,38 @@ class _Fit:
         self.values = (self.probe - self.mean.float()) @ self.directions.T
 
     def search(self, target: dict[str, float]) -> Klt:
-        """The codec with the step that just meets the target, by bisection to a percent."""
-        budget, limit = target.get("bytes_per_label"), target.get("distortion")
-        low = float(self.values.abs().max()) * 4 / _LARGEST
-        high = max(float(self.deviation.max()) * 16, 2 * low)
-        best = None
-        for _ in range(max(8, math.ceil(math.log2(math.log(high / low) / 0.01)))):
-            step = math.sqrt(low * high)
-            codec = self.codec(step, target)
-            if budget is not None:
-                met = self.bytes_per_label(codec) <= budget
-                low, high = (low, step) if met else (step, high)
-            else:
-                met = self.distortion(codec) <= limit
-                low, high = (step, high) if met else (low, step)
-            best = codec if met else best
+        """The codec whose step meets the target, with a percent to spare at most.
+
+        Size and distortion are close to powers of the step: secants in logarithms, kept inside the
+        bracket found so far.
+        """
+        (name, wanted), *_ = target.items()
+        measure = {"bytes_per_label": self.bytes_per_label, "distortion": self.distortion}[name]
+        finest = float(self.values.abs().max()) * 4 / _LARGEST
+        low, high = math.log(finest), math.log(max(float(self.deviation.max()) * 16, 2 * finest))
+        energy = float(self.probe.square().mean())
+        place = min(max(math.log(energy + 1e-30) / 2, low), high)
+        slope = -1.5 if name == "bytes_per_label" else 1.5
+        best = before = None
+        for _ in range(40):
+            codec = self.codec(math.exp(place), target)
+            excess = math.log(max(measure(codec), 1e-12) / wanted)
+            if excess <= 0:
+                best = codec
+            if -0.012 < excess <= 0 or high - low < 0.005:
+                break
+            low, high = (low, place) if excess * slope > 0 else (place, high)
+            if before and 0.3 < (excess - before[1]) / (place - before[0]) / slope < 3:
+                slope = (excess - before[1]) / (place - before[0])
+            before = place, excess
+            place -= (excess + 0.006) / slope
+            if not low < place < high:
+                place = (low + high) / 2
         if best is None:
-            asked = f"--bytes-per-label {budget:g}" if budget else f"--distortion {limit:g}"
-            raise UserError(f"{asked} cannot be met by codec klt for {self.labels} labels")
+            flag = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{flag} {wanted:g} cannot be met by codec klt for {self.labels} labels"
+            )
         return best
 
     def bytes_per_label(self, codec: Klt) -> float:
