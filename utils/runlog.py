@@ -138,8 +138,8 @@ def git_commit() -> str | None:
 
 
 def shade_phases(axes, kinds: list[str]) -> None:
-    """Shades the epochs of soft and hard phases behind a plot over epochs."""
-    colours = {"soft": "#cfe3f5", "hard": "#f9dcc4"}
+    """Shades the phases, by the kind of their epochs, behind a plot over epochs."""
+    colours = {"soft": "#cfe3f5", "hard": "#f9dcc4", "joint": "#d8f0d3", "static": "#e6dbf2"}
     start = 0
     for end in range(1, len(kinds) + 1):
         if end == len(kinds) or kinds[end] != kinds[start]:
@@ -170,7 +170,7 @@ def plot_curves(lines: list[dict], result: dict, path: Path) -> None:
         f"{result['model']} on {result['dataset']}: best {result['best']['top1']:.2f} %, "
         f"last {result['last']['top1']:.2f} %"
     )
-    for kind, style in (("soft", "C0"), ("hard", "C1")):
+    for kind, style in (("soft", "C0"), ("hard", "C1"), ("joint", "C2"), ("static", "C4")):
         values = [line["loss"] if line["kind"] == kind else float("nan") for line in lines]
         if kind in kinds:
             lower.plot(epochs, values, style, label=f"{kind}-label loss")

@@ -1,4 +1,4 @@
-"""One soft-label epoch, one hard-label epoch, one evaluation: straight-line loops.
+"""One epoch of each kind (soft, hard, joint, static), one evaluation: straight-line loops.
 
 Sums are kept on the device and read once per epoch: nothing in a loop waits for the GPU.
 """
@@ -133,6 +133,90 @@ def train_hard_epoch(
         return hard_loss(logits, own, partner, batches[step].lam(size), smoothing)
 
     return _train(trainer, source, batches, hard_labels, losses)
+
+
+def train_joint_epoch(
+    trainer: Trainer,
+    source,
+    labels: LabelSet,
+    batch_numbers: list[int],
+    temperature: float,
+    scale: str,
+    smoothing: float,
+    hard_share: float,
+) -> EpochResult:
+    """Trains on stored label batches with hard_share * hard loss + (1 - hard_share) * soft loss."""
+    batches = [labels.views(number) for number in batch_numbers]
+    size = source.size
+
+    def losses(logits: torch.Tensor, step: int) -> torch.Tensor:
+        own, partner = batches[step].classes(labels.hard_labels)
+        hard = hard_loss(logits, own, partner, batches[step].lam(size), smoothing)
+        soft = soft_loss(logits, labels[batch_numbers[step]].logits, temperature, scale)
+        return hard_share * hard + (1 - hard_share) * soft
+
+    return _train(trainer, source, batches, labels.hard_labels, losses)
+
+
+def train_static_epoch(
+    trainer: Trainer,
+    source,
+    views: Views,
+    labels: LabelSet,
+    image_logits: torch.Tensor,
+    temperature: float,
+    scale: str,
+) -> EpochResult:
+    """Trains on fresh views of every image with one soft label per image (arXiv 2406.10485).
+
+    Args:
+        views: as for a hard epoch.
+        labels: the label set that image_logits came from.
+        image_logits: float32 [images, C], see `static_labels`.
+        temperature, scale: see `soft_loss`.
+    """
+    batches = list(views)
+    size = source.size
+
+    def losses(logits: torch.Tensor, step: int) -> torch.Tensor:
+        one = batches[step]
+        teacher = image_logits[one.index]
+        if (partner := one.partner()) is not None:
+            teacher = mixed_logits(teacher, teacher[partner], one.lam(size), temperature)
+        return soft_loss(logits, teacher, temperature, scale)
+
+    return _train(trainer, source, batches, labels.hard_labels, losses)
+
+
+def static_labels(labels: LabelSet) -> torch.Tensor:
+    """float32 [images, C]: the mean over the passes of each image's logits."""
+    images, classes = labels.manifest["images"]["count"], labels.manifest["num_classes"]
+    total = torch.zeros(images, classes, device=labels.device)
+    for number in range(len(labels)):
+        total.index_add_(0, labels.views(number).index, labels[number].logits)
+    return total / labels.passes
+
+
+def mixed_logits(
+    own: torch.Tensor, partner: torch.Tensor, lam: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """Logits whose probabilities at T are lam * those of `own` + (1 - lam) * those of `partner`.
+
+    Args:
+        own, partner: float32 [B, C].
+        lam: float32 [B].
+        temperature: T.
+    """
+    shares = torch.stack([lam, 1 - lam]).log()[:, :, None]
+    log_probabilities = torch.log_softmax(torch.stack([own, partner]) / temperature, dim=2)
+    return temperature * torch.logsumexp(shares + log_probabilities, dim=0)
+
+
+def forget(optimizer: torch.optim.Optimizer) -> None:
+    """Sets the optimiser's moments and step counts to zero, in place."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.zero_()
 
 
 def _train(

@@ -1,4 +1,4 @@
-"""Pure functions of the epoch: phases of soft and hard labels, learning rate, pool of batches."""
+"""Pure functions of the epoch: phases, learning rate, temperature, pool of label batches."""
 
 import math
 import re
@@ -7,7 +7,8 @@ from utils.cli import UserError, did_you_mean
 from utils.views import POOL, shuffle
 
 Phase = tuple[str, int]
-NAMES = ("hald", "soft", "hard", "S1", "S2", "S3", "S4", "S5", "S6", "S7", "S8")
+KINDS = ("soft", "hard", "joint", "static")
+NAMES = ("hald", *KINDS, "S1", "S2", "S3", "S4", "S5", "S6", "S7", "S8")
 
 
 def phases(schedule: str, soft: int, hard: int, passes: int) -> list[Phase]:
@@ -15,13 +16,13 @@ def phases(schedule: str, soft: int, hard: int, passes: int) -> list[Phase]:
 
     Args:
         schedule: a name of NAMES (HALD's ablation table, arXiv 2512.15647; hald = S6), or the
-            free form "soft:75,hard:150,soft:75". "soft" and "hard" train all soft + hard epochs
-            on that one kind, so that baselines take equally many steps.
+            free form "soft:75,hard:150,soft:75". A kind's name trains all soft + hard epochs on
+            that one kind, so that baselines take equally many steps.
         soft, hard: number of soft-label and hard-label epochs.
         passes: stored soft labels per image; the n of S2 to S5.
 
     Returns:
-        [(kind, epochs), ...] with kind "soft" or "hard", no empty phase, neighbours merged.
+        [(kind, epochs), ...] with a kind of KINDS, no empty phase, neighbours merged.
 
     Raises:
         UserError: unknown name, a free form that does not parse, or no epoch at all.
@@ -31,8 +32,7 @@ def phases(schedule: str, soft: int, hard: int, passes: int) -> list[Phase]:
     else:
         by_name = {
             "hald": lambda: _sandwich("soft", soft, "hard", hard),
-            "soft": lambda: [("soft", soft + hard)],
-            "hard": lambda: [("hard", soft + hard)],
+            **{kind: lambda kind=kind: [(kind, soft + hard)] for kind in KINDS},
             "S1": lambda: [("hard", hard), ("soft", soft)],
             "S2": lambda: _alternate({"hard": hard, "soft": soft}, passes),
             "S3": lambda: _alternate({"hard": hard, "soft": soft}, 2 * passes),
@@ -78,23 +78,34 @@ def _alternate(remaining: dict[str, int], every: int) -> list[Phase]:
 def _parse(text: str) -> list[Phase]:
     found = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(soft|hard):(\d+)\s*", part)
+        match = re.fullmatch(rf"\s*({'|'.join(KINDS)}):(\d+)\s*", part)
         if match is None:
             raise UserError(
-                f"schedule {text!r}: {part!r} is not of the form soft:EPOCHS or hard:EPOCHS"
+                f"schedule {text!r}: {part!r} is not of the form KIND:EPOCHS with KIND one of "
+                + ", ".join(KINDS)
             )
         found.append((match[1], int(match[2])))
     return found
 
 
 def epoch_kinds(found: list[Phase]) -> list[str]:
-    """The kind, "soft" or "hard", of every epoch."""
+    """The kind of every epoch."""
     return [kind for kind, epochs in found for _ in range(epochs)]
 
 
 def learning_rate(epoch: int, epochs: int, base: float, eta: float) -> float:
     """base * (1 + cos(pi t / (E eta))) / 2: a cosine that eta = 2 stops at half the base rate."""
     return base * 0.5 * (1 + math.cos(math.pi * epoch / (epochs * eta)))
+
+
+def temperature(epoch: int, epochs: int, first: float, last: float) -> float:
+    """From `first` to `last` by equal factors per epoch: T = first * (last / first)^(t / (E-1))."""
+    return first * (last / first) ** (epoch / max(epochs - 1, 1))
+
+
+def pruned(batches: int, keep: int, seed: int) -> list[int]:
+    """`keep` of the numbers below `batches`, chosen at random, in order: LPLD's random pruning."""
+    return sorted(shuffle(seed, POOL, 0, batches)[:keep].tolist())
 
 
 class BatchPool:

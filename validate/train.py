@@ -18,6 +18,7 @@ import time
 import numpy as np
 import torch
 import yaml
+from torch import nn
 
 import models
 from utils import cli, datasets, images, runlog, runtime
@@ -54,13 +55,19 @@ def parse_arguments() -> argparse.Namespace:
     recipe.add_argument(
         "--schedule",
         default="hald",
-        help=f'{", ".join(schedule.NAMES)}, or a form like "soft:75,hard:150,soft:75"; soft and '
-        "hard train all epochs on that kind",
+        help=f'{", ".join(schedule.NAMES)}, or a form like "soft:75,hard:150,soft:75"; '
+        f"{', '.join(schedule.KINDS)} train all epochs on that kind",
     )
     recipe.add_argument("--soft-epochs", type=bounded(int, 0), default=150, metavar="N")
     recipe.add_argument("--hard-epochs", type=bounded(int, 0), default=150, metavar="N")
     recipe.add_argument(
         "--slc", type=bounded(int, 1), metavar="N", help="use only so many soft labels per class"
+    )
+    recipe.add_argument(
+        "--slc-from",
+        choices=("first", "random"),
+        default="first",
+        help="which ones: the first passes, or batches chosen at random from all passes",
     )
     recipe.add_argument(
         "--batch-size",
@@ -77,17 +84,36 @@ def parse_arguments() -> argparse.Namespace:
     )
     recipe.add_argument("--temperature", type=bounded(float, 0.01), default=20.0, metavar="T")
     recipe.add_argument(
+        "--temperature-end",
+        type=bounded(float, 0.01),
+        metavar="T",
+        help="anneal the temperature to this one over the run, by equal factors per epoch",
+    )
+    recipe.add_argument(
         "--soft-loss-scale",
         choices=("none", "T2"),
         default="none",
         help="none: as published; T2: times T^2, the balanced recipe",
     )
+    recipe.add_argument(
+        "--reset-optimizer",
+        action="store_true",
+        help="forget Adam's moments at each switch to another kind of epoch",
+    )
     recipe.add_argument("--label-smoothing", type=bounded(float, 0, 1), default=0.8, metavar="S")
+    recipe.add_argument(
+        "--hard-share",
+        type=bounded(float, 0, 1),
+        default=0.5,
+        metavar="X",
+        help="weight of the hard loss in joint epochs",
+    )
     recipe.add_argument(
         "--min-scale",
         type=bounded(float, 0.0001, 1),
         metavar="X",
-        help="smallest crop in hard epochs (default: the label set's, or 0.08 without labels)",
+        help="smallest crop in hard and static epochs (default: the label set's; 0.08 without "
+        "labels and with those of whole images)",
     )
     recipe.add_argument(
         "--hard-mix",
@@ -144,9 +170,36 @@ def open_labels(
             f"--batch-size {args.batch_size}: the labels in {args.label_dir} were made in batches "
             f"of {stored}; use that, with --grad-accum for larger steps, or relabel"
         )
-    if args.slc is not None:
-        labels.use_slc(args.slc)
     return labels
+
+
+def choose_batches(args: argparse.Namespace, labels: LabelSet | None) -> tuple[int, list[int]]:
+    """Soft labels per image, and the numbers of the stored batches that soft epochs draw from."""
+    if labels is None:
+        return 0, []
+    stored = len(labels)
+    if args.slc_from == "first":
+        if args.slc is not None:
+            labels.use_slc(args.slc)
+        return labels.passes, list(range(len(labels)))
+    if args.slc is None:
+        raise UserError("--slc-from random needs --slc")
+    everything = labels.passes
+    labels.use_slc(args.slc)
+    kept, passes = len(labels), labels.passes
+    labels.passes = everything
+    return passes, schedule.pruned(stored, kept, args.seed)
+
+
+def check_static(args: argparse.Namespace, labels: LabelSet) -> None:
+    """Raises UserError unless every image has a label of its own: unmixed, and none left out."""
+    if args.slc_from == "random":
+        raise UserError("--slc-from random would leave images without a label for static epochs")
+    if labels.spec.mix != "none":
+        raise UserError(
+            f"static epochs need one label per image, but {labels.path} labels {labels.spec.mix} "
+            "views; make a set of whole images: relabel/generate.py --mix none --min-scale 1"
+        )
 
 
 @dataclasses.dataclass
@@ -158,7 +211,8 @@ class Plan:
         folder, sizes: the distilled images, and int [images, 2] their heights and widths.
         validation: the validation images.
         labels: the label set, or None when every epoch is hard.
-        kinds: "soft" or "hard" for every epoch.
+        batch_numbers: the stored label batches that soft and joint epochs draw from.
+        kinds: one of schedule.KINDS for every epoch.
         spec: what the views of hard epochs are drawn from.
         settings: all that decides the result, for the run folder.
     """
@@ -169,6 +223,7 @@ class Plan:
     sizes: np.ndarray
     validation: images.ImageFolder
     labels: LabelSet | None
+    batch_numbers: list[int]
     kinds: list[str]
     spec: ViewSpec
     settings: dict
@@ -185,21 +240,25 @@ def make_plan(args: argparse.Namespace) -> Plan:
     sizes, fingerprint = images.inspect(folder)
     labels = open_labels(args, dataset, folder, fingerprint)
 
-    passes = labels.passes if labels else 0
+    passes, batch_numbers = choose_batches(args, labels)
     phases = schedule.phases(args.schedule, args.soft_epochs, args.hard_epochs, max(passes, 1))
     kinds = schedule.epoch_kinds(phases)
-    if "soft" in kinds and labels is None:
-        raise UserError(f"schedule {args.schedule} has soft epochs: give --label-dir")
+    for kind in sorted({*kinds} - {"hard"}):
+        if labels is None:
+            raise UserError(f"schedule {args.schedule} has {kind} epochs: give --label-dir")
+    if "static" in kinds:
+        check_static(args, labels)
     counts = set(folder.counts())
     lr, eta, source = published_hyper(
         dataset.name, args.model, counts.pop() if len(counts) == 1 else None
     )
     if args.lr is None or args.eta is None:
         print(f"learning rate: {source}")
+    crops_stored = labels is not None and labels.spec.min_scale < 1
     spec = ViewSpec(
         dataset.input_size,
         args.batch_size or (labels.spec.batch_size if labels else 16),
-        args.min_scale or (labels.spec.min_scale if labels else 0.08),
+        args.min_scale or (labels.spec.min_scale if crops_stored else 0.08),
         mix=args.hard_mix,
     )
     settings = {
@@ -224,7 +283,92 @@ def make_plan(args: argparse.Namespace) -> Plan:
         "eval_every": args.eval_every,
         "precision": machine.precision,
     }
-    return Plan(dataset, machine, folder, sizes, validation, labels, kinds, spec, settings)
+    # Recorded only where they are used, so that runs begun before they existed can continue.
+    optional = {
+        "slc_from": args.slc_from if args.slc_from == "random" else None,
+        "temperature_end": args.temperature_end,
+        "reset_optimizer": args.reset_optimizer or None,
+        "hard_share": args.hard_share if "joint" in kinds else None,
+    }
+    settings |= {name: value for name, value in optional.items() if value is not None}
+    return Plan(
+        *(dataset, machine, folder, sizes, validation, labels, batch_numbers, kinds, spec, settings)
+    )
+
+
+class EpochRunner:
+    """Trains single epochs of a plan, each with the kind, rate and labels that it is to have.
+
+    Attributes:
+        plan, trainer, source: what is trained on what.
+        pool: the state of the pool of label batches; part of a checkpoint.
+    """
+
+    def __init__(self, plan: Plan, trainer: engine.Trainer, source):
+        self.plan, self.trainer, self.source = plan, trainer, source
+        device = plan.machine.device
+        self.labels = plan.labels.to(device) if plan.labels else None
+        self.hard_labels = plan.folder.labels.to(device)
+        self.pool = schedule.BatchPool(len(plan.batch_numbers), plan.settings["seed"])
+        self.batches = math.ceil(len(plan.folder.files) / plan.spec.batch_size)
+        self.image_logits = engine.static_labels(self.labels) if "static" in plan.kinds else None
+
+    def learning_rate(self, epoch: int) -> float:
+        """The rate of an epoch."""
+        settings = self.plan.settings
+        return schedule.learning_rate(epoch, len(self.plan.kinds), settings["lr"], settings["eta"])
+
+    def run(self, epoch: int) -> engine.EpochResult:
+        """Trains epoch `epoch`, counted from 0; epochs must follow one another."""
+        plan, settings, trainer = self.plan, self.plan.settings, self.trainer
+        kind, switches = plan.kinds[epoch], epoch > 0 and plan.kinds[epoch] != plan.kinds[epoch - 1]
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = self.learning_rate(epoch)
+        if switches and settings.get("reset_optimizer"):
+            engine.forget(trainer.optimizer)
+        first = settings["temperature"]
+        last = settings.get("temperature_end", first)
+        temperature = schedule.temperature(epoch, len(plan.kinds), first, last)
+        soft = (temperature, settings["soft_loss_scale"])
+        smoothing = settings["label_smoothing"]
+        if kind in ("soft", "joint"):
+            if epoch == 0 or switches:
+                self.pool.refill()
+            numbers = [plan.batch_numbers[place] for place in self.pool.take(self.batches)]
+            stored = (trainer, self.source, self.labels, numbers)
+            if kind == "soft":
+                return engine.train_soft_epoch(*stored, *soft)
+            return engine.train_joint_epoch(*stored, *soft, smoothing, settings["hard_share"])
+        views = draw(plan.spec, plan.sizes, settings["seed"], epoch + 1).to(plan.machine.device)
+        fresh = (trainer, self.source, views)
+        if kind == "hard":
+            return engine.train_hard_epoch(*fresh, self.hard_labels, smoothing)
+        return engine.train_static_epoch(*fresh, self.labels, self.image_logits, *soft)
+
+    def label_bytes(self) -> int:
+        """Bytes on disk of the labels that the run uses; of batches kept, their share."""
+        if self.labels is None or {*self.plan.kinds} == {"hard"}:
+            return 0
+        share = len(self.plan.batch_numbers) / len(self.labels)
+        return round(share * self.labels.bytes_on_disk())
+
+
+def build_student(plan: Plan) -> tuple[nn.Module, torch.optim.AdamW]:
+    """The student with fresh weights of the run's seed, and its optimiser."""
+    settings = plan.settings
+    torch.manual_seed(settings["seed"])
+    try:
+        model = models.build(settings["model"], plan.dataset.num_classes, plan.dataset.input_size)
+    except ValueError as error:
+        raise UserError(f"--model: {error}") from None
+    # Convolutions are faster with channels last, on GPUs in mixed precision and on CPUs.
+    model.to(plan.machine.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(
+        engine.parameter_groups(model, settings["weight_decay"]),
+        lr=settings["lr"],
+        fused=True,
+    )
+    return model, optimizer
 
 
 @dataclasses.dataclass
@@ -246,27 +390,14 @@ class Reached:
 def train(plan: Plan, run: runlog.RunFolder, workers: int, compiled: bool) -> None:
     """Trains from the run's checkpoint, or from scratch, to the end of the schedule."""
     settings, kinds, device = plan.settings, plan.kinds, plan.machine.device
-    torch.manual_seed(settings["seed"])
-    try:
-        model = models.build(settings["model"], plan.dataset.num_classes, plan.dataset.input_size)
-    except ValueError as error:
-        raise UserError(f"--model: {error}") from None
-    # Convolutions are faster with channels last, on GPUs in mixed precision and on CPUs.
-    model.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(
-        engine.parameter_groups(model, settings["weight_decay"]),
-        lr=settings["lr"],
-        fused=True,
-    )
+    model, optimizer = build_student(plan)
     scaler = plan.machine.scaler()
-    labels = plan.labels.to(device) if plan.labels else None
-    pool = schedule.BatchPool(len(labels) if labels else 0, settings["seed"])
     reached = Reached()
-    if saved := run.checkpoint():
+    saved = run.checkpoint()
+    if saved:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
-        pool.state = saved["pool"]
         torch.set_rng_state(saved["rng"]["cpu"])
         if device.type == "cuda" and saved["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(saved["rng"]["cuda"], device)
@@ -278,10 +409,8 @@ def train(plan: Plan, run: runlog.RunFolder, workers: int, compiled: bool) -> No
     runtime.check_outputs(model, plan.dataset, device, f"--model {settings['model']}")
     source = images.open_images(plan.folder, plan.sizes, plan.dataset, device, workers)
     pixels = images.load_evaluation(plan.validation, plan.dataset)
-    hard_labels = plan.folder.labels.to(device)
     network = describe_network(plan)
     views_per_epoch = len(plan.folder.files)
-    batches_per_epoch = math.ceil(views_per_epoch / plan.spec.batch_size)
     run.begin(reached.epochs)
     bar = cli.progress(
         desc="train",
@@ -293,29 +422,14 @@ def train(plan: Plan, run: runlog.RunFolder, workers: int, compiled: bool) -> No
         torch.compile(model) if compiled else model,
         *(optimizer, scaler, plan.machine, settings["grad_accum"], bar.update),
     )
+    epochs = EpochRunner(plan, trainer, source)
+    if saved:
+        epochs.pool.state = saved["pool"]
     saved_at = time.monotonic()
     for epoch in range(reached.epochs, len(kinds)):
         started = time.monotonic()
-        kind, starts_phase = kinds[epoch], epoch == 0 or kinds[epoch] != kinds[epoch - 1]
-        lr = schedule.learning_rate(epoch, len(kinds), settings["lr"], settings["eta"])
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        if kind == "soft":
-            if starts_phase:
-                pool.refill()
-            result = engine.train_soft_epoch(
-                trainer,
-                source,
-                labels,
-                pool.take(batches_per_epoch),
-                settings["temperature"],
-                settings["soft_loss_scale"],
-            )
-        else:
-            views = draw(plan.spec, plan.sizes, settings["seed"], epoch + 1).to(device)
-            result = engine.train_hard_epoch(
-                trainer, source, views, hard_labels, settings["label_smoothing"]
-            )
+        kind, lr = kinds[epoch], epochs.learning_rate(epoch)
+        result = epochs.run(epoch)
         if not math.isfinite(result.loss):
             raise UserError(
                 f"the loss became {result.loss} in epoch {epoch + 1} ({kind} labels); the last "
@@ -365,7 +479,7 @@ def train(plan: Plan, run: runlog.RunFolder, workers: int, compiled: bool) -> No
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(),
-                "pool": pool.state,
+                "pool": epochs.pool.state,
                 "rng": {
                     "cpu": torch.get_rng_state(),
                     "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
@@ -382,7 +496,7 @@ def train(plan: Plan, run: runlog.RunFolder, workers: int, compiled: bool) -> No
         "epochs": reached.epochs,
         "phases": settings["phases"],
         "seed": settings["seed"],
-        "label_bytes": labels.bytes_on_disk() if "soft" in kinds else 0,
+        "label_bytes": epochs.label_bytes(),
         "seconds": round(reached.seconds, 1),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }

@@ -1,0 +1,82 @@
+"""Splits training images in two, by links, so that settings can be chosen without the test set.
+
+OUT/held_out gets the same number of images of every class, chosen at random; OUT/rest the others.
+Train the teacher and distil from `rest`, compare settings on `held_out`, and look at the test
+images once.
+
+python scripts/prepare_split.py --data-dir TRAIN --out-dir OUT --held-out 500
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a plain script: imports start at the repository root
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+
+from utils import cli, images
+from utils.cli import UserError, bounded
+from utils.files import atomic_write, read_json, to_json, whole_folder
+from utils.views import ORDER, shuffle
+
+_RECORD = "split.json"
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = cli.Parser(description="Split training images in two, by links.")
+    parser.add_argument("--data-dir", type=Path, required=True, help="training images")
+    parser.add_argument("--out-dir", type=Path, required=True, help="gets held_out/ and rest/")
+    parser.add_argument(
+        "--held-out", type=bounded(int, 1), required=True, metavar="N", help="images per class"
+    )
+    parser.add_argument("--seed", type=bounded(int, 0, 2**62), default=0, metavar="N")
+    return parser.parse_args()
+
+
+def split(folder: images.ImageFolder, count: int, seed: int) -> dict[str, list[Path]]:
+    """Files of "held_out" (`count` of every class) and "rest", each in the folder's order.
+
+    Raises:
+        UserError: a class would have no image left in `rest`.
+    """
+    held_out: set[int] = set()
+    order = shuffle(seed, ORDER, 0, len(folder.files))
+    for label, name in enumerate(folder.classes):
+        rows = [row for row in order.tolist() if folder.labels[row] == label]
+        if count >= len(rows):
+            raise UserError(f"--held-out {count}: class {name} has only {len(rows)} images")
+        held_out.update(rows[:count])
+    parts: dict[str, list[Path]] = {"held_out": [], "rest": []}
+    for row, path in enumerate(folder.files):
+        parts["held_out" if row in held_out else "rest"].append(path)
+    return parts
+
+
+def main() -> None:
+    args = parse_arguments()
+    folder = images.scan(args.data_dir)
+    record = {
+        "source": folder.listing_sha256(),
+        "held_out": args.held_out,
+        "seed": args.seed,
+    }
+    if (args.out_dir / _RECORD).exists():
+        if read_json(args.out_dir / _RECORD) != record:
+            raise UserError(f"{args.out_dir} holds another split; choose another --out-dir")
+        print(f"{args.out_dir} is there already: nothing to do")
+        return
+    parts = split(folder, args.held_out, args.seed)
+    with whole_folder(args.out_dir) as out:
+        for part, files in parts.items():
+            for path in files:
+                link = out / part / path.relative_to(folder.root)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(path.resolve())
+        atomic_write(out / _RECORD, to_json(record))
+    print(f"{args.out_dir}: " + ", ".join(f"{len(files)} {part}" for part, files in parts.items()))
+
+
+if __name__ == "__main__":
+    cli.run(main)
