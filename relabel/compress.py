@@ -65,21 +65,20 @@ def main() -> None:
         key: value for key, value in source.manifest.items() if key not in ("teacher_top1", "files")
     } | {"codec": parameters, "recoded_from": source.manifest["codec"]}
     writer = LabelWriter(args.out_dir, settings, source.sizes, "--out-dir")
-    if writer.complete:
-        LabelSet.open(args.out_dir)
+    if writer.complete():
         print(f"{args.out_dir} is complete and verified: nothing to do")
         return
-    writer.begin()
-    if writer.codec is None:
-        print(f"fitting codec {args.codec}", flush=True)
-        writer.fit(all_passes(source))
-    for number in cli.progress(range(source.passes), desc="compress", unit="pass"):
-        if not writer.verified(number):
-            views, codes = source.load_pass(number)
-            logits = (chunk for chunk, _ in expanded(source, views, codes))
-            correct = source.teacher_correct(number)
-            writer.write_pass(number, logits, views, source.hard_labels, correct)
-    writer.finish()
+    with writer.begun():
+        if writer.codec is None:
+            print(f"fitting codec {args.codec}", flush=True)
+            writer.fit(all_passes(source))
+        for number in cli.progress(range(source.passes), desc="compress", unit="pass"):
+            if not writer.verified(number):
+                views, codes = source.load_pass(number)
+                logits = (chunk for chunk, _ in expanded(source, views, codes))
+                correct = source.teacher_correct(number)
+                writer.write_pass(number, logits, views, source.hard_labels, correct)
+        writer.finish()
     result = LabelSet.open(args.out_dir)
     labels = source.passes * source.manifest["images"]["count"]
     before, after = source.bytes_on_disk(), result.bytes_on_disk()

@@ -24,7 +24,7 @@ import torch
 from utils import cli, datasets, images, runtime
 from utils.cli import UserError, bounded
 from utils.files import load_tensors, sha256_file
-from utils.labels import LabelSet, LabelWriter
+from utils.labels import LabelWriter
 from utils.metrics import near_chance
 from utils.views import RATIO, Views
 
@@ -258,21 +258,20 @@ def main() -> None:
         "versions": runtime.versions(),
     }
     writer = LabelWriter(args.out_dir, settings, sizes, "--out-dir")
-    if writer.complete:
-        LabelSet.open(args.out_dir)
+    if writer.complete():
         print(f"{args.out_dir} is complete and verified: nothing to do")
         return
-    writer.begin()
-    for number in cli.progress(range(len(orders)), desc="convert", unit="pass"):
-        if writer.verified(number):
-            continue
-        one = published(number)
-        if one.views.batch_size != first.batch_size or (one.views.mix_box is None) != (
-            first.mix_box is None
-        ):
-            raise UserError(f"pass {number} has another batch size or mixing than pass 0")
-        writer.write_pass(number, to_logits(one.probabilities), one.views, folder.labels)
-    manifest = writer.finish()
+    with writer.begun():
+        for number in cli.progress(range(len(orders)), desc="convert", unit="pass"):
+            if writer.verified(number):
+                continue
+            one = published(number)
+            if one.views.batch_size != first.batch_size or (one.views.mix_box is None) != (
+                first.mix_box is None
+            ):
+                raise UserError(f"pass {number} has another batch size or mixing than pass 0")
+            writer.write_pass(number, to_logits(one.probabilities), one.views, folder.labels)
+        manifest = writer.finish()
     print(
         f"{args.out_dir}: {len(orders)} passes of {len(folder.files)} soft labels; teacher top-1 "
         f"on the views {manifest['teacher_top1']:.1f} %"

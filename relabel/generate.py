@@ -11,6 +11,7 @@ if not __package__:  # run as a plain script: imports start at the repository ro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 
@@ -198,6 +199,36 @@ def fit_codec(
     return {n: parts for n, parts in kept.items() if sum(map(len, parts)) == len(labels)}
 
 
+def make_passes(writer: LabelWriter, teachers: Ensemble, source, hard_labels: torch.Tensor) -> None:
+    """Fits the codec where that is needed, and makes the missing passes, shared among ranks."""
+    machine, count = teachers.runtime, len(hard_labels)
+    fitting, missing = {}, []
+    if machine.rank == 0:
+        if writer.codec is None:
+            fitting = fit_codec(writer, teachers, source, hard_labels)
+        passes = range(writer.settings["passes"])
+        missing = [number for number in passes if not writer.verified(number)]
+        if len(missing) < len(passes):
+            done = len(passes) - len(missing)
+            print(f"{done} of {len(passes)} passes are there and verified: skipped")
+    missing, fitted = machine.from_first((missing, list(fitting)))
+    writer.open_codec()
+    unlabelled = [number for number in missing if number not in fitted]
+    mine = [number for number in missing if number in fitting] + unlabelled[
+        machine.rank :: machine.world
+    ]
+    with cli.progress(total=len(mine) * count, desc="relabel", unit="view") as bar:
+        for number in mine:
+            views = writer.draw(number)
+            logits = fitting.pop(number, None)
+            if logits is None:
+                logits = label_views(number, views, teachers, source, bar)
+            else:
+                bar.update(count)
+            writer.write_pass(number, logits, views, hard_labels)
+    machine.barrier()
+
+
 def main() -> None:
     args = parse_arguments()
     dataset = datasets.from_arguments(args)
@@ -206,7 +237,8 @@ def main() -> None:
     dataset = dataclasses.replace(dataset, num_classes=len(folder.classes))
     passes, ipc = count_passes(args, folder)
     sizes, fingerprint = images.inspect(folder)
-    teachers = load_teachers(args, dataset, machine)
+    with machine.first_rank_first():  # so that only one downloads
+        teachers = load_teachers(args, dataset, machine)
     if args.bssl and not any(
         isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
         for teacher in teachers.teachers
@@ -245,34 +277,23 @@ def main() -> None:
         "versions": runtime.versions(),
     }
     writer = LabelWriter(args.label_dir, settings, sizes)
-    if writer.complete:
-        LabelSet.open(args.label_dir)
+    if machine.from_first(machine.rank == 0 and writer.complete()):
         print(f"{args.label_dir} is complete and verified: nothing to do")
         return
     source = images.open_images(folder, sizes, dataset, machine.device, args.workers)
-    check_class_order(args, teachers, source, sizes, folder.labels, machine.device)
+    if machine.rank == 0:
+        check_class_order(args, teachers, source, sizes, folder.labels, machine.device)
     if args.bssl:
         for teacher in teachers.teachers:
             use_batch_statistics(teacher.model)
-    writer.begin()
-    fitting = {}
-    if writer.codec is None:
-        fitting = fit_codec(writer, teachers, source, folder.labels)
-    missing = [number for number in range(passes) if not writer.verified(number)]
-    if len(missing) < passes:
-        print(f"{passes - len(missing)} of {passes} passes are there and verified: skipped")
+    # Rank 0 begins and finishes; in between, every rank makes its share of the passes.
+    with writer.begun() if machine.rank == 0 else contextlib.nullcontext():
+        make_passes(writer, teachers, source, folder.labels)
+        if machine.rank == 0:
+            manifest = writer.finish()
+    if machine.rank > 0:
+        return
     total = passes * len(folder.files)
-    done = total - len(missing) * len(folder.files)
-    with cli.progress(total=total, initial=done, desc="relabel", unit="view") as bar:
-        for number in missing:
-            views = writer.draw(number)
-            logits = fitting.pop(number, None)
-            if logits is None:
-                logits = label_views(number, views, teachers, source, bar)
-            else:
-                bar.update(len(views.index))
-            writer.write_pass(number, logits, views, folder.labels)
-    manifest = writer.finish()
     size = LabelSet.open(args.label_dir).bytes_on_disk()
     print(
         f"{total} soft labels in {args.label_dir}: {size:,} bytes, "

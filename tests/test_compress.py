@@ -10,7 +10,7 @@ from conftest import generate_arguments, tree
 from relabel import compress, generate
 from utils.cli import UserError
 from utils.codecs import distortion
-from utils.files import to_json
+from utils.files import seal
 from utils.labels import LabelSet
 
 PASSES = 10
@@ -91,7 +91,7 @@ def test_recoding_resumes_to_equal_bytes(long_set, tmp_path, command):
     settings = LabelSet.open(tmp_path / "a").manifest
     for name in ("files", "teacher_top1"):
         settings.pop(name)
-    (tmp_path / "b" / "manifest.partial.json").write_bytes(to_json(settings))
+    (tmp_path / "b" / "manifest.partial.json").write_bytes(seal(settings))
     (tmp_path / "b" / "pass_0003.npz").unlink()
     assert recode(command, long_set, tmp_path / "b", *flags).code == 0
     assert (tmp_path / "b" / "manifest.json").read_text() == text

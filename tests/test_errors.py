@@ -1,7 +1,6 @@
 """Bad input: one line, exit code 2, and nothing written or changed."""
 
 import errno
-import json
 import shutil
 
 import pytest
@@ -40,7 +39,7 @@ def other_images(w):
 
 def break_manifest(w, **changes):
     path = w.labels / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    path.write_bytes(files.seal({**files.read_sealed(path), **changes}))
 
 
 def save(w, content):

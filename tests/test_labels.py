@@ -118,14 +118,14 @@ def test_other_mixes_make_label_sets(world, tmp_path, command, mix):
 
 def test_passes_in_any_order_and_after_interruption_give_equal_bytes(world, tmp_path, command):
     arguments = generate_arguments(world.data, tmp_path / "l", world.weights, "--slc", 6)
-    settings = json.loads((world.labels / "manifest.json").read_text())
     settings = {
         name: value
-        for name, value in settings.items()
+        for name, value in LabelSet.open(world.labels).manifest.items()
         if name not in ("format", "version", "teacher_top1", "files")
     }
     writer = LabelWriter(tmp_path / "l", settings, np.full((12, 2), 32))
-    writer.begin()
+    with writer.begun():
+        pass
     (tmp_path / "l" / "pass_0001.npz").write_bytes((world.labels / "pass_0001.npz").read_bytes())
     done = command(generate.main, *arguments)
     assert done.code == 0 and "1 of 2 passes are there and verified: skipped" in done.out
@@ -215,10 +215,11 @@ def test_every_kind_of_damage_is_named(copied):
 
 def test_other_versions_and_incomplete_sets_are_refused(copied):
     manifest_path = copied.labels / "manifest.json"
-    manifest = json.loads(manifest_path.read_text())
-    manifest_path.write_text(json.dumps({**manifest, "version": 2}))
+    intact = manifest_path.read_text()
+    manifest_path.write_text(json.dumps({**json.loads(intact), "version": 2}))
     with pytest.raises(UserError, match="version 2; this code reads version 1"):
         LabelSet.open(copied.labels)
+    manifest_path.write_text(intact)
     manifest_path.rename(copied.labels / "manifest.partial.json")
     (copied.labels / "pass_0001.npz").unlink()
     with pytest.raises(UserError, match="incomplete: 1 of 2 passes"):

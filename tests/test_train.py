@@ -86,15 +86,7 @@ def test_the_run_folder_records_everything(world, tmp_path, command):
     output = tmp_path / "run"
     assert command(train.main, *train_arguments(world, output, "--slc", 3)).code == 0
     assert set(tree(output)) == {
-        *(
-            "args.yaml",
-            "log.jsonl",
-            "checkpoint.pt",
-            "best.pt",
-            "curves.png",
-            "result.json",
-            ".lock",
-        )
+        *("args.yaml", "log.jsonl", "checkpoint.pt", "best.pt", "curves.png", "result.json")
     }
     recorded = yaml.safe_load((output / "args.yaml").read_text())
     assert recorded["settings"]["passes"] == 1 and recorded["settings"]["lr"] == 0.001

@@ -1,15 +1,20 @@
 """Command lines that fail in one line: what is wrong, where, and what to do."""
 
 import argparse
+import contextlib
 import difflib
 import errno
+import os
+import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 
@@ -68,24 +73,65 @@ def bounded(kind: type, low: float | None = None, high: float | None = None) -> 
 
 
 def progress(iterable=None, **options) -> tqdm:
-    """A progress bar with rate and remaining time; in a log file, a line every ten seconds."""
+    """A progress bar with rate and remaining time; in a log file, a line every ten seconds.
+
+    Of torchrun's processes only the first shows one.
+    """
     interval = 0.1 if sys.stderr.isatty() else 10
-    options = {"mininterval": interval, "dynamic_ncols": True, **options}
+    silent = {"disable": True} if _rank() > 0 else {}
+    options = {"mininterval": interval, "dynamic_ncols": True, **options, **silent}
     return tqdm(iterable, **options)
+
+
+def _rank() -> int:
+    """The number of this process among torchrun's; 0 without it."""
+    return int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
 
 
 def _terminated(*_) -> NoReturn:
     program = Path(sys.argv[0]).name
-    print(f"\n{program}: terminated; the same command again continues", file=sys.stderr)
+    if _rank() == 0:
+        print(f"\n{program}: terminated; the same command again continues", file=sys.stderr)
     sys.exit(143)
+
+
+@contextlib.contextmanager
+def delayed_signals() -> Iterator[Callable[[], int | None]]:
+    """Notes SIGTERM and Ctrl-C instead of acting on them; a second one acts at once.
+
+    Yields a function that returns the signal noted so far, or None; `act_on` then acts on it.
+    """
+    noted: list[int] = []
+
+    def note(number: int, frame) -> None:
+        if noted:
+            earlier[number](number, frame)
+        noted.append(number)
+
+    earlier = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: noted[0] if noted else None
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+def act_on(number: int) -> NoReturn:
+    """Ends the program as SIGTERM or Ctrl-C does."""
+    if number == signal.SIGTERM:
+        _terminated()
+    raise KeyboardInterrupt
 
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Runs an entry script's `main`; whatever the user can mend ends in one line and exit code 2.
 
-    SIGTERM and Ctrl-C exit with 143 and 130; every other exception keeps its traceback.
+    SIGTERM and Ctrl-C exit with 143 and 130; every other exception keeps its traceback. Under
+    torchrun only the first process speaks, unless another one alone has met an error.
     """
     program = Path(sys.argv[0]).name
+    if _rank() > 0:
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - stays open to the end
     signal.signal(signal.SIGTERM, _terminated)
     try:
         main()
@@ -97,8 +143,13 @@ def run(main: Callable[[], None]) -> NoReturn:
             "free the GPU of other jobs"
         )
     except KeyboardInterrupt:
-        print(f"\n{program}: interrupted; the same command again continues", file=sys.stderr)
+        if _rank() == 0:
+            print(f"\n{program}: interrupted; the same command again continues", file=sys.stderr)
         sys.exit(130)
+    except RuntimeError as error:
+        if not (dist.is_initialized() and re.search("peer|gloo|NCCL|Broken pipe", str(error))):
+            raise
+        message = "another process of this job ended: see its message; the same command continues"
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" at {error.filename}" if error.filename else ""
@@ -108,6 +159,12 @@ def run(main: Callable[[], None]) -> NoReturn:
         else:
             raise
     else:
+        if dist.is_initialized():
+            dist.destroy_process_group()
         sys.exit(0)
+    if _rank() > 0:
+        # What every process meets, the first one says, and torchrun ends the others meanwhile.
+        time.sleep(5)
+        program = f"{program} (process {_rank()})"
     print(f"{program}: {message}", file=sys.stderr)
     sys.exit(2)

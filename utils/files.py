@@ -1,11 +1,14 @@
 """Files that are written whole or not at all, and read without executing anything in them."""
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import pickle
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +18,8 @@ import torch
 
 from utils.cli import UserError
 
+LOCK, _TEMPORARY, _SEAL = ".lock", ".hald-temporary", "content_sha256"
+
 
 def atomic_write(path: Path, write: bytes | Callable[[BinaryIO], None]) -> None:
     """Writes `path` through a temporary name in its folder, fsync and rename.
@@ -23,7 +28,7 @@ def atomic_write(path: Path, write: bytes | Callable[[BinaryIO], None]) -> None:
         path: the file to make or replace.
         write: its content, or a function that writes the content to an open binary file.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(_TEMPORARY, f".{path.name}.", path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             if callable(write):
@@ -41,6 +46,64 @@ def atomic_write(path: Path, write: bytes | Callable[[BinaryIO], None]) -> None:
         raise
 
 
+def is_unused(folder: Path) -> bool:
+    """Whether a folder is missing, or holds no more than killed processes of ours left in it."""
+    names = [entry.name for entry in folder.iterdir()] if folder.exists() else []
+    return all(name == LOCK or name.endswith(_TEMPORARY) for name in names)
+
+
+@contextlib.contextmanager
+def lock(folder: Path, doing: str) -> Iterator[None]:
+    """Keeps a second process from writing to a folder, which is made if need be.
+
+    The lock is the operating system's and ends with its process, so none is ever left behind; its
+    file names host and process. Temporary files of killed processes are removed on entry, and on
+    exit a folder in which nothing was made.
+
+    Args:
+        folder: what is written to.
+        doing: completes "another process is ..." in the message.
+
+    Raises:
+        UserError: another process has the lock.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = _acquire(folder / LOCK, f"is {doing} {folder}")
+    try:
+        for leftover in folder.glob(f".*{_TEMPORARY}"):
+            leftover.unlink()
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        file.close()
+        if folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _acquire(path: Path, doing: str) -> BinaryIO:
+    while True:
+        file = path.open("a+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().decode(errors="replace").strip()
+            raise UserError(f"another process ({owner}) {doing}; wait for it, or end it") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
+            print(f"{path.parent}: no locks on this file system; start no second process there")
+        # The last owner may have removed the file between our opening and locking it.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+        file.close()
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+    file.flush()
+    return file
+
+
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A folder that appears at `path` only when everything in it has been written.
@@ -48,21 +111,26 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Yields `<path>.partial`, emptied of what an interrupted attempt left, and renames it on success.
 
     Raises:
-        UserError: `path` exists already, or the partial folder is not one of ours.
+        UserError: `path` exists already, another process is making it, or the partial folder is
+            not one of ours.
     """
     if path.exists():
         raise UserError(f"{path} exists already and is left as it is; choose another folder")
     partial = path.with_name(path.name + ".partial")
     marker = partial / ".made-by-hald"
-    if partial.exists():
-        if not marker.exists():
-            raise UserError(f"{partial} is in the way and was not made here; move it away")
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    marker.touch()
-    yield partial
-    marker.unlink()
-    partial.rename(path)
+    if not marker.exists() and not is_unused(partial):
+        raise UserError(f"{partial} is in the way and was not made here; move it away")
+    with lock(partial, "making"):
+        marker.touch()
+        for entry in partial.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name not in (LOCK, marker.name):
+                entry.unlink()
+        yield partial
+        marker.unlink()
+        (partial / LOCK).unlink()
+        partial.rename(path)
 
 
 def _umask() -> int:
@@ -82,6 +150,20 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path} is damaged: not JSON ({error})") from None
+
+
+def seal(value: dict) -> bytes:
+    """`to_json` of a dict with the SHA-256 of its content as a last field."""
+    return to_json({**value, _SEAL: hashlib.sha256(to_json(value)).hexdigest()})
+
+
+def read_sealed(path: Path) -> dict:
+    """What `seal` was given; raises UserError when the file's content is not what was written."""
+    value = read_json(path)
+    seal = value.pop(_SEAL, None) if isinstance(value, dict) else None
+    if seal != hashlib.sha256(to_json(value)).hexdigest():
+        raise UserError(f"{path} is damaged: its content does not agree with its checksum")
+    return value
 
 
 def sha256_file(path: Path) -> str:

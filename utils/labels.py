@@ -6,11 +6,12 @@ The folder is described in the README ("A label set on disk"); views are drawn a
 seed, see utils/views.py.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import io
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,16 @@ from utils import codecs
 from utils.cli import UserError
 from utils.codecs import Codec, Codes, Mixture, blocks, join
 from utils.datasets import Dataset
-from utils.files import atomic_write, read_json, sha256_file, to_json
+from utils.files import (
+    LOCK,
+    atomic_write,
+    is_unused,
+    lock,
+    read_json,
+    read_sealed,
+    seal,
+    sha256_file,
+)
 from utils.views import Views, ViewSpec, draw
 
 FORMAT, VERSION = "hald-labels", 1
@@ -94,10 +104,6 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} is missing from the label set") from None
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
-
-
-def _sha256(array: np.ndarray) -> bytes:
-    return hashlib.sha256(array).digest()
 
 
 def _smallest_unsigned(values: torch.Tensor) -> np.ndarray:
@@ -173,18 +179,19 @@ class LabelWriter:
                     f"choose another {flag} or the same settings"
                 )
             self.settings["versions"] = existing["versions"]
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif not is_unused(self.path):
             raise UserError(f"{self.path} is not empty and not a label set; choose another folder")
-        self.codec = self._open_codec()
+        self.codec: Codec | None = None
+        self.open_codec()
 
-    def _open_codec(self) -> Codec | None:
-        """The codec; None while its fitted part has yet to be fitted."""
+    def open_codec(self) -> None:
+        """Sets `codec`, which stays None while its fitted part has yet to be fitted."""
         parameters, fitted = self.settings["codec"], {}
         if codecs.needs_fit(parameters):
             if not (self.path / _CODEC).exists():
-                return None
+                return
             fitted = _read_npz(self.path / _CODEC)
-        return codecs.from_manifest(parameters, self.settings["num_classes"], fitted)
+        self.codec = codecs.from_manifest(parameters, self.settings["num_classes"], fitted)
 
     def fit(self, chunks: Iterable[tuple[torch.Tensor, Mixture]]) -> None:
         """Fits the codec, where that is needed, and records its fitted part.
@@ -204,42 +211,62 @@ class LabelWriter:
             )
             atomic_write(self.path / _CODEC, _npz_bytes(self.codec.arrays()))
 
-    def begin(self) -> None:
-        """Makes the folder and records the settings, where that has not been done."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        if self.settings["image_size"] is None and not (self.path / _SIZES).exists():
-            compact = {"sizes": np.asarray(self.sizes, dtype="<u4")}
-            atomic_write(self.path / _SIZES, _npz_bytes(compact))
-        if not (self.path / _PARTIAL).exists():
-            atomic_write(self.path / _PARTIAL, to_json(self.settings))
+    @contextlib.contextmanager
+    def begun(self) -> Iterator[None]:
+        """Makes the folder, keeps other processes out of it, and records the settings."""
+        with lock(self.path, "writing labels to"):
+            if not (self.path / _PARTIAL).exists():
+                atomic_write(self.path / _PARTIAL, seal(self.settings))
+            if self.settings["image_size"] is None and not (self.path / _SIZES).exists():
+                compact = {"sizes": np.asarray(self.sizes, dtype="<u4")}
+                atomic_write(self.path / _SIZES, _npz_bytes(compact))
+            yield
 
     def _existing_settings(self) -> dict | None:
         for name in (_MANIFEST, _PARTIAL):
             if (self.path / name).exists():
-                return read_json(self.path / name)
+                return _read_manifest(self.path / name)
         return None
 
-    @property
     def complete(self) -> bool:
-        """Whether the manifest of a finished set is there."""
-        return (self.path / _MANIFEST).exists()
+        """Whether the set is finished; if so, everything in it has been verified."""
+        if not (self.path / _MANIFEST).exists():
+            return False
+        LabelSet.open(self.path)
+        if any((self.path / name).exists() for name in (_PARTIAL, LOCK)):  # a kill at the very end
+            with lock(self.path, "writing labels to"):
+                (self.path / _PARTIAL).unlink(missing_ok=True)
+        return True
 
     def draw(self, number: int) -> Views:
         """The views of a pass."""
         return draw(self.spec, self.sizes, self.settings["seed"] + number)
 
     def verified(self, number: int) -> bool:
-        """Whether a pass has been written; raises UserError when its file is damaged."""
+        """Whether a pass has been written; raises UserError when its file is not this set's."""
         path = self.path / pass_name(number)
         if not path.exists():
             return False
         stored = _read_npz(path)
-        whole = {"payload", "payload_sha256", "views_sha256", "teacher_correct"} <= stored.keys()
-        if not whole or hashlib.sha256(stored["payload"]).digest() != bytes(
-            stored["payload_sha256"]
-        ):
-            raise UserError(f"{path} is damaged: delete it and run the same command again")
+        checksum = stored.pop("sha256", np.empty(0)).tobytes()
+        if checksum != self._checksum(number, stored):
+            raise UserError(
+                f"{path} is damaged, or another label set's: delete it and run the same command "
+                "again"
+            )
         return True
+
+    def _checksum(self, number: int, arrays: dict[str, np.ndarray]) -> bytes:
+        """SHA-256 of a pass: its number, its content, and the settings and codec it was made with.
+
+        Versions are left out: a set may be continued with others.
+        """
+        settings = {k: v for k, v in self.settings.items() if k not in _NOT_COMPARED}
+        fitted = self.codec.arrays()
+        digest = hashlib.sha256(seal({**settings, "pass": number}))
+        for name, array in [*sorted(fitted.items()), *sorted(arrays.items())]:
+            digest.update(f"{name} {array.dtype} {array.shape}\n".encode() + array.tobytes())
+        return digest.digest()
 
     def mixture(self, views: Views, hard_labels: torch.Tensor) -> Mixture:
         """The hard labels in these views; hard_labels int64 [images]."""
@@ -275,11 +302,11 @@ class LabelWriter:
             teacher_correct = correct
         arrays = {
             "payload": payload,
-            "payload_sha256": np.frombuffer(hashlib.sha256(payload).digest(), dtype=np.uint8),
             "views_sha256": np.frombuffer(checksum, dtype=np.uint8),
             "teacher_correct": np.array(teacher_correct, dtype="<i8"),
             **({} if drawn_again else _views_to_arrays(views)),
         }
+        arrays["sha256"] = np.frombuffer(self._checksum(number, arrays), dtype=np.uint8)
         atomic_write(self.path / pass_name(number), _npz_bytes(arrays))
 
     def finish(self) -> dict:
@@ -293,7 +320,7 @@ class LabelWriter:
             "teacher_top1": round(100 * correct / labels, 4),
             "files": {name: sha256_file(self.path / name) for name in extra + names},
         }
-        atomic_write(self.path / _MANIFEST, to_json(manifest))
+        atomic_write(self.path / _MANIFEST, seal(manifest))
         (self.path / _PARTIAL).unlink(missing_ok=True)
         return manifest
 
@@ -326,14 +353,7 @@ class LabelSet:
         path = Path(path)
         if not (path / _MANIFEST).exists():
             raise UserError(_why_not_complete(path))
-        manifest = read_json(path / _MANIFEST)
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise UserError(f"{path / _MANIFEST} is not the manifest of a label set")
-        if manifest["version"] != VERSION:
-            raise UserError(
-                f"{path} has label format version {manifest['version']}; this code reads "
-                f"version {VERSION}"
-            )
+        manifest = _read_manifest(path / _MANIFEST)
         expected = {pass_name(number) for number in range(manifest["passes"])}
         if missing := sorted(expected - set(manifest["files"])):
             raise UserError(f"{path / _MANIFEST} is damaged: it does not list {missing[0]}")
@@ -454,12 +474,25 @@ class LabelSet:
         return views, self.codec.unpack(stored["payload"].tobytes())
 
 
+def _read_manifest(path: Path) -> dict:
+    """A manifest, whole or partial, verified; raises UserError."""
+    raw = read_json(path)
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise UserError(f"{path} is not the manifest of a label set")
+    if raw.get("version") != VERSION:
+        raise UserError(
+            f"{path.parent} has label format version {raw.get('version')}; this code reads "
+            f"version {VERSION}"
+        )
+    return read_sealed(path)
+
+
 def _why_not_complete(path: Path) -> str:
     """What is wrong with a folder that has no manifest."""
     if not path.is_dir():
         return f"label folder not found: {path}"
     if (path / _PARTIAL).exists():
-        passes = read_json(path / _PARTIAL)["passes"]
+        passes = _read_manifest(path / _PARTIAL)["passes"]
         done = sum((path / pass_name(number)).exists() for number in range(passes))
         return (
             f"the label set {path} is incomplete: {done} of {passes} passes; run the "

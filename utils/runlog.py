@@ -1,6 +1,6 @@
 """The run folder: arguments, a line per epoch, checkpoint, result and curves."""
 
-import fcntl
+import contextlib
 import io
 import json
 import subprocess
@@ -10,12 +10,12 @@ import torch
 import yaml
 
 from utils.cli import UserError
-from utils.files import atomic_write, load_tensors, read_json, to_json
+from utils.files import atomic_write, is_unused, load_tensors, lock, read_json, to_json
 from utils.labels import first_difference
 from utils.runtime import versions
 
 ARGUMENTS, LOG, CHECKPOINT, BEST = "args.yaml", "log.jsonl", "checkpoint.pt", "best.pt"
-RESULT, CURVES, LOCK = "result.json", "curves.png", ".lock"
+RESULT, CURVES = "result.json", "curves.png"
 
 
 class RunFolder:
@@ -44,7 +44,7 @@ class RunFolder:
                     f"{self.path} holds a run with other settings ({difference}); choose another "
                     "--output-dir or the same settings"
                 )
-        elif self.path.exists() and any(entry.name != LOCK for entry in self.path.iterdir()):
+        elif not is_unused(self.path):
             raise UserError(f"{self.path} is not empty and not a run; choose another --output-dir")
 
     def result(self) -> dict | None:
@@ -62,24 +62,9 @@ class RunFolder:
         path = self.path / CHECKPOINT
         return load_tensors(path, "checkpoint") if path.exists() else None
 
-    def __enter__(self) -> "RunFolder":
-        """Locks the folder against a second process; raises UserError when one has it."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / LOCK).open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise UserError(f"another process is training in {self.path}; wait for it") from None
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._lock.close()
-        # Where nothing was recorded, an error came first: leave no trace of this attempt.
-        if not self.started:
-            (self.path / LOCK).unlink(missing_ok=True)
-            if not any(self.path.iterdir()):
-                self.path.rmdir()
+    def locked(self) -> contextlib.AbstractContextManager:
+        """Keeps a second process out of the folder; raises UserError when one has it."""
+        return lock(self.path, "training in")
 
     def begin(self, epochs_done: int) -> None:
         """Records the arguments, and drops log lines after the checkpoint."""

@@ -1,11 +1,16 @@
-"""Device, mixed precision and seeds."""
+"""Device, mixed precision, and the processes that torchrun starts."""
 
 import argparse
+import contextlib
 import dataclasses
+import datetime
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import numpy
 import torch
+import torch.distributed as dist
 import torchvision
 from torch import nn
 
@@ -13,19 +18,26 @@ from utils.cli import UserError, bounded
 from utils.datasets import Dataset
 
 AMP_CHOICES = ("auto", "fp16", "bf16", "off")
+# Ranks wait for rank 0 while it alone decodes, fits or writes, which may take long; a rank that
+# fails is no reason to wait, as torchrun then ends the others.
+_PATIENCE = datetime.timedelta(days=7)
 
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """Where and in which precision networks run.
+    """Where and in which precision networks run, and as which of torchrun's processes.
 
     Attributes:
         device: the torch device.
         dtype: autocast's dtype; None runs in fp32.
+        rank: number of this process, from 0.
+        world: number of processes; 1 without torchrun, and then the collectives below do nothing.
     """
 
     device: torch.device
     dtype: torch.dtype | None
+    rank: int = 0
+    world: int = 1
 
     @property
     def precision(self) -> str:
@@ -39,6 +51,50 @@ class Runtime:
     def scaler(self) -> torch.amp.GradScaler:
         """Loss scaling, active only where fp16 gradients could underflow."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over all ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return any(self.gather(flag)) if self.world > 1 else flag
+
+    def gather(self, value: Any) -> list:
+        """The values of all ranks, in their order, on every rank."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        values = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(values, device=torch.device("cpu"))
+        return values[0]
+
+    def barrier(self) -> None:
+        """Waits until every rank is here."""
+        self.gather(None)
+
+    @contextlib.contextmanager
+    def first_rank_first(self) -> Iterator[None]:
+        """Runs the block on rank 0, then on the others: for what is made once and then found."""
+        if self.rank > 0:
+            self.barrier()
+        yield
+        if self.rank == 0:
+            self.barrier()
+
+    def average_buffers(self, model: nn.Module) -> None:
+        """Gives every rank the mean of the ranks' floating-point buffers (running statistics)."""
+        if self.world > 1:
+            for buffer in model.buffers():
+                if buffer.is_floating_point():
+                    self.total(buffer).div_(self.world)
 
 
 def check_outputs(model: nn.Module, dataset: Dataset, device: torch.device, what: str) -> None:
@@ -89,11 +145,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def from_arguments(args: argparse.Namespace) -> Runtime:
     """The runtime that the flags of add_arguments ask for; raises UserError if it is not there."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            "started by torchrun with several processes, which is not supported yet; start one "
-            "process (CUDA_VISIBLE_DEVICES chooses its GPU)"
-        )
     name = args.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -108,11 +159,40 @@ def from_arguments(args: argparse.Namespace) -> Runtime:
             raise UserError(f"--device {name}: there is {seen} here; --device cpu runs without one")
     elif device.type != "cpu":
         raise UserError(f"--device {name}: only cpu and cuda are supported")
-    if args.amp == "auto":
-        return Runtime(device, torch.float16 if device.type == "cuda" else None)
     if args.amp == "fp16" and device.type == "cpu":
         raise UserError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
-    return Runtime(device, {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}[args.amp])
+    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}
+    dtypes["auto"] = torch.float16 if device.type == "cuda" else None
+    return _join(Runtime(device, dtypes[args.amp]))
+
+
+def _join(machine: Runtime) -> Runtime:
+    """The runtime as one of torchrun's processes, with a device of its own; without it, as is."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return machine
+    if missing := [
+        name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR") if name not in os.environ
+    ]:
+        raise UserError(
+            f"WORLD_SIZE is {world} but {missing[0]} is not set: start several processes with "
+            "torchrun, or unset WORLD_SIZE"
+        )
+    rank, device, backend = int(os.environ["RANK"]), machine.device, "gloo"
+    if device.type == "cuda":
+        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if device.index is not None:
+            raise UserError("--device cuda:N is for one process; under torchrun leave it at auto")
+        if local >= count:
+            raise UserError(
+                f"torchrun started more processes here than there are GPUs ({count}); use "
+                f"--nproc_per_node={count}"
+            )
+        device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group(backend, timeout=_PATIENCE)
+    return dataclasses.replace(machine, device=device, rank=rank, world=world)
 
 
 def versions() -> dict[str, str]:

@@ -534,7 +534,7 @@ def main() -> None:
     if result := run.result():
         print(f"{args.output_dir} is done: {describe_result(result)}")
         return
-    with run:
+    with run.locked():
         train(plan, run, args.workers, args.compile)
 
 
