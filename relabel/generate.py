@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from relabel.background import BackgroundWriter
 from relabel.teacher import Ensemble, load_teacher, use_batch_statistics
 from utils import cli, codecs, datasets, images, runtime
 from utils.cli import UserError, bounded
@@ -89,6 +90,13 @@ def parse_arguments() -> argparse.Namespace:
         "--force", action="store_true", help="go on although the class order looks scrambled"
     )
     runtime.add_arguments(parser)
+    parser.add_argument(
+        "--views-per-forward",
+        type=bounded(int, 1),
+        metavar="N",
+        help="views that the teacher labels in one forward pass, in whole batches; BSSL's "
+        "statistics stay those of single batches (default: 256 on a GPU, one batch on a CPU)",
+    )
     return parser.parse_args()
 
 
@@ -109,6 +117,16 @@ def count_passes(args: argparse.Namespace, folder: images.ImageFolder) -> tuple[
             "one image, which BSSL cannot label; choose another --batch-size or --no-bssl"
         )
     return passes, ipc
+
+
+def views_per_forward(args: argparse.Namespace, device: torch.device) -> int:
+    """Views of one forward pass of the teacher, a multiple of the batch size.
+
+    Part of a label set's settings: it decides how results are rounded, so it may not depend on
+    where an interrupted set was continued.
+    """
+    wanted = args.views_per_forward or (256 if device.type == "cuda" else 1)
+    return max(wanted // args.batch_size, 1) * args.batch_size
 
 
 def load_teachers(args: argparse.Namespace, dataset: datasets.Dataset, machine) -> Ensemble:
@@ -142,16 +160,17 @@ def check_class_order(
     Looks at unmixed central views of at most 1,024 images with running statistics.
     """
     chosen = np.linspace(0, len(sizes) - 1, min(len(sizes), 1024)).astype(int)
-    views = centre_views(sizes[chosen], args.batch_size)
+    views = centre_views(sizes[chosen], views_per_forward(args, device))
     views.index = torch.from_numpy(chosen)[views.index]
-    batches = [batch.to(device) for batch in views]
-    hits = 0
+    batches = list(views.to(device))
+    labels = labels.to(device)
+    hits = torch.zeros((), dtype=torch.int64, device=device)
     bar = cli.progress(
         source.render(batches), desc="class order", total=len(batches), leave=False, delay=2
     )
     for batch, pixels in zip(batches, bar, strict=True):
-        hits += (teachers.logits(pixels).argmax(1).cpu() == labels[batch.index.cpu()]).sum().item()
-    count, num_classes = len(chosen), int(labels.max()) + 1
+        hits += (teachers.logits(pixels).argmax(1) == labels[batch.index]).sum()
+    hits, count, num_classes = int(hits), len(chosen), int(labels.max()) + 1
     top1 = 100 * hits / count
     print(f"teacher top-1 on central views of {count} images: {top1:.1f} %")
     if near_chance(hits, count, num_classes) and not args.force:
@@ -163,12 +182,16 @@ def check_class_order(
 
 
 def label_views(
-    number: int, views: Views, teachers: Ensemble, source, bar: tqdm
+    number: int, views: Views, together: int, teachers: Ensemble, source, bar: tqdm
 ) -> Iterator[torch.Tensor]:
-    """Renders and labels the views of a pass: float32 [n, C] logits, some batches at a time."""
-    batches = list(views.to(teachers.runtime.device))
-    for pixels in source.render(batches):
-        logits = teachers.logits(pixels).cpu()
+    """Renders and labels the views of a pass, `together` of them in a forward pass.
+
+    Yields:
+        float32 [n, C] logits on the CPU; how they are grouped depends on the pass alone.
+    """
+    groups = views.to(teachers.runtime.device).groups(together // views.batch_size)
+    labelled = (teachers.logits(pixels, views.batch_size) for pixels in source.render(groups))
+    for logits in runtime.on_host(labelled):
         if not logits.isfinite().all():
             raise UserError(
                 f"the teacher gave NaN or infinite logits in pass {number}; try --amp off, else "
@@ -184,13 +207,14 @@ def fit_codec(
     """Fits the writer's codec to the first labels; returns the logits of passes labelled whole."""
     kept: dict[int, list[torch.Tensor]] = {}
     total = writer.settings["passes"] * len(labels)
+    together = writer.settings["views_per_forward"]
     with cli.progress(total=min(FIT_LABELS, total), desc="fit codec", unit="view") as bar:
 
         def chunks() -> Iterator[tuple[torch.Tensor, Mixture]]:
             for number in range(writer.settings["passes"]):
                 views, kept[number], start = writer.draw(number), [], 0
                 mixture = writer.mixture(views, labels)
-                for logits in label_views(number, views, teachers, source, bar):
+                for logits in label_views(number, views, together, teachers, source, bar):
                     kept[number].append(logits)
                     yield logits, mixture[start : start + len(logits)]
                     start += len(logits)
@@ -217,15 +241,17 @@ def make_passes(writer: LabelWriter, teachers: Ensemble, source, hard_labels: to
     mine = [number for number in missing if number in fitting] + unlabelled[
         machine.rank :: machine.world
     ]
-    with cli.progress(total=len(mine) * count, desc="relabel", unit="view") as bar:
+    together = writer.settings["views_per_forward"]
+    bar = cli.progress(total=len(mine) * count, desc="relabel", unit="view")
+    with bar, BackgroundWriter(writer) as background:
         for number in mine:
             views = writer.draw(number)
             logits = fitting.pop(number, None)
             if logits is None:
-                logits = label_views(number, views, teachers, source, bar)
+                logits = label_views(number, views, together, teachers, source, bar)
             else:
                 bar.update(count)
-            writer.write_pass(number, logits, views, hard_labels)
+            background.write_pass(number, logits, views, hard_labels)
     machine.barrier()
 
 
@@ -268,6 +294,7 @@ def main() -> None:
         ],
         "bssl": args.bssl,
         "precision": machine.precision,
+        "views_per_forward": views_per_forward(args, machine.device),
         "codec": codecs.from_arguments(args),
         "images": {
             "count": len(folder.files),

@@ -6,7 +6,9 @@ import urllib.error
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import models
 from utils.cli import UserError
@@ -116,6 +118,34 @@ def use_batch_statistics(model: nn.Module) -> None:
             module.track_running_stats = False
 
 
+class _PerBatchStatistics(TorchFunctionMode):
+    """Inside it, BatchNorm in training mode takes its statistics from every `batch_size` rows.
+
+    It catches the function that all kinds of BatchNorm layers call, so networks need no change.
+    """
+
+    def __init__(self, batch_size: int, views: int):
+        super().__init__()
+        self.batch_size, self.views = batch_size, views
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in (F.batch_norm, torch.batch_norm):
+            rows = args[0] if args else kwargs.pop("input")
+            # The sixth argument of both functions says whether to use the batch's statistics.
+            if args[5] if len(args) > 5 else kwargs.get("training", False):
+                if len(rows) != self.views:
+                    raise _OtherRowsError
+                parts = rows.split(self.batch_size)
+                return torch.cat([function(part, *args[1:], **kwargs) for part in parts])
+            return function(rows, *args[1:], **kwargs)
+        return function(*args, **kwargs)
+
+
+class _OtherRowsError(Exception):
+    """A BatchNorm layer's rows are not the views, so they cannot be told apart by batches."""
+
+
 class Ensemble:
     """One or several teachers, labelling by the weighted mean of their logits."""
 
@@ -125,11 +155,30 @@ class Ensemble:
         self.shares = [share / sum(shares) for share in shares]
 
     @torch.inference_mode()
-    def logits(self, views: torch.Tensor) -> torch.Tensor:
-        """float32 [B, C] logits for rendered views [B, 3, S, S]."""
+    def logits(self, views: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
+        """Labels views in one forward pass.
+
+        Args:
+            views: rendered, float32 [N, 3, S, S], of one or several batches.
+            batch_size: under BSSL, the views per batch: each batch has its own statistics, as if
+                it were labelled alone; None: all views are one batch.
+
+        Returns:
+            float32 [N, C] on the views' device.
+        """
         total = torch.zeros((), device=views.device)
         for teacher, share in zip(self.teachers, self.shares, strict=True):
             with self.runtime.autocast():
-                logits = teacher.model(views)
+                logits = _forward(teacher.model, views, batch_size or len(views))
             total = total + share * logits.float()
         return total
+
+
+def _forward(model: nn.Module, views: torch.Tensor, batch_size: int) -> torch.Tensor:
+    if len(views) <= batch_size:
+        return model(views)
+    try:
+        with _PerBatchStatistics(batch_size, len(views)):
+            return model(views)
+    except _OtherRowsError:
+        return torch.cat([model(batch) for batch in views.split(batch_size)])

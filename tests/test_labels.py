@@ -79,16 +79,20 @@ def test_relabelling_leaves_the_teacher_unchanged_and_dropout_off(world):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_training_renders_bit_for_bit_what_the_teacher_saw(world, monkeypatch, tmp_path, command):
+@pytest.mark.parametrize("together", [5, 10])
+def test_training_renders_bit_for_bit_what_the_teacher_saw(
+    world, monkeypatch, tmp_path, command, together
+):
     seen = []
     original = teacher.Ensemble.logits
-    monkeypatch.setattr(
-        teacher.Ensemble,
-        "logits",
-        lambda self, views: seen.append(views.clone()) or original(self, views),
-    )
+
+    def watched(self, views, batch_size=None):
+        seen.extend(views.clone().split(5))
+        return original(self, views, batch_size)
+
+    monkeypatch.setattr(teacher.Ensemble, "logits", watched)
     arguments = generate_arguments(world.data, tmp_path / "l", world.weights, "--slc", 6, "--force")
-    assert command(generate.main, *arguments).code == 0
+    assert command(generate.main, *arguments, "--views-per-forward", together).code == 0
     _, pixels = decoded(world)
     labels = LabelSet.open(tmp_path / "l")
     source = ResidentImages(pixels, TINY, torch.device("cpu"))

@@ -228,10 +228,20 @@ class ResidentImages:
         self.std = torch.tensor(dataset.std, device=device)
 
     def render(self, batches: Iterable[Views]) -> Iterator[torch.Tensor]:
-        """Yields the network's input, float32 [B, 3, S, S], for each batch of views."""
-        for views in batches:
-            images = self.pixels[views.index.to(self.pixels.device)].to(self.device)
+        """Yields the network's input, float32 [N, 3, S, S], for each batch (or more) of views."""
+        batches = list(batches)
+        if self.pixels.device == self.device:
+            sources = (self.pixels[views.index] for views in batches)
+        else:
+            # Copying an index from the GPU waits for it, so all are copied before the first batch.
+            indices = [views.index.cpu() for views in batches]
+            sources = (self._sent(self.pixels[index]) for index in indices)
+        for views, images in zip(batches, sources, strict=True):
             yield render(images, views, self.size, self.mean, self.std)
+
+    def _sent(self, images: torch.Tensor) -> torch.Tensor:
+        """Images on the GPU; the copy waits for nothing."""
+        return images.pin_memory().to(self.device, non_blocking=True)
 
 
 class StreamingImages:
@@ -244,19 +254,23 @@ class StreamingImages:
         self.std = torch.tensor(dataset.std, device=device)
 
     def render(self, batches: Iterable[Views]) -> Iterator[torch.Tensor]:
-        """Yields the network's input, float32 [B, 3, S, S], for each batch of views."""
+        """Yields the network's input, float32 [N, 3, S, S], for each batch (or more) of views."""
         batches = list(batches)
+        parts = [part for views in batches for part in views.to("cpu")]
         loader = torch.utils.data.DataLoader(
-            _Crops(self.files, [views.to("cpu") for views in batches], self.size),
+            _Crops(self.files, parts, self.size),
             batch_size=None,
-            num_workers=min(self.workers, len(batches)),
+            num_workers=min(self.workers, len(parts)),
             pin_memory=self.device.type == "cuda",
         )
-        for views, crops in zip(batches, loader, strict=True):
-            if isinstance(crops, str):
-                raise UserError(crops)
-            crops = crops.to(self.device, non_blocking=True)
-            yield mix(normalise(crops, self.mean, self.std), views)
+        received = iter(loader)
+        for views in batches:
+            crops = []
+            for part in itertools.islice(received, len(views)):
+                if isinstance(part, str):
+                    raise UserError(part)
+                crops.append(part.to(self.device, non_blocking=True))
+            yield mix(normalise(torch.cat(crops), self.mean, self.std), views)
 
 
 class _Crops(torch.utils.data.Dataset):

@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy
@@ -95,6 +95,26 @@ class Runtime:
             for buffer in model.buffers():
                 if buffer.is_floating_point():
                     self.total(buffer).div_(self.world)
+
+
+def on_host(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The same tensors in main memory, one behind: the next is computed while one is copied."""
+    waiting: list[tuple[torch.Tensor, torch.cuda.Event | None]] = []
+    for tensor in tensors:
+        copied = torch.cuda.Event() if tensor.is_cuda else None
+        waiting.append((tensor.to("cpu", non_blocking=True), copied))
+        if copied:
+            copied.record(torch.cuda.current_stream(tensor.device))
+        if len(waiting) > 1:
+            yield _arrived(*waiting.pop(0))
+    for copy in waiting:
+        yield _arrived(*copy)
+
+
+def _arrived(tensor: torch.Tensor, copied: torch.cuda.Event | None) -> torch.Tensor:
+    if copied:
+        copied.synchronize()
+    return tensor
 
 
 def check_outputs(model: nn.Module, dataset: Dataset, device: torch.device, what: str) -> None:

@@ -93,16 +93,22 @@ class Views:
         """The views of one batch."""
         if not 0 <= batch < len(self):
             raise IndexError(f"batch {batch} of {len(self)}")
-        rows = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
-        one = slice(batch, batch + 1)
+        return self._batches(batch, batch + 1)
+
+    def groups(self, batches: int) -> list["Views"]:
+        """The same views, so many batches at a time; the last group may have fewer."""
+        return [self._batches(start, start + batches) for start in range(0, len(self), batches)]
+
+    def _batches(self, start: int, end: int) -> "Views":
+        rows = slice(start * self.batch_size, end * self.batch_size)
         return Views(
             self.index[rows],
             self.box[rows],
             self.flip[rows],
             self.batch_size,
             None if self.mix_index is None else self.mix_index[rows],
-            None if self.mix_box is None else self.mix_box[one],
-            None if self.mix_lam is None else self.mix_lam[one],
+            None if self.mix_box is None else self.mix_box[start:end],
+            None if self.mix_lam is None else self.mix_lam[start:end],
         )
 
     def __iter__(self) -> Iterator["Views"]:
