@@ -28,7 +28,9 @@ def random_boxes(source: int, count: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("source", "size"), [(32, 32), (64, 64), (224, 224), (320, 224)])
-def test_rendering_equals_torchvision(source, size):
+def test_matrix_products_equal_torchvision(source, size, monkeypatch):
+    """What a GPU does at all sizes, and a CPU with small images."""
+    monkeypatch.setattr(views, "_BATCHED_PIXELS", 10**9)
     numbers = torch.Generator().manual_seed(source)
     image = torch.randint(0, 256, (1, 3, source, source), dtype=torch.uint8, generator=numbers)
     boxes = random_boxes(source, 200)
@@ -44,14 +46,14 @@ def test_rendering_equals_torchvision(source, size):
             assert (found - expected).abs().max() <= 1e-2
 
 
-@pytest.mark.parametrize("source", [32, 128])
-def test_images_one_by_one_equal_batched(source, monkeypatch):
+@pytest.mark.parametrize(("source", "size"), [(32, 32), (128, 32), (224, 224)])
+def test_images_one_by_one_equal_batched(source, size, monkeypatch):
     images = torch.randint(0, 256, (6, 3, source, source), dtype=torch.uint8)
     boxes, flips = random_boxes(source, 5), torch.arange(6) % 2 == 0
     monkeypatch.setattr(views, "_BATCHED_PIXELS", 10**9)
-    batched = views.crop_resize(images, boxes, flips, 32)
-    one_by_one = views.crop_resize(list(images), boxes, flips, 32)
-    assert (batched - one_by_one).abs().max() < 1e-3
+    batched = views.crop_resize(images, boxes, flips, size)
+    one_by_one = views.crop_resize(list(images), boxes, flips, size)
+    assert (batched - one_by_one).abs().max() <= 1e-2
 
 
 def documented_ratio(bits: int) -> float:

@@ -30,6 +30,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 MIXES = ("cutmix", "mixup", "none")
 RATIO = (3 / 4, 4 / 3)
@@ -330,8 +331,8 @@ def crop_resize(
 ) -> torch.Tensor:
     """Cuts boxes out of images, resizes them (bilinear, antialiased) and mirrors some.
 
-    rows @ image @ columns^T: two matrix products per image, whole batches at once where that is
-    faster (on a GPU, and for small images).
+    rows @ image @ columns^T: two matrix products per image, whole batches at once; large images on
+    a CPU one by one with torch's own resampling, which is faster there.
 
     Args:
         images: uint8 or float [B, 3, H, W], or a list of B tensors [3, H, W] of any sizes.
@@ -355,15 +356,13 @@ def crop_resize(
 
 
 def _crop_resize_each(images, box: torch.Tensor, flip: torch.Tensor, size: int) -> torch.Tensor:
-    """crop_resize image by image: multiplies only the pixels inside each box."""
+    """crop_resize image by image: touches only the pixels inside each box."""
     result = torch.empty(len(images), 3, size, size, device=box.device)
-    zero = torch.zeros(1, dtype=box.dtype, device=box.device)
-    for view, (top, left, height, width) in enumerate(box.tolist()):
-        rows = resize_weights(zero, box[view : view + 1, 2], None, height, size)[0]
-        mirrored = flip[view : view + 1]
-        columns = resize_weights(zero, box[view : view + 1, 3], mirrored, width, size)[0]
-        crop = images[view][:, top : top + height, left : left + width].float()
-        torch.matmul(rows, torch.matmul(crop, columns.T), out=result[view])
+    boxes, flips = box.tolist(), flip.tolist()
+    for view, ((top, left, height, width), mirrored) in enumerate(zip(boxes, flips, strict=True)):
+        crop = images[view][None, :, top : top + height, left : left + width].float()
+        resized = F.interpolate(crop, (size, size), mode="bilinear", antialias=True)[0]
+        result[view] = resized.flip(2) if mirrored else resized
     return result
 
 
