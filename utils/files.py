@@ -46,6 +46,10 @@ def atomic_write(path: Path, write: bytes | Callable[[BinaryIO], None]) -> None:
         raise
 
 
+class LockedError(UserError):
+    """Another process has the lock of a folder."""
+
+
 def is_unused(folder: Path) -> bool:
     """Whether a folder is missing, or holds no more than killed processes of ours left in it."""
     names = [entry.name for entry in folder.iterdir()] if folder.exists() else []
@@ -65,7 +69,7 @@ def lock(folder: Path, doing: str) -> Iterator[None]:
         doing: completes "another process is ..." in the message.
 
     Raises:
-        UserError: another process has the lock.
+        LockedError: another process has the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = _acquire(folder / LOCK, f"is {doing} {folder}")
@@ -88,7 +92,8 @@ def _acquire(path: Path, doing: str) -> BinaryIO:
         except BlockingIOError:
             file.seek(0)
             owner = file.read().decode(errors="replace").strip()
-            raise UserError(f"another process ({owner}) {doing}; wait for it, or end it") from None
+            message = f"another process ({owner}) {doing}; wait for it, or end it"
+            raise LockedError(message) from None
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
                 raise

@@ -5,6 +5,7 @@ of equally large images decoded in memory (on the GPU where it fits), `Streaming
 DataLoader workers what differs in size or does not fit.
 """
 
+import collections
 import dataclasses
 import hashlib
 import io
@@ -185,10 +186,26 @@ def pixels_of(image: Image.Image) -> torch.Tensor:
 
 
 def _map_files(work: Callable, files: Sequence[Path], what: str) -> Iterator:
-    """work(file) for all files in order, in threads (decoding releases the GIL), with a bar."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(work, files)
-        yield from progress(results, desc=what, total=len(files), unit="img", leave=False, delay=1)
+    """work(file) for all files in order, in threads (decoding releases the GIL), with a bar.
+
+    The threads run ahead by a few files only, however slowly the results are taken.
+    """
+    threads = os.cpu_count() or 1
+    bar = progress(desc=what, total=len(files), unit="img", leave=False, delay=1)
+    with bar, ThreadPoolExecutor(threads) as pool:
+        waiting: collections.deque = collections.deque()
+        try:
+            for file in files:
+                waiting.append(pool.submit(work, file))
+                if len(waiting) > 8 * threads:
+                    yield waiting.popleft().result()
+                    bar.update()
+            while waiting:
+                yield waiting.popleft().result()
+                bar.update()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 def inspect(folder: ImageFolder) -> tuple[np.ndarray, str]:
@@ -217,11 +234,18 @@ def inspect(folder: ImageFolder) -> tuple[np.ndarray, str]:
     return np.array(sizes, dtype=np.int32), digest.hexdigest()
 
 
+def fits(tensor: torch.Tensor, device: torch.device, share: float) -> bool:
+    """Whether a tensor takes less than this share of a GPU's free memory; never on a CPU."""
+    if device.type != "cuda":
+        return False
+    return tensor.nbytes < share * torch.cuda.mem_get_info(device)[0]
+
+
 class ResidentImages:
     """All images decoded in memory as one uint8 tensor [images, 3, H, W]."""
 
     def __init__(self, pixels: torch.Tensor, dataset: Dataset, device: torch.device):
-        if device.type == "cuda" and pixels.nbytes < torch.cuda.mem_get_info(device)[0] // 2:
+        if fits(pixels, device, 1 / 2):
             pixels = pixels.to(device)
         self.pixels, self.device, self.size = pixels, device, dataset.input_size
         self.mean = torch.tensor(dataset.mean, device=device)
@@ -301,7 +325,7 @@ def open_images(
     """The faster source that is possible: resident when all sizes agree and memory allows."""
     height, width = sizes[0].tolist()
     needed = 3 * height * width * len(sizes)
-    if not (sizes == sizes[0]).all() or needed > _available_memory() // 2:
+    if not (sizes == sizes[0]).all() or needed > available_memory() // 2:
         return StreamingImages(folder.files, dataset, device, workers)
     pixels = torch.empty(len(sizes), 3, height, width, dtype=torch.uint8)
     decoded = _map_files(lambda path: pixels_of(decode(path)), folder.files, "decoding images")
@@ -310,17 +334,18 @@ def open_images(
     return ResidentImages(pixels, dataset, device)
 
 
-def _available_memory() -> int:
+def available_memory() -> int:
     """Bytes of memory that can be taken without swapping."""
     found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     return int(found[1]) * 1024
 
 
-def load_evaluation(folder: ImageFolder, dataset: Dataset) -> torch.Tensor:
-    """Decodes validation images as the field evaluates: 224: Resize(256), CenterCrop(224).
+def decode_evaluation(folder: ImageFolder, dataset: Dataset) -> Iterator[torch.Tensor]:
+    """Decodes images as the field evaluates: 224: Resize(256), CenterCrop(224).
 
-    Returns:
-        uint8 [images, 3, S, S]; small inputs (below 128) are resized only where sizes differ.
+    Yields:
+        uint8 [3, S, S] of every image; small inputs (below 128) are resized only where sizes
+        differ.
     """
     size, resize = dataset.input_size, dataset.evaluation_resize
 
@@ -330,8 +355,24 @@ def load_evaluation(folder: ImageFolder, dataset: Dataset) -> torch.Tensor:
             image = transforms.center_crop(transforms.resize(image, resize), [size, size])
         return pixels_of(image)
 
+    yield from _map_files(prepare, folder.files, "decoding validation images")
+
+
+def load_evaluation(folder: ImageFolder, dataset: Dataset) -> torch.Tensor:
+    """The images of decode_evaluation in memory: uint8 [images, 3, S, S].
+
+    Raises:
+        UserError: an unreadable image, or more pixels than there is memory.
+    """
+    size = dataset.input_size
+    needed, available = 3 * size * size * len(folder.files), available_memory()
+    if needed > available:
+        raise UserError(
+            f"{folder.root}: {len(folder.files)} decoded images take {needed / 1e9:.1f} GB, but "
+            f"only {available / 1e9:.1f} GB of memory are free; give --val-cache a folder on a "
+            "disk with room for them"
+        )
     pixels = torch.empty(len(folder.files), 3, size, size, dtype=torch.uint8)
-    prepared = _map_files(prepare, folder.files, "decoding validation images")
-    for place, image in zip(pixels, prepared, strict=True):
+    for place, image in zip(pixels, decode_evaluation(folder, dataset), strict=True):
         place.copy_(image)
     return pixels

@@ -14,7 +14,7 @@ import dataclasses
 import torch
 
 import models
-from utils import cli, images, runtime
+from utils import cli, evaluation, images, runtime
 from utils.cli import UserError
 from utils.datasets import Dataset
 from utils.files import load_tensors
@@ -30,6 +30,7 @@ def main() -> None:
         help="the network, when it is a package.module:factory: code named by a file is never run",
     )
     runtime.add_arguments(parser)
+    evaluation.add_arguments(parser)
     args = parser.parse_args()
     machine = runtime.from_arguments(args)
     saved = load_tensors(args.checkpoint, "checkpoint")
@@ -54,7 +55,7 @@ def main() -> None:
         raise UserError(f"the weights in {args.checkpoint} do not fit {name}") from None
     folder = images.scan(args.val_dir)
     images.check_same_classes(folder, saved["classes"], str(args.checkpoint))
-    pixels = images.load_evaluation(folder, dataset)
+    pixels = evaluation.load(folder, dataset, machine.device, args.val_cache)
     top1, top5 = engine.evaluate(
         model.to(machine.device, memory_format=torch.channels_last),
         pixels,

@@ -1,0 +1,196 @@
+"""The cache of decoded validation images: the same pixels, never out of date, never in the way."""
+
+import errno
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, train_arguments, tree, write_images
+from PIL import Image
+
+from utils import evaluation, files, images
+from utils.cli import UserError
+from validate import evaluate, train
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def settled(monkeypatch):
+    """The tests' images count as unchanged for long."""
+    monkeypatch.setattr(evaluation, "_SETTLED", -1)
+    monkeypatch.setattr(evaluation, "_POLL", 0.01)
+
+
+@pytest.fixture
+def val(tmp_path, settled) -> Path:
+    return write_images(tmp_path / "val", 2, seed=3)
+
+
+def load(root: Path, cache: Path | str) -> torch.Tensor:
+    return evaluation.load(images.scan(root), TINY, CPU, str(cache))
+
+
+def decoded(root: Path) -> torch.Tensor:
+    return images.load_evaluation(images.scan(root), TINY)
+
+
+def forbid_decoding(patch: pytest.MonkeyPatch) -> None:
+    def decode(path):
+        raise AssertionError(f"{path} is decoded again")
+
+    patch.setattr(images, "decode", decode)
+
+
+def test_the_cache_gives_the_decoded_pixels_without_decoding_again(
+    val, tmp_path, monkeypatch, capsys
+):
+    expected, before = decoded(val), tree(val)
+    assert torch.equal(load(val, tmp_path / "new" / "cache"), expected)
+    assert "decoded images are kept in" in capsys.readouterr().out
+    forbid_decoding(monkeypatch)
+    again = load(val, tmp_path / "new" / "cache")
+    assert torch.equal(again, expected) and again.dtype == torch.uint8
+    assert tree(val) == before  # nothing is written beside the images
+    assert [path.suffix for path in (tmp_path / "new" / "cache").iterdir()] == [".pixels"]
+
+
+def test_other_pixels_of_the_same_size_and_time_are_noticed(val, tmp_path):
+    load(val, tmp_path / "cache")
+    path = val / "00001" / "0.png"
+    facts = path.stat()
+    Image.fromarray(255 - torch.zeros(32, 32, 3, dtype=torch.uint8).numpy()).save(path)
+    path.write_bytes(path.read_bytes().ljust(facts.st_size, b"\0"))
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (facts.st_size, facts.st_mtime_ns)
+    found = load(val, tmp_path / "cache")
+    assert torch.equal(found, decoded(val)) and (found[2] == 255).all()
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+@pytest.mark.parametrize("change", ["added", "removed", "renamed"])
+def test_another_list_of_files_is_noticed(val, tmp_path, change):
+    load(val, tmp_path / "cache")
+    one = val / "00002" / "0.png"
+    if change == "removed":
+        one.unlink()
+    else:
+        (one.rename if change == "renamed" else lambda to: shutil.copy(one, to))(
+            one.with_name("7.png")
+        )
+    assert torch.equal(load(val, tmp_path / "cache"), decoded(val))
+
+
+def test_another_decoder_is_noticed(val, tmp_path, monkeypatch):
+    load(val, tmp_path / "cache")
+    monkeypatch.setattr(evaluation.PIL, "__version__", "0")
+    forbid_decoding(monkeypatch)
+    with pytest.raises(AssertionError, match="decoded again"):
+        load(val, tmp_path / "cache")
+
+
+def test_damage_is_noticed(val, tmp_path):
+    load(val, tmp_path / "cache")
+    (path,) = (tmp_path / "cache").iterdir()
+    good = path.read_bytes()
+    flipped = bytearray(good)
+    flipped[5000] ^= 1
+    for content in (bytes(flipped), good[:-1], b"", b"[]" + good[2:], good[4096:]):
+        path.write_bytes(content)
+        assert torch.equal(load(val, tmp_path / "cache"), decoded(val))
+        assert path.read_bytes() == good
+
+
+def refuse(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("obstacle", ["file in the way", "full", "fills up", "changing"])
+def test_whatever_keeps_the_cache_from_being_written_costs_only_time(
+    val, tmp_path, monkeypatch, capsys, obstacle
+):
+    cache = tmp_path / "cache"
+    if obstacle == "file in the way":
+        cache.write_text("not a folder")
+    elif obstacle == "full":
+        usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    elif obstacle == "fills up":
+        monkeypatch.setattr(os, "fsync", refuse)
+    else:
+        monkeypatch.setattr(evaluation, "_SETTLED", 3600)
+    assert torch.equal(load(val, cache), decoded(val))
+    assert "decoded validation images are not cached: " in capsys.readouterr().out
+    assert not cache.is_dir()
+
+
+def test_images_that_change_while_they_are_decoded_are_not_cached(val, tmp_path, monkeypatch):
+    original = images.decode
+
+    def decode(path):
+        if path == val / "00000" / "0.png":
+            (val / "00000" / "1.png").touch()
+        return original(path)
+
+    monkeypatch.setattr(images, "decode", decode)
+    load(val, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_second_process_waits_for_the_first(val, tmp_path, capsys):
+    cache, found = tmp_path / "cache", []
+    with files.lock(cache, "decoding"):
+        second = threading.Thread(target=lambda: found.append(load(val, cache)))
+        second.start()
+        while "waiting: another process" not in capsys.readouterr().out:
+            assert second.is_alive()
+    second.join()
+    assert torch.equal(found[0], decoded(val))
+
+
+def test_evaluate_reports_the_same_from_the_cache(world, tmp_path, command, settled):
+    assert command(train.main, *train_arguments(world, tmp_path / "run")).code == 0
+    arguments = ["--checkpoint", tmp_path / "run" / "best.pt", "--val-dir", world.val]
+    arguments += ["--device", "cpu", "--val-cache"]
+    plain = command(evaluate.main, *arguments, "off")
+    for _ in range(2):
+        cached = command(evaluate.main, *arguments, tmp_path / "cache")
+        assert cached.code == 0 and plain.out in cached.out
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_small_sets_are_not_cached_unless_asked(val, tmp_path, monkeypatch):
+    monkeypatch.delenv("Main_Data_Path", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    assert torch.equal(load(val, "auto"), load(val, "off"))
+    assert not (tmp_path / "user").exists()
+    monkeypatch.setattr(evaluation, "_SMALLEST", 1)
+    load(val, "auto")
+    assert len(list((tmp_path / "user" / "hald").iterdir())) == 1
+    monkeypatch.setenv("Main_Data_Path", str(tmp_path / "data"))
+    load(val, "auto")
+    assert len(list((tmp_path / "data" / "cache").iterdir())) == 1
+
+
+def test_more_images_than_memory_are_refused_in_one_line(val, monkeypatch):
+    monkeypatch.setattr(images, "available_memory", lambda: 1000)
+    with pytest.raises(UserError, match="--val-cache"):
+        load(val, "off")
+
+
+def test_an_unreadable_image_is_named(val, tmp_path):
+    (val / "00000" / "0.png").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"00000/0\.png"):
+        load(val, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_files_are_mapped_ahead_by_a_few_only(monkeypatch):
+    started = []
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    results = images._map_files(lambda item: started.append(item) or item, range(1000), "")
+    assert next(results) == 0 and len(started) <= 8 * 2 + 1
+    assert list(results) == list(range(1, 1000))
