@@ -415,9 +415,9 @@ class LabelSet:
         self._loaded.clear()
         return self
 
-    def bytes_on_disk(self) -> int:
-        """Size of the manifest, the fitted codec and the passes in use, in bytes."""
-        names = [pass_name(number) for number in range(self.passes)]
+    def bytes_on_disk(self, passes: int | None = None) -> int:
+        """Bytes of the manifest, the fitted codec and so many passes (None: those in use)."""
+        names = [pass_name(number) for number in range(passes or self.passes)]
         extra = [name for name in (_CODEC, _SIZES) if name in self.manifest["files"]]
         return sum((self.path / name).stat().st_size for name in [_MANIFEST, *extra, *names])
 

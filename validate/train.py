@@ -346,11 +346,10 @@ class EpochRunner:
         return engine.train_static_epoch(*fresh, self.labels, self.image_logits, *soft)
 
     def label_bytes(self) -> int:
-        """Bytes on disk of the labels that the run uses; of batches kept, their share."""
+        """Bytes on disk of the labels that the run uses."""
         if self.labels is None or {*self.plan.kinds} == {"hard"}:
             return 0
-        share = len(self.plan.batch_numbers) / len(self.labels)
-        return round(share * self.labels.bytes_on_disk())
+        return self.labels.bytes_on_disk(self.plan.settings["passes"])
 
 
 def build_student(plan: Plan) -> tuple[nn.Module, torch.optim.AdamW]:

@@ -1,0 +1,218 @@
+"""The sweep: what it plans, that it can be stopped and repeated, and what it makes of results."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import CUSTOM, ROOT, TINY, tree, write_images
+from PIL import Image
+
+from analysis import sweep
+from scripts import prepare_split
+from utils import images
+from utils.cli import UserError
+from validate import train
+
+
+def settings(tmp_path, **more) -> sweep.Settings:
+    for label in range(4):
+        (tmp_path / "d5" / f"{label:05d}").mkdir(parents=True, exist_ok=True)
+    return sweep.Settings(
+        **{
+            **{"dataset": "digits", "data_dir": f"{tmp_path}/d{{ipc}}", "val_dir": "v"},
+            **{"out_dir": str(tmp_path / "out"), "slc": [5, 10], "ipc": [5]},
+            **{"students": ["ConvNetW32"], "seeds": [0, 1], "label_slc": 40},
+            **{"methods": {name: {"like": name, "flags": ""} for name in ("hard", "soft")}},
+            "relabel": "--teacher T",
+            **more,
+        }
+    )
+
+
+def test_a_plan_is_the_grid_but_for_what_does_not_depend_on_the_slc(tmp_path):
+    names = [task.name for task in sweep.run_tasks(settings(tmp_path))]
+    assert names == [
+        "hard_ipc5_ConvNetW32_seed0",
+        "soft_slc5_ipc5_ConvNetW32_seed0",
+        "soft_slc10_ipc5_ConvNetW32_seed0",
+        "hard_ipc5_ConvNetW32_seed1",
+        "soft_slc5_ipc5_ConvNetW32_seed1",
+        "soft_slc10_ipc5_ConvNetW32_seed1",
+    ]
+
+
+def test_every_command_is_one_that_the_training_script_understands(tmp_path, monkeypatch):
+    every = {f"my {name}": {"like": name, "flags": "--lr 0.5"} for name in sweep.METHODS}
+    for task in sweep.run_tasks(settings(tmp_path, methods=every)):
+        monkeypatch.setattr("sys.argv", task.command)
+        args = train.parse_arguments()
+        assert args.lr == 0.5 and str(args.output_dir).endswith(task.name)
+
+
+def test_top_k_labels_are_as_many_as_fit_in_the_bytes_of_fp16_labels():
+    """10 classes: 20 bytes against 2 x (2 bytes + 4 bits) = 5; 1000: 2000 against 50 x 26 bits."""
+    assert sweep.affordable_slc(10, classes=10, topk=2, stored=1000) == 40
+    assert sweep.affordable_slc(10, classes=10, topk=2, stored=30) == 30
+    assert sweep.affordable_slc(10, classes=1000, topk=50, stored=1000) == 120
+
+
+def test_label_sets_are_made_once_per_ipc_for_what_the_methods_read(tmp_path):
+    methods = {name: {"like": name, "flags": ""} for name in ("soft", "hald", "static", "lpqld")}
+    tasks = sweep.label_tasks(settings(tmp_path, methods=methods))
+    assert [task.name for task in tasks] == [
+        *("labels_views_ipc5", "labels_static_ipc5", "labels_topk_ipc5"),
+    ]
+    assert "--mix none --min-scale 1" in shlex.join(tasks[1].command)
+    with pytest.raises(UserError, match=r"no label set at .*--relabel"):
+        sweep.label_tasks(settings(tmp_path, relabel=""))
+
+
+def test_a_plan_file_is_overridden_by_flags_and_checked(tmp_path, monkeypatch):
+    plan = tmp_path / "plan.yaml"
+    text = (
+        "dataset: digits\ndata_dir: D\nval_dir: V\nout_dir: O\nslc: [5]\nipc: [5]\n"
+        "students: [ConvNetW32]\nmethods: {mine: {like: balanced, flags: --lr 1}, lpld: }\n"
+    )
+
+    def read(text, *flags):
+        plan.write_text(text)
+        monkeypatch.setattr("sys.argv", ["sweep.py", "--plan", str(plan), *flags])
+        return sweep.read_settings(sweep.parse_arguments())
+
+    found = read(text, "--slc", "10", "--", "--lr", "2")
+    assert found.slc == [10] and found.flags == "--lr 2" and found.label_slc == 40
+    assert found.methods["mine"] == {"like": "balanced", "flags": "--lr 1"}
+    for wrong, message in (
+        (text + "sic: 3\n", "unknown 'sic'; did you mean slc"),
+        (text.replace("like: balanced", "like: balance"), "unknown method 'balance'"),
+        (text.replace("slc: [5]", "slc: [7]"), "--slc 7 is not a multiple of IPC 5"),
+        (text.replace("val_dir: V\n", ""), "the plan lacks --val-dir"),
+        (text.replace("ipc: [5]", "ipc: [1, 5]"), "must contain {ipc}"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read(wrong)
+
+
+def task(tmp_path, name, code) -> sweep.Task:
+    done = tmp_path / name
+    return sweep.Task(name, ["-c", code.format(done=str(done))], done, {})
+
+
+WRITE = "open({done!r}, 'a').write('x')"
+
+
+def test_finished_tasks_are_skipped_and_failures_do_not_stop_the_others(tmp_path):
+    done = task(tmp_path, "done", WRITE)
+    done.done.write_text("before")
+    tasks = [done, task(tmp_path, "bad", "print('why'); raise SystemExit(2)")]
+    tasks += [task(tmp_path, f"new{number}", WRITE) for number in range(3)]
+    failed = sweep.run_all(tasks, [{}, {}], tmp_path / "logs", "runs")
+    assert failed == ["bad: why"]
+    assert done.done.read_text() == "before"
+    assert all(task.done.read_text() == "x" for task in tasks[2:])
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_takes_its_run_along_and_continues(tmp_path):
+    """The planner dies by SIGKILL; the run that it had started must not go on by itself."""
+    started = tmp_path / "pid"
+    forever = (
+        f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    )
+    code = (
+        "import sys; sys.path.insert(0, {root!r})\n"
+        "from pathlib import Path\nfrom analysis import sweep\n"
+        "tasks = [sweep.Task('a', ['-c', {code!r}], Path('/nowhere'), {{}})]\n"
+        "sweep.run_all(tasks, [{{}}], Path({logs!r}), 'runs')\n"
+    ).format(root=str(ROOT), code=forever, logs=str(tmp_path / "logs"))
+    planner = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    while not (started.exists() and started.read_text()):
+        time.sleep(0.05)
+    child = int(started.read_text())
+    planner.send_signal(signal.SIGKILL)
+    planner.wait()
+    deadline = time.monotonic() + 10
+    while alive(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(child)
+    again = task(tmp_path, "a", WRITE)
+    assert sweep.run_all([again], [{}], tmp_path / "logs", "runs") == []
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def result(top1: float, size: int) -> str:
+    best = {"epoch": 2, "top1": top1 + 1, "top5": 100}
+    last = {"epoch": 4, "top1": top1, "top5": 100}
+    facts = {"label_bytes": size, "epochs": 4, "seconds": 1.5, "device": "cpu"}
+    return json.dumps({"best": best, "last": last, **facts})
+
+
+def test_results_become_csv_table_and_plots(tmp_path):
+    tasks = sweep.run_tasks(settings(tmp_path))
+    for place, one in enumerate(tasks):
+        one.done.parent.mkdir(parents=True)
+        size = 0 if one.facts["method"] == "hard" else 100 * one.facts["slc"]
+        one.done.write_text(result(50.0 + place, size))
+    out = tmp_path / "out"
+    sweep.report(tasks, out)
+    rows = sweep.read_csv(out / "results.csv")
+    assert rows == sweep.collect(tasks)
+    table = (out / "table.md").read_text().splitlines()
+    assert len(table) == 5
+    assert table[2] == "| ConvNetW32 | 5 | hard | – | 0 | 52.5 ± 2.1 | 51.5 ± 2.1 | 2 |"
+    assert table[4] == "| ConvNetW32 | 5 | soft | 10 | 1,000 | 54.5 ± 2.1 | 53.5 ± 2.1 | 2 |"
+    for name in ("top1_slc.png", "top1_bytes.png"):
+        assert Image.open(out / name).size[0] > 800
+
+
+@pytest.mark.slow
+def test_a_sweep_from_flags_makes_labels_trains_and_reports(world, tmp_path, command):
+    """On the tiny data set, through the script; the second time there is nothing to do."""
+    flags = ["--dataset", "custom", "--data-dir", world.data, "--val-dir", world.val]
+    flags += ["--out-dir", tmp_path, "--methods", "soft", "--slc", 3, "--ipc", 3, "--seeds", 0]
+    flags += ["--students", "ConvNetW32", "--relabel"]
+    relabel = f"--teacher ConvNetW32 --teacher-weights {world.weights} --workers 0 --batch-size 5 "
+    relabel += " ".join(CUSTOM[2:])
+    arguments = [*flags, relabel, "--", "--schedule", "soft:1", "--workers", 0, *CUSTOM[2:]]
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts/run_sweep.sh"), *map(str, arguments)],
+        **{"cwd": "/", "capture_output": True, "text": True},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "| ConvNetW32 | 3 | soft | 3 |" in done.stdout and "1 of 1 runs" in done.stdout
+    logs = tree(tmp_path / "logs")
+    assert command(sweep.main, *arguments).code == 0
+    assert tree(tmp_path / "logs") == logs
+
+
+def test_a_split_holds_out_the_same_number_of_each_class(tmp_path, command):
+    data = write_images(tmp_path / "data", 5, seed=0)
+    arguments = ("--data-dir", data, "--out-dir", tmp_path / "split", "--held-out", 2)
+    done = command(prepare_split.main, *arguments)
+    assert done.code == 0 and "8 held_out, 12 rest" in done.out
+    parts = [
+        images.scan(tmp_path / "split" / part, TINY.num_classes) for part in ("held_out", "rest")
+    ]
+    assert [part.counts() for part in parts] == [[2] * 4, [3] * 4]
+    names = [{path.relative_to(part.root) for path in part.files} for part in parts]
+    assert not names[0] & names[1] and len(names[0] | names[1]) == 20
+    assert "nothing to do" in command(prepare_split.main, *arguments).out
+    refused = command(prepare_split.main, *arguments[:-1], 5)
+    assert refused.code == 2 and "holds another split" in refused.err
+    refused = command(
+        prepare_split.main, *arguments[:2], "--out-dir", tmp_path / "b", "--held-out", 5
+    )
+    assert refused.code == 2 and "has only 5 images" in refused.err
