@@ -79,7 +79,7 @@ def hard_epoch(batch_size: int, grad_accum: int) -> tuple[Linear, engine.EpochRe
     views = draw(ViewSpec(32, batch_size, mix="none"), np.full((8, 2), 32), 0)
     labels = torch.arange(8) // 2
     source = ResidentImages(pixels, TINY, CPU.device)
-    return model, engine.train_hard_epoch(trainer, source, views, labels, 0.1), seen
+    return model, engine.train_hard_epoch(trainer, source, list(views), labels, 0.1), seen
 
 
 def test_accumulated_small_batches_step_as_one_large_batch():

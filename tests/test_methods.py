@@ -82,7 +82,7 @@ def test_a_static_epoch_mixes_the_labels_of_the_two_images(world, resident, whol
     of_image = engine.static_labels(labels)
     views = draw(ViewSpec(32, 5), np.full((12, 2), 32), seed=3, epoch=1)
     stepped = Flat()
-    engine.train_static_epoch(sgd(stepped), resident, views[0], labels, of_image, 2.0, "none")
+    engine.train_static_epoch(sgd(stepped), resident, [views[0]], labels, of_image, 2.0, "none")
 
     expected, one = Flat(), views[0]
     student = probabilities(expected(next(resident.render([one]))), 2.0)

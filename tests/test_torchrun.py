@@ -1,18 +1,21 @@
 """Two processes of torchrun give what one gives."""
 
+import json
 import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, generate_arguments, tree
+from conftest import ROOT, generate_arguments, train_arguments, tree, write_images
 
 from relabel import generate
+from validate import evaluate, train
 
 
-def torchrun(*arguments: object) -> subprocess.CompletedProcess:
+def torchrun(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
     """Runs an entry script in two processes on the CPU, one thread each."""
     return subprocess.run(
         [
@@ -20,7 +23,12 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess:
             *("--nproc_per_node=2", *map(str, arguments)),
         ],
         cwd="/",
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT / "tests"),
+            **environment,
+        },
         capture_output=True,
         text=True,
     )
@@ -44,3 +52,36 @@ def test_two_processes_label_as_one_does(world, tmp_path, command, one_thread):
     assert done.returncode == 0, done.stderr
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
     assert len(re.findall("36 soft labels in", done.stdout)) == 1
+
+
+def test_two_processes_train_as_one_that_accumulates(world, tmp_path, command, one_thread):
+    """With a rank that fails on the way; and 260 validation images, 256 and 4 of them a batch."""
+    labels = generate_arguments(world.data, tmp_path / "labels", world.weights, "--slc", 6)
+    assert command(generate.main, *labels, "--batch-size", 3).code == 0
+    settings = SimpleNamespace(
+        data=world.data, labels=tmp_path / "labels", val=write_images(tmp_path / "val", 65, seed=1)
+    )
+    more = ("--model", "breaking_student:build", "--soft-epochs", 3, "--eval-every", 3)
+
+    def arguments(name, *others):
+        return train_arguments(settings, tmp_path / name, *more, *others)
+
+    broken = torchrun(ROOT / "validate/train.py", *arguments("two"), BREAK_RANK="1")
+    assert broken.returncode != 0 and "broken on purpose" in broken.stderr
+    done = torchrun(ROOT / "validate/train.py", *arguments("two"))
+    assert done.returncode == 0, done.stderr
+    assert "continuing after epoch 3 of 5" in done.stdout
+    assert "2 processes: an optimiser step takes 2 batches of 3 = 6 views" in done.stdout
+    assert command(train.main, *arguments("one", "--grad-accum", 2)).code == 0
+    one, two = (torch.load(tmp_path / name / "checkpoint.pt")["model"] for name in ("one", "two"))
+    parameters = [k for k in one if not k.endswith(("running_mean", "running_var", "tracked"))]
+    assert all(torch.equal(one[k], two[k]) for k in parameters)
+    assert any(not torch.equal(one[k], two[k]) for k in one if "running_mean" in k)
+
+    last = json.loads((tmp_path / "two" / "result.json").read_text())["last"]
+    evaluated = command(
+        evaluate.main,
+        *("--checkpoint", tmp_path / "two" / "checkpoint.pt", "--val-dir", settings.val),
+        *("--model", "breaking_student:build", "--device", "cpu"),
+    )
+    assert f"top-1 {last['top1']:.4f} %, top-5 {last['top5']:.4f} % of 260" in evaluated.out

@@ -1,12 +1,15 @@
 """Whole training runs: repeatable, resumable, recorded; evaluation repeats them."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
 import yaml
 from conftest import ROOT, script, train_arguments, tree
 
+import models
 from utils import runlog
 from validate import evaluate, train
 
@@ -76,6 +79,56 @@ def test_a_run_stopped_between_two_refills_draws_the_rest_of_the_pool(
     done = command(train.main, *parts)
     assert done.code == 0 and "continuing after epoch 3 of 4" in done.out
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "where", "more"),
+    [
+        ("SIGTERM", 2, "2 batches after epoch 0", ()),
+        ("SIGINT", 8, "2 batches after epoch 2", ("--grad-accum", 2)),
+        ("SIGTERM", 12, "2 batches after epoch 3", ("--reset-optimizer",)),
+    ],
+)
+def test_a_signal_saves_after_the_step_and_the_epoch_continues_there(
+    world, tmp_path, command, monkeypatch, name, batch, where, more
+):
+    """Three batches an epoch, one in each evaluation; dropout, so that the random state counts."""
+    build = models.build
+    monkeypatch.setattr(
+        models, "build", lambda *facts: torch.nn.Sequential(torch.nn.Dropout(0.1), build(*facts))
+    )
+    assert command(train.main, *train_arguments(world, tmp_path / "whole", *more)).code == 0
+    parts = train_arguments(world, tmp_path / "parts", *more)
+    original, calls = train.engine.correct_top1_top5, []
+
+    def interrupting(*arguments):
+        calls.append(arguments)
+        if len(calls) == batch:
+            os.kill(os.getpid(), getattr(signal, name))
+        return original(*arguments)
+
+    monkeypatch.setattr(train.engine, "correct_top1_top5", interrupting)
+    stopped = command(train.main, *parts)
+    assert stopped.code == {"SIGTERM": 143, "SIGINT": 130}[name]
+    assert "the same command again continues" in stopped.err
+    done = command(train.main, *parts)
+    assert done.code == 0 and f"continuing {where} of 4" in done.out
+    assert accuracies(tmp_path / "whole") == accuracies(tmp_path / "parts")
+    assert same_weights(tmp_path / "whole", tmp_path / "parts")
+    assert [{**line, "seconds": 0, "images_per_second": 0} for line in log(tmp_path / "parts")] == [
+        {**line, "seconds": 0, "images_per_second": 0} for line in log(tmp_path / "whole")
+    ]
+
+
+def test_a_second_signal_ends_at_once(world, tmp_path, command, monkeypatch):
+    def interrupting_twice(*_):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("not reached")
+
+    monkeypatch.setattr(train.engine, "correct_top1_top5", interrupting_twice)
+    assert command(train.main, *train_arguments(world, tmp_path / "run")).code == 143
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
 def log(output):

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -180,18 +181,43 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def sha256_state(state: dict[str, torch.Tensor]) -> str:
-    """Returns the hex SHA-256 over names, dtypes, shapes and bytes of a state dict's tensors."""
+def sha256_state(state: Any) -> str:
+    """Returns the hex SHA-256 over nested dicts and lists of tensors and plain values.
+
+    Of tensors dtype, shape and bytes count, not the device.
+    """
     digest = hashlib.sha256()
-    for name, tensor in state.items():
-        array = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {array.dtype} {tuple(array.shape)}\n".encode())
-        digest.update(array.flatten().view(torch.uint8).numpy().tobytes())
+
+    def add(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            array = value.detach().cpu().contiguous()
+            digest.update(f"{array.dtype} {tuple(array.shape)}\n".encode())
+            digest.update(array.flatten().view(torch.uint8).numpy())
+        elif isinstance(value, dict | list | tuple):
+            digest.update(
+                f"{len(value)} in {'dict' if isinstance(value, dict) else 'list'}\n".encode()
+            )
+            for item in value.items() if isinstance(value, dict) else value:
+                add(item)
+        else:
+            digest.update(f"{value!r}\n".encode())
+
+    add(state)
     return digest.hexdigest()
+
+
+def save_tensors(path: Path, state: dict) -> None:
+    """Writes a dict of tensors and plain values for `load_tensors`, sealed with a checksum."""
+    # Through memory: torch.save hides a full disk behind an error of its own.
+    buffer = io.BytesIO()
+    torch.save({**state, _SEAL: sha256_state(state)}, buffer)
+    atomic_write(path, buffer.getvalue())
 
 
 def load_tensors(path: Path, what: str) -> Any:
     """Loads a file written by torch.save, with plain types and tensors only, onto the CPU.
+
+    What `save_tensors` wrote is verified.
 
     Args:
         path: the file.
@@ -204,7 +230,7 @@ def load_tensors(path: Path, what: str) -> Any:
         state = "is a folder, not a file" if path.is_dir() else "not found"
         raise UserError(f"{what} {state}: {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
             f"{what} {path} is damaged, or holds Python objects and not only tensors; nothing "
@@ -217,3 +243,7 @@ def load_tensors(path: Path, what: str) -> Any:
     ) as error:  # whatever the reader stumbles over in a file that is none of its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{what} {path} is damaged: {reason}") from None
+    checksum = content.pop(_SEAL, None) if isinstance(content, dict) else None
+    if checksum not in (None, sha256_state(content)):
+        raise UserError(f"{what} {path} is damaged: its content does not agree with its checksum")
+    return content

@@ -1,16 +1,22 @@
 """The run folder: arguments, a line per epoch, checkpoint, result and curves."""
 
 import contextlib
-import io
 import json
 import subprocess
 from pathlib import Path
 
-import torch
 import yaml
 
 from utils.cli import UserError
-from utils.files import atomic_write, is_unused, load_tensors, lock, read_json, to_json
+from utils.files import (
+    atomic_write,
+    is_unused,
+    load_tensors,
+    lock,
+    read_json,
+    save_tensors,
+    to_json,
+)
 from utils.labels import first_difference
 from utils.runtime import versions
 
@@ -57,10 +63,15 @@ class RunFolder:
         """Whether there is something to continue."""
         return (self.path / ARGUMENTS).exists()
 
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether a checkpoint has been written."""
+        return (self.path / CHECKPOINT).exists()
+
     def checkpoint(self) -> dict | None:
         """The last checkpoint, else None."""
         path = self.path / CHECKPOINT
-        return load_tensors(path, "checkpoint") if path.exists() else None
+        return load_tensors(path, "checkpoint") if self.has_checkpoint else None
 
     def locked(self) -> contextlib.AbstractContextManager:
         """Keeps a second process out of the folder; raises UserError when one has it."""
@@ -89,14 +100,14 @@ class RunFolder:
         """The epochs logged so far; a line that was cut off by a kill is left out."""
         path = self.path / LOG
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        try:
+            return [json.loads(line) for line in lines if line.endswith("\n")]
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}); move it away to go on") from None
 
     def save(self, name: str, state: dict) -> None:
         """Writes CHECKPOINT or BEST."""
-        # Through memory: torch.save hides a full disk behind an error of its own.
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        atomic_write(self.path / name, buffer.getvalue())
+        save_tensors(self.path / name, state)
 
     def finish(self, result: dict) -> None:
         """Draws the curves and writes the result, which marks the run as done."""

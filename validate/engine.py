@@ -3,6 +3,7 @@
 Sums are kept on the device and read once per epoch: nothing in a loop waits for the GPU.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable
 
@@ -19,16 +20,42 @@ EVALUATION_BATCH = 256
 
 
 @dataclasses.dataclass
+class EpochSums:
+    """What an epoch under way has added up on this rank; with it, the epoch can be continued.
+
+    Attributes:
+        step: batches done.
+        views: views seen.
+        loss: float32 [], sum over the views.
+        correct: int64 [2], views whose class was in the top 1 and top 5.
+        seconds: time spent, set when it is saved.
+    """
+
+    step: int
+    views: int
+    loss: torch.Tensor
+    correct: torch.Tensor
+    seconds: float = 0.0
+
+    @classmethod
+    def zero(cls, device: torch.device) -> "EpochSums":
+        """The beginning of an epoch."""
+        return cls(0, 0, torch.zeros((), device=device), torch.zeros(2, device=device).long())
+
+
+@dataclasses.dataclass
 class Trainer:
     """A student and what updates it.
 
     Attributes:
-        model: the student.
+        model: the student; under torchrun in DistributedDataParallel.
         optimizer: AdamW over `parameter_groups`.
         scaler: loss scaling; inactive except in fp16.
         runtime: device and precision.
         grad_accum: batches per optimiser step.
         progress: called with the number of views after each batch.
+        after_step: called after each optimiser step; may raise to end the epoch there.
+        continued: where the next epoch was left, or None.
     """
 
     model: nn.Module
@@ -37,6 +64,8 @@ class Trainer:
     runtime: Runtime
     grad_accum: int
     progress: Callable[[int], object]
+    after_step: Callable[[EpochSums], object] = lambda sums: None
+    continued: EpochSums | None = None
 
 
 @dataclasses.dataclass
@@ -122,10 +151,9 @@ def train_soft_epoch(
 
 
 def train_hard_epoch(
-    trainer: Trainer, source, views: Views, hard_labels: torch.Tensor, smoothing: float
+    trainer: Trainer, source, batches: list[Views], hard_labels: torch.Tensor, smoothing: float
 ) -> EpochResult:
-    """Trains on fresh views of every image with the images' own classes."""
-    batches = list(views)
+    """Trains on fresh views with the classes of their images."""
     size = source.size
 
     def losses(logits: torch.Tensor, step: int) -> torch.Tensor:
@@ -161,21 +189,20 @@ def train_joint_epoch(
 def train_static_epoch(
     trainer: Trainer,
     source,
-    views: Views,
+    batches: list[Views],
     labels: LabelSet,
     image_logits: torch.Tensor,
     temperature: float,
     scale: str,
 ) -> EpochResult:
-    """Trains on fresh views of every image with one soft label per image (arXiv 2406.10485).
+    """Trains on fresh views with one soft label per image (arXiv 2406.10485).
 
     Args:
-        views: as for a hard epoch.
+        batches: as for a hard epoch.
         labels: the label set that image_logits came from.
         image_logits: float32 [images, C], see `static_labels`.
         temperature, scale: see `soft_loss`.
     """
-    batches = list(views)
     size = source.size
 
     def losses(logits: torch.Tensor, step: int) -> torch.Tensor:
@@ -226,22 +253,28 @@ def _train(
     hard_labels: torch.Tensor,
     losses: Callable[[torch.Tensor, int], torch.Tensor],
 ) -> EpochResult:
-    """The loop of an epoch; `losses(logits, step)` gives the mean loss of batch `step`."""
+    """The loop of an epoch; `losses(logits, step)` gives the mean loss of batch `step`.
+
+    Under torchrun every rank has as many batches; gradients are averaged over the ranks at each
+    optimiser step, running statistics at the end.
+    """
     trainer.model.train()
-    device = trainer.runtime.device
-    loss_sum = torch.zeros((), device=device)
-    correct = torch.zeros(2, dtype=torch.int64, device=device)
-    seen = 0
-    for step, pixels in enumerate(source.render(batches)):
-        with trainer.runtime.autocast():
-            logits = trainer.model(pixels)
-        logits = logits.float()
-        loss = losses(logits, step)
-        # A last group that is smaller than grad_accum averages over the batches it has.
-        group_start = step - step % trainer.grad_accum
-        group = min(trainer.grad_accum, len(batches) - group_start)
-        trainer.scaler.scale(loss / group).backward()
-        if (step + 1) % trainer.grad_accum == 0 or step + 1 == len(batches):
+    runtime = trainer.runtime
+    sums = trainer.continued or EpochSums.zero(runtime.device)
+    trainer.continued = None
+    for step, pixels in enumerate(source.render(batches[sums.step :]), start=sums.step):
+        updates = (step + 1) % trainer.grad_accum == 0 or step + 1 == len(batches)
+        unshared = runtime.world > 1 and not updates
+        with trainer.model.no_sync() if unshared else contextlib.nullcontext():
+            with runtime.autocast():
+                logits = trainer.model(pixels)
+            logits = logits.float()
+            loss = losses(logits, step)
+            # A last group that is smaller than grad_accum averages over the batches it has.
+            group_start = step - step % trainer.grad_accum
+            group = min(trainer.grad_accum, len(batches) - group_start)
+            trainer.scaler.scale(loss / group).backward()
+        if updates:
             trainer.scaler.step(trainer.optimizer)
             trainer.scaler.update()
             trainer.optimizer.zero_grad(set_to_none=True)
@@ -249,12 +282,19 @@ def _train(
             views = batches[step]
             own, partner = views.classes(hard_labels)
             mainly = torch.where(views.lam(source.size) >= 0.5, own, partner)
-            correct += correct_top1_top5(logits, mainly)
-            loss_sum += loss.detach() * len(pixels)
-        seen += len(pixels)
-        trainer.progress(len(pixels))
-    top1, top5 = (100 * correct / seen).tolist()
-    return EpochResult(seen, (loss_sum / seen).item(), top1, top5)
+            sums.correct += correct_top1_top5(logits, mainly)
+            sums.loss += loss.detach() * len(pixels)
+        sums.step = step + 1
+        sums.views += len(pixels)
+        trainer.progress(len(pixels) * runtime.world)
+        if updates:
+            trainer.after_step(sums)
+    runtime.average_buffers(trainer.model)
+    views = torch.tensor([sums.views], device=runtime.device)
+    totals = runtime.total(torch.cat([sums.loss.double()[None], sums.correct.double(), views]))
+    loss, *correct, seen = totals.tolist()
+    top1, top5 = (100 * count / seen for count in correct)
+    return EpochResult(int(seen), loss / seen, top1, top5)
 
 
 @torch.inference_mode()
@@ -267,7 +307,7 @@ def evaluate(
     runtime: Runtime,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> tuple[float, float]:
-    """Top-1 and top-5 accuracy in percent.
+    """Top-1 and top-5 accuracy in percent; under torchrun the ranks share the batches.
 
     Args:
         model: the network, on runtime.device.
@@ -279,11 +319,12 @@ def evaluate(
     """
     model.eval()
     correct = torch.zeros(2, dtype=torch.int64, device=runtime.device)
-    for start in progress(range(0, len(pixels), EVALUATION_BATCH)):
+    starts = range(0, len(pixels), EVALUATION_BATCH)
+    for start in progress(starts[runtime.rank :: runtime.world]):
         rows = slice(start, start + EVALUATION_BATCH)
         images = pixels[rows].to(runtime.device, non_blocking=True).float()
         with runtime.autocast():
             logits = model(normalise(images, mean, std))
         correct += correct_top1_top5(logits.float(), targets[rows].to(runtime.device))
-    top1, top5 = (100 * correct.cpu() / len(pixels)).tolist()
+    top1, top5 = (100 * count / len(pixels) for count in runtime.total(correct).tolist())
     return top1, top5

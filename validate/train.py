@@ -11,9 +11,12 @@ if not __package__:  # run as a plain script: imports start at the repository ro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import contextlib
 import dataclasses
+import itertools
 import math
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -30,6 +33,7 @@ from validate import engine, schedule
 
 _DEFAULT_HYPER = (0.001, 2.0)
 _CHECKPOINT_SECONDS = 60
+_AGREE_EVERY = 16  # optimiser steps between two times that the ranks compare signals and clocks
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -290,6 +294,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
         "reset_optimizer": args.reset_optimizer or None,
         "hard_share": args.hard_share if "joint" in kinds else None,
     }
+    if machine.world > 1:
+        optional["processes"] = machine.world
     settings |= {name: value for name, value in optional.items() if value is not None}
     return Plan(
         *(dataset, machine, folder, sizes, validation, labels, batch_numbers, kinds, spec, settings)
@@ -301,7 +307,9 @@ class EpochRunner:
 
     Attributes:
         plan, trainer, source: what is trained on what.
-        pool: the state of the pool of label batches; part of a checkpoint.
+        pool: the pool of label batches.
+        pool_before: its state before the current epoch; part of a checkpoint.
+        batches: batches per epoch over all ranks, as many on each.
     """
 
     def __init__(self, plan: Plan, trainer: engine.Trainer, source):
@@ -310,7 +318,9 @@ class EpochRunner:
         self.labels = plan.labels.to(device) if plan.labels else None
         self.hard_labels = plan.folder.labels.to(device)
         self.pool = schedule.BatchPool(len(plan.batch_numbers), plan.settings["seed"])
-        self.batches = math.ceil(len(plan.folder.files) / plan.spec.batch_size)
+        self.pool_before = self.pool.state
+        world = plan.machine.world
+        self.batches = math.ceil(len(plan.folder.files) / plan.spec.batch_size / world) * world
         self.image_logits = engine.static_labels(self.labels) if "static" in plan.kinds else None
 
     def learning_rate(self, epoch: int) -> float:
@@ -322,9 +332,10 @@ class EpochRunner:
         """Trains epoch `epoch`, counted from 0; epochs must follow one another."""
         plan, settings, trainer = self.plan, self.plan.settings, self.trainer
         kind, switches = plan.kinds[epoch], epoch > 0 and plan.kinds[epoch] != plan.kinds[epoch - 1]
+        self.pool_before = self.pool.state
         for group in trainer.optimizer.param_groups:
             group["lr"] = self.learning_rate(epoch)
-        if switches and settings.get("reset_optimizer"):
+        if switches and settings.get("reset_optimizer") and trainer.continued is None:
             engine.forget(trainer.optimizer)
         first = settings["temperature"]
         last = settings.get("temperature_end", first)
@@ -334,16 +345,24 @@ class EpochRunner:
         if kind in ("soft", "joint"):
             if epoch == 0 or switches:
                 self.pool.refill()
-            numbers = [plan.batch_numbers[place] for place in self.pool.take(self.batches)]
+            taken = self._share(self.pool.take(self.batches))
+            numbers = [plan.batch_numbers[place] for place in taken]
             stored = (trainer, self.source, self.labels, numbers)
             if kind == "soft":
                 return engine.train_soft_epoch(*stored, *soft)
             return engine.train_joint_epoch(*stored, *soft, smoothing, settings["hard_share"])
         views = draw(plan.spec, plan.sizes, settings["seed"], epoch + 1).to(plan.machine.device)
-        fresh = (trainer, self.source, views)
+        fresh = (trainer, self.source, self._share(list(views)))
         if kind == "hard":
             return engine.train_hard_epoch(*fresh, self.hard_labels, smoothing)
         return engine.train_static_epoch(*fresh, self.labels, self.image_logits, *soft)
+
+    def _share(self, batches: list) -> list:
+        """This rank's batches of an epoch; the first ones again where they do not divide evenly."""
+        machine = self.plan.machine
+        return list(
+            itertools.islice(itertools.cycle(batches), machine.rank, self.batches, machine.world)
+        )
 
     def label_bytes(self) -> int:
         """Bytes on disk of the labels that the run uses."""
@@ -386,55 +405,138 @@ class Reached:
     last: dict | None = None
 
 
-def train(plan: Plan, run: runlog.RunFolder, workers: int, compiled: bool) -> None:
-    """Trains from the run's checkpoint, or from scratch, to the end of the schedule."""
-    settings, kinds, device = plan.settings, plan.kinds, plan.machine.device
-    model, optimizer = build_student(plan)
-    scaler = plan.machine.scaler()
-    reached = Reached()
-    saved = run.checkpoint()
-    if saved:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
-        torch.set_rng_state(saved["rng"]["cpu"])
-        if device.type == "cuda" and saved["rng"]["cuda"] is not None:
-            torch.cuda.set_rng_state(saved["rng"]["cuda"], device)
-        reached = Reached(**saved["reached"])
-        print(f"{run.path}: continuing after epoch {reached.epochs} of {len(kinds)}")
-    elif run.started:
-        print(f"{run.path}: stopped before its first checkpoint; starting over")
+class Session:
+    """A run under way: the student, what trains it and how far it has come.
 
-    runtime.check_outputs(model, plan.dataset, device, f"--model {settings['model']}")
-    source = images.open_images(plan.folder, plan.sizes, plan.dataset, device, workers)
-    pixels = images.load_evaluation(plan.validation, plan.dataset)
-    network = describe_network(plan)
-    views_per_epoch = len(plan.folder.files)
-    run.begin(reached.epochs)
-    bar = cli.progress(
-        desc="train",
-        unit="view",
-        total=len(kinds) * views_per_epoch,
-        initial=reached.epochs * views_per_epoch,
-    )
-    trainer = engine.Trainer(
-        torch.compile(model) if compiled else model,
-        *(optimizer, scaler, plan.machine, settings["grad_accum"], bar.update),
-    )
-    epochs = EpochRunner(plan, trainer, source)
-    if saved:
-        epochs.pool.state = saved["pool"]
-    saved_at = time.monotonic()
-    for epoch in range(reached.epochs, len(kinds)):
-        started = time.monotonic()
-        kind, lr = kinds[epoch], epochs.learning_rate(epoch)
-        result = epochs.run(epoch)
-        if not math.isfinite(result.loss):
+    Every rank has one; the first alone writes to the run folder.
+
+    Attributes:
+        reached: how far it has come.
+        noted: returns the signal that asks the program to end, or None; see `train`.
+    """
+
+    def __init__(self, plan: Plan, run: runlog.RunFolder, workers: int, compiled: bool):
+        """Builds the student and restores the run's checkpoint, if there is one.
+
+        Args:
+            plan, run: what is trained, and where it is recorded.
+            workers: processes that decode images.
+            compiled: whether the student is compiled.
+        """
+        self.plan, self.run = plan, run
+        self.noted: Callable[[], int | None] = lambda: None
+        self.machine, device = plan.machine, plan.machine.device
+        self.model, self.optimizer = build_student(plan)
+        self.scaler = self.machine.scaler()
+        self.reached, continued = Reached(), None
+        if self.machine.rank > 0:  # dropout of its own on every rank
+            torch.manual_seed(plan.settings["seed"] + self.machine.rank)
+        saved = run.checkpoint()
+        if saved:
+            continued = self._restore(saved)
+        runtime.check_outputs(self.model, plan.dataset, device, f"--model {plan.settings['model']}")
+        self.source = images.open_images(plan.folder, plan.sizes, plan.dataset, device, workers)
+        self.validation = images.load_evaluation(plan.validation, plan.dataset)
+        self.network = torch.compile(self.model) if compiled else self.model
+        shared = self.network
+        if self.machine.world > 1:
+            # Running statistics stay each rank's own until the epoch ends.
+            shared = nn.parallel.DistributedDataParallel(self.network, broadcast_buffers=False)
+        views, epochs = len(plan.folder.files), len(plan.kinds)
+        done = self.reached.epochs * views
+        self.bar = cli.progress(desc="train", unit="view", total=epochs * views, initial=done)
+        accumulated = plan.settings["grad_accum"]
+        self.trainer = engine.Trainer(
+            *(shared, self.optimizer, self.scaler, self.machine, accumulated, self.bar.update),
+            *(self._after_step, continued),
+        )
+        self.epochs = EpochRunner(plan, self.trainer, self.source)
+        if saved:
+            self.epochs.pool.state = saved["pool"]
+        self.saved_at = self.started = time.monotonic()
+
+    def _restore(self, saved: dict) -> engine.EpochSums | None:
+        """Takes over a checkpoint; returns where it left an epoch, if it is from within one."""
+        device = self.machine.device
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        self.reached = Reached(**saved["reached"])
+        own = saved["ranks"][self.machine.rank]
+        self.model.load_state_dict(own["buffers"], strict=False)
+        torch.set_rng_state(own["rng"]["cpu"])
+        if device.type == "cuda" and own["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(own["rng"]["cuda"], device)
+        where = f"after epoch {self.reached.epochs} of {len(self.plan.kinds)}"
+        if own["sums"] is None:
+            print(f"{self.run.path}: continuing {where}")
+            return None
+        sums = engine.EpochSums(**own["sums"])
+        sums.loss, sums.correct = sums.loss.to(device), sums.correct.to(device)
+        print(f"{self.run.path}: continuing {sums.step} batches {where}")
+        return sums
+
+    def save(self, sums: engine.EpochSums | None = None) -> None:
+        """Writes the checkpoint; `sums` when an epoch is under way."""
+        device, self.saved_at = self.machine.device, time.monotonic()
+        own = {
+            "rng": {
+                "cpu": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+            },
+            "buffers": {},
+            "sums": None,
+        }
+        if sums is not None:
+            sums.seconds = time.monotonic() - self.started
+            own["sums"] = {**vars(sums), "loss": sums.loss.cpu(), "correct": sums.correct.cpu()}
+            own["buffers"] = {name: value.cpu() for name, value in self.model.named_buffers()}
+        ranks = self.machine.gather(own)
+        if self.machine.rank == 0:
+            state = {
+                **describe_network(self.plan),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "pool": self.epochs.pool.state if sums is None else self.epochs.pool_before,
+                "reached": dataclasses.asdict(self.reached),
+                "ranks": ranks,
+            }
+            self.run.save(runlog.CHECKPOINT, state)
+
+    def _after_step(self, sums: engine.EpochSums) -> None:
+        """Within an epoch, saves from time to time, and when a signal asks the program to end."""
+        machine, signal = self.machine, self.noted()
+        due = time.monotonic() - self.saved_at > _CHECKPOINT_SECONDS
+        if machine.world > 1:
+            if sums.step // self.trainer.grad_accum % _AGREE_EVERY:
+                return
+            found, (due, *_) = zip(*machine.gather((signal, due)), strict=True)
+            signal = next(filter(None, found), None)
+        if due or signal:
+            self._check_finite(machine.total(sums.loss.clone()).item())
+            self.save(sums)
+        if signal:
+            cli.act_on(signal)
+
+    def _check_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            epoch = self.reached.epochs
             raise UserError(
-                f"the loss became {result.loss} in epoch {epoch + 1} ({kind} labels); the last "
-                f"good checkpoint is kept in {run.path}; try a lower --lr or --amp off"
+                f"the loss became {loss} in epoch {epoch + 1} ({self.plan.kinds[epoch]} labels); "
+                f"the last good checkpoint is kept in {self.run.path}; try a lower --lr or "
+                "--amp off"
             )
-        trained = time.monotonic() - started
+
+    def train_epoch(self) -> None:
+        """Trains the next epoch, evaluates when it is time, logs, and saves."""
+        plan, epoch = self.plan, self.reached.epochs
+        before = self.trainer.continued.seconds if self.trainer.continued else 0.0
+        self.started = time.monotonic() - before
+        kind, lr = plan.kinds[epoch], self.epochs.learning_rate(epoch)
+        result = self.epochs.run(epoch)
+        self._check_finite(result.loss)
+        trained = time.monotonic() - self.started
         line = {
             "epoch": epoch + 1,
             "kind": kind,
@@ -445,62 +547,85 @@ def train(plan: Plan, run: runlog.RunFolder, workers: int, compiled: bool) -> No
             "seconds": round(trained, 3),
             "images_per_second": round(result.views / trained, 1),
         }
-        ends = epoch + 1 == len(kinds)
-        evaluated = ends or (epoch + 1) % settings["eval_every"] == 0
+        ends = epoch + 1 == len(plan.kinds)
+        evaluated = ends or (epoch + 1) % plan.settings["eval_every"] == 0
         if evaluated:
-            top1, top5 = engine.evaluate(
-                trainer.model,
-                pixels,
-                plan.validation.labels,
-                source.mean,
-                source.std,
-                plan.machine,
-                lambda starts: cli.progress(starts, desc="evaluate", leave=False, delay=2),
-            )
-            line |= {"val_top1": top1, "val_top5": top5}
-            reached.last = {"epoch": epoch + 1, "top1": top1, "top5": top5}
-            if reached.best is None or top1 > reached.best["top1"]:
-                reached.best = reached.last
-                run.save(runlog.BEST, {**network, **reached.best, "model": model.state_dict()})
-        run.log(line)
-        reached.epochs = epoch + 1
-        reached.seconds += time.monotonic() - started
-        bar.n = reached.epochs * views_per_epoch
-        bar.set_postfix_str(
-            f"epoch {epoch + 1}/{len(kinds)} {kind} loss {result.loss:.4g} "
-            + (f"top-1 {reached.last['top1']:.2f} %" if reached.last else "not evaluated yet"),
+            line |= self._evaluate(epoch + 1)
+        self.reached.epochs = epoch + 1
+        self.reached.seconds += time.monotonic() - self.started
+        if self.machine.rank == 0:
+            self.run.log(line)
+        self.bar.n = self.reached.epochs * len(plan.folder.files)
+        last = self.reached.last
+        self.bar.set_postfix_str(
+            f"epoch {epoch + 1}/{len(plan.kinds)} {kind} loss {result.loss:.4g} "
+            + (f"top-1 {last['top1']:.2f} %" if last else "not evaluated yet"),
             refresh=False,
         )
-        if evaluated or time.monotonic() - saved_at > _CHECKPOINT_SECONDS:
-            saved_at = time.monotonic()
-            state = {
-                **network,
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "pool": epochs.pool.state,
-                "rng": {
-                    "cpu": torch.get_rng_state(),
-                    "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-                },
-                "reached": dataclasses.asdict(reached),
-            }
-            run.save(runlog.CHECKPOINT, state)
-    bar.close()
-    result = {
-        "dataset": plan.dataset.name,
-        "model": settings["model"],
-        "best": reached.best,
-        "last": reached.last,
-        "epochs": reached.epochs,
-        "phases": settings["phases"],
-        "seed": settings["seed"],
-        "label_bytes": epochs.label_bytes(),
-        "seconds": round(reached.seconds, 1),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-    }
-    run.finish(result)
-    print(f"{run.path}: {describe_result(result)}")
+        due = self.machine.from_first(time.monotonic() - self.saved_at > _CHECKPOINT_SECONDS)
+        signal = next(filter(None, self.machine.gather(self.noted())), None)
+        if evaluated or due or signal:
+            self.save()
+        if signal and not ends:
+            cli.act_on(signal)
+
+    def _evaluate(self, epoch: int) -> dict[str, float]:
+        """Evaluates, keeps the best weights, and returns what the log gets."""
+        top1, top5 = engine.evaluate(
+            *(self.network, self.validation, self.plan.validation.labels),
+            *(self.source.mean, self.source.std, self.machine),
+            lambda starts: cli.progress(starts, desc="evaluate", leave=False, delay=2),
+        )
+        self.reached.last = {"epoch": epoch, "top1": top1, "top5": top5}
+        if self.reached.best is None or top1 > self.reached.best["top1"]:
+            self.reached.best = self.reached.last
+            if self.machine.rank == 0:
+                weights = {"model": self.model.state_dict()}
+                self.run.save(
+                    runlog.BEST, {**describe_network(self.plan), **self.reached.best, **weights}
+                )
+        return {"val_top1": top1, "val_top5": top5}
+
+    def result(self) -> dict:
+        """What a finished run records."""
+        settings, device = self.plan.settings, self.machine.device
+        return {
+            "dataset": self.plan.dataset.name,
+            "model": settings["model"],
+            "best": self.reached.best,
+            "last": self.reached.last,
+            "epochs": self.reached.epochs,
+            "phases": settings["phases"],
+            "seed": settings["seed"],
+            "label_bytes": self.epochs.label_bytes(),
+            "seconds": round(self.reached.seconds, 1),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        }
+
+
+def train(plan: Plan, run: runlog.RunFolder, workers: int, compiled: bool) -> None:
+    """Trains from the run's checkpoint, or from scratch, to the end of the schedule.
+
+    SIGTERM and Ctrl-C end it after the optimiser step under way, with a checkpoint written.
+    """
+    if plan.machine.world > 1:
+        accumulated = plan.machine.world * plan.settings["grad_accum"]
+        print(
+            f"{plan.machine.world} processes: an optimiser step takes {accumulated} batches of "
+            f"{plan.spec.batch_size} = {accumulated * plan.spec.batch_size} views"
+        )
+    if run.started and not run.has_checkpoint:
+        print(f"{run.path}: stopped before its first checkpoint; starting over")
+    session = Session(plan, run, workers, compiled)
+    if plan.machine.rank == 0:
+        run.begin(session.reached.epochs)
+    with cli.delayed_signals() as session.noted:
+        while session.reached.epochs < len(plan.kinds):
+            session.train_epoch()
+    session.bar.close()
+    if plan.machine.rank == 0:
+        run.finish(session.result())
+        print(f"{run.path}: {describe_result(session.result())}")
 
 
 def describe_network(plan: Plan) -> dict:
@@ -533,7 +658,7 @@ def main() -> None:
     if result := run.result():
         print(f"{args.output_dir} is done: {describe_result(result)}")
         return
-    with run.locked():
+    with run.locked() if plan.machine.rank == 0 else contextlib.nullcontext():
         train(plan, run, args.workers, args.compile)
 
 
