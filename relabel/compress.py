@@ -28,6 +28,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = cli.Parser(description="Store the labels of a label set in another codec.")
     parser.add_argument("--label-dir", type=Path, required=True, help="a finished label set")
     parser.add_argument("--out-dir", type=Path, required=True, help="the label set to make")
+    parser.add_argument(
+        "--slc", type=cli.bounded(int, 1), metavar="N", help="only so many soft labels per class"
+    )
     codecs.add_arguments(parser)
     return parser.parse_args()
 
@@ -59,11 +62,15 @@ def main() -> None:
     args = parse_arguments()
     parameters = codecs.from_arguments(args)
     source = LabelSet.open(args.label_dir)
+    if args.slc is not None:
+        source.use_slc(args.slc)
     if args.out_dir.resolve() == args.label_dir.resolve():
         raise UserError("--out-dir is --label-dir; the labels need a folder of their own")
     settings = {
         key: value for key, value in source.manifest.items() if key not in ("teacher_top1", "files")
-    } | {"codec": parameters, "recoded_from": source.manifest["codec"]}
+    } | {"codec": parameters, "recoded_from": source.manifest["codec"], "passes": source.passes}
+    if args.slc is not None:
+        settings["slc"] = args.slc
     writer = LabelWriter(args.out_dir, settings, source.sizes, "--out-dir")
     if writer.complete():
         print(f"{args.out_dir} is complete and verified: nothing to do")

@@ -1,0 +1,143 @@
+"""report.py: bytes by purpose, what a codec lost, and drift, against direct computations."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from relabel import compress, drift, report
+from utils.codecs import distortion
+from utils.labels import LabelSet
+
+CLASSES = 4
+
+
+@pytest.fixture(scope="module")
+def klt(world, tmp_path_factory):
+    """The world's labels in klt, at a visible distortion."""
+    path = tmp_path_factory.mktemp("report") / "klt"
+    with pytest.MonkeyPatch.context() as patch:
+        words = ["compress.py", "--label-dir", world.labels, "--out-dir", path]
+        words += ["--codec", "klt", "--distortion", "0.1"]
+        patch.setattr("sys.argv", [*map(str, words)])
+        compress.main()
+    return path
+
+
+def labels_and_views(path) -> tuple[LabelSet, list]:
+    """Every label of a set: (pass, image, lambda, partner, both crop areas, probabilities)."""
+    labels = LabelSet.open(path)
+    found = []
+    for number in range(len(labels)):
+        batch = labels[number]
+        views, lam = batch.views, batch.views.lam(labels.spec.input_size)
+        for row in range(len(views.index)):
+            index, partner = int(views.index[row]), int(views.index[views.mix_index[row]])
+            other = int(views.mix_index[row])
+            area = [
+                float(views.box[place, 2] * views.box[place, 3]) / 32**2 for place in (row, other)
+            ]
+            pass_number = number // labels.batches_per_pass
+            soft = batch.logits[row].double().softmax(0).numpy()
+            found.append((pass_number, index, float(lam[row]), partner, area, soft))
+    return labels, found
+
+
+def test_bytes_by_purpose_add_up(world, klt):
+    for path in (world.labels, klt):
+        labels = LabelSet.open(path)
+        found = report.sizes(labels)
+        assert sum(found.values()) == sum(file.stat().st_size for file in path.iterdir())
+        assert found["views"] == 0 and found["manifest"] == (path / "manifest.json").stat().st_size
+        payload = [np.load(file)["payload"].nbytes for file in path.glob("pass_*.npz")]
+        assert found["logits"] == sum(payload)
+    assert found["codec, fitted part"] == (klt / "codec.npz").stat().st_size
+
+
+def test_factors_against_published_formats(world):
+    labels = LabelSet.open(world.labels)
+    _, found = report.size_table(labels, report.sizes(labels))
+    assert found["fp16 logits in this format"] == 1
+    per_label = labels.bytes_on_disk() / 24
+    assert found["HALD, published code (softmax fp16)"] == pytest.approx(25 / per_label, rel=1e-2)
+    assert report.published(1000) == {
+        "SRe2L, LPLD (raw logits fp16)": 2025,
+        "HALD, published code (softmax fp16)": 2017,
+        "LPQLD, top 100": 410,
+        "LPQLD, top 50": 210,
+        "LPQLD, top 10": 50,
+        "FKD, top 5": 40,
+    }
+
+
+def test_spread_of_two_passes_is_the_trace_of_the_sample_covariance(world):
+    labels, rows = labels_and_views(world.labels)
+    found = drift.measure(labels, 3)
+    for image in range(12):
+        soft = np.stack([row[5] for row in rows if row[1] == image])
+        assert len(soft) == 2
+        assert found.spread[image] == pytest.approx(np.trace(np.cov(soft.T)), abs=1e-6)
+
+
+def test_views_count_for_the_image_that_covers_most_of_them(world):
+    labels, rows = labels_and_views(world.labels)
+    found = drift.measure(labels, 3)
+    views, astray, none = np.zeros(12), np.zeros(12), 0
+    by_area, gaps = np.zeros((10, 2)), {}
+    for _, index, lam, partner, area, soft in rows:
+        main, other, size = (index, partner, area[0]) if lam >= 0.5 else (partner, index, area[1])
+        wrong = soft.argmax() != main // 3
+        views[main] += 1
+        astray[main] += wrong
+        none += wrong and soft.argmax() != other // 3
+        by_area[min(int(size * 10), 9)] += 1, wrong
+        if wrong:
+            gaps[main] = max(gaps.get(main, 0), soft.max() - soft[main // 3])
+    assert found.views.tolist() == views.tolist() and found.astray.tolist() == astray.tolist()
+    assert found.none == none and found.by_area.tolist() == by_area.tolist()
+    expected = sorted(gaps.values(), reverse=True)[:3]
+    assert [view.gap for view in found.worst] == pytest.approx(expected, abs=1e-5)
+
+
+def test_what_a_codec_lost_is_measured_against_the_reference(world, klt, command):
+    run = command(report.main, "--label-dir", klt)
+    assert run.code == 0 and "not known without --reference" in run.out
+    labels, reference = LabelSet.open(klt), LabelSet.open(world.labels)
+    found, expected = (
+        torch.cat([each[batch].logits for batch in range(len(each))])
+        for each in (labels, reference)
+    )
+    measured = report.lost(labels, reference)
+    for t in (20, 4, 1):
+        value = measured[f"distortion at T = {t}"]
+        assert value == pytest.approx(distortion(expected, found, t), rel=1e-5)
+    same = (found.argmax(1) == expected.argmax(1)).float().mean()
+    assert measured["same first class"] == pytest.approx(float(same))
+    run = command(report.main, "--label-dir", klt, "--reference", world.labels)
+    assert run.code == 0 and f"{measured['distortion at T = 20']:.5f}" in run.out
+
+
+def test_a_reference_in_a_lossy_codec_is_refused(world, klt, command):
+    run = command(report.main, "--label-dir", world.labels, "--reference", klt)
+    assert run.code == 2 and "is not in codec fp16" in run.err
+
+
+def test_tables_and_pictures(world, tmp_path, command):
+    arguments = ("--label-dir", world.labels, "--data-dir", world.data, "--samples", 2)
+    run = command(report.main, *arguments, "--out-dir", tmp_path / "R")
+    assert run.code == 0 and "Tr(Sigma)" in run.out
+    names = {"images.csv", "classes.csv", "crop_area.csv", "views.csv", "report.json", "drift.png"}
+    assert names <= {path.name for path in (tmp_path / "R").iterdir()}
+    with (tmp_path / "R" / "images.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows][:2] == ["00000/0.png", "00000/1.png"]
+    assert sum(int(row["views"]) for row in rows) == 24
+    found = json.loads((tmp_path / "R" / "report.json").read_text())
+    assert found["sizes"]["bytes"]["total"] == LabelSet.open(world.labels).bytes_on_disk()
+
+
+def test_other_images_are_refused(world, command):
+    run = command(report.main, "--label-dir", world.labels, "--data-dir", world.val)
+    assert run.code == 2 and "does not hold the images" in run.err
