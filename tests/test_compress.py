@@ -147,6 +147,15 @@ def test_flags_that_clash_are_named(long_set, tmp_path, command, flags, message)
     assert refused.code == 2 and message in refused.err and refused.err.count("\n") == 1
 
 
+def test_only_the_first_passes_are_kept_when_slc_says_so(long_set, tmp_path, command):
+    assert recode(command, long_set, tmp_path / "b", "--codec", "fp16", "--slc", 6).code == 0
+    before, after = LabelSet.open(long_set), LabelSet.open(tmp_path / "b")
+    assert (after.manifest["slc"], after.passes) == (6, 2)
+    assert all(torch.equal(after[n].logits, before[n].logits) for n in range(len(after)))
+    refused = recode(command, long_set, tmp_path / "c", "--codec", "fp16", "--slc", 7)
+    assert refused.code == 2 and "use a multiple of 3" in refused.err
+
+
 def test_the_source_is_never_the_target(long_set, command):
     before = tree(long_set)
     refused = recode(command, long_set, long_set, "--codec", "klt")
