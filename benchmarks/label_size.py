@@ -89,8 +89,8 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = cli.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--photos", type=Path, required=True, help="folder, searched recursively")
-    parser.add_argument("--crops", type=cli.bounded(int, 1), default=48, help="labels per photo")
-    parser.add_argument("--logits", type=Path, help="file to keep the teacher's logits in")
+    parser.add_argument("--crops", type=cli.bounded(int, 1), default=72, help="labels per photo")
+    parser.add_argument("--logits", type=Path, help="folder to keep the teacher's logits in")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     return parser.parse_args()
 
@@ -143,6 +143,19 @@ def label(photos: list[torch.Tensor], crops: int, recipe: bool) -> Labels:
                 bar.update(len(sources))
     mixture = Mixture(*(torch.cat(parts) for parts in zip(*mixtures, strict=True)))
     return Labels(centre(torch.cat(logits)), mixture)
+
+
+def labels_of(photos: list[torch.Tensor], args: argparse.Namespace, kind: str) -> Labels:
+    """The teacher's labels of one kind, from the folder of --logits where they are there."""
+    file = args.logits / f"{kind}_{args.crops}.pt" if args.logits else None
+    if file and file.exists():
+        logits, *mixture = torch.load(file, weights_only=True)
+        return Labels(logits, Mixture(*mixture))
+    made = label(photos, args.crops, kind == "recipe")
+    if file:
+        args.logits.mkdir(parents=True, exist_ok=True)
+        torch.save([made.logits, *vars(made.mixture).values()], file)
+    return made
 
 
 def fitted_bytes(codec: Codec, photos: int) -> float:
@@ -370,16 +383,9 @@ def plot(path: Path, rows: list[Row]) -> None:
 def main() -> None:
     args = parse_arguments()
     files = find_photos(args.photos)
-    if args.logits and args.logits.exists():
-        made = torch.load(args.logits, weights_only=True)
-        sets = {kind: Labels(parts[0], Mixture(*parts[1:])) for kind, parts in made.items()}
-    else:
-        photos = [load(path) for path in cli.progress(files, desc="photos", unit="photo")]
-        sets = {kind: label(photos, args.crops, kind == "recipe") for kind in ("plain", "recipe")}
-        if args.logits:
-            kept = {kind: [one.logits, *vars(one.mixture).values()] for kind, one in sets.items()}
-            torch.save(kept, args.logits)
     torch.set_num_threads(1)
+    photos = [load(path) for path in cli.progress(files, desc="photos", unit="photo")]
+    sets = {kind: labels_of(photos, args, kind) for kind in ("plain", "recipe")}
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))
     held_out = order[: round(len(files) * 50 / 170)]
     rows, trials = [], []

@@ -1,0 +1,561 @@
+"""Student accuracy against bytes of soft labels on disk: fp16, topk, quant and klt.
+
+python benchmarks/glyphs.py --fonts fonts --out-dir glyphs          (see there for the typefaces)
+python scripts/prepare_torchvision.py --dataset fashion_mnist --size 32 --source-dir S \
+    --out-dir fashion
+python benchmarks/accuracy_per_byte.py --glyphs glyphs --fashion fashion --work-dir W
+
+Teacher, distilled images (IPC 10), labels and students are made by the project's own commands; what
+is finished is skipped. Temperature, learning rate and label smoothing are chosen with fp16 labels
+on images that are neither trained nor tested on. Then two questions, three seeds each:
+  near-lossless  at one label per image, how much distortion costs no accuracy?
+  equal bytes    what do the labels teach that a budget of bytes buys?
+Bytes are those of the label set on disk, everything included.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a plain script: imports start at the repository root
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import functools
+import io
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
+from unittest.mock import patch
+
+import torch
+from torch import nn
+
+from relabel import compress, generate
+from scripts import prepare_distilled
+from utils import cli, datasets, images
+from utils.cli import UserError
+from utils.codecs import distortion
+from utils.files import atomic_write, read_json, to_json
+from utils.labels import LabelSet
+from utils.runtime import Runtime
+from utils.views import Views, draw
+from validate import engine, schedule, train
+
+RESULTS = Path(__file__).parent / "results"
+SEEDS = (0, 1, 2)
+MACHINE = Runtime(torch.device("cpu"), None)
+
+
+class Grey(nn.Module):
+    """The first channel of an image: all three are equal here."""
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels[:, :1]
+
+
+def student(num_classes: int) -> nn.Module:
+    """A network for 32x32 grey pixels that trains in half a minute on one core."""
+    layers: list[nn.Module] = [Grey()]
+    for before, after, kernel in ((1, 16, 5), (16, 32, 3), (32, 64, 3)):
+        layers += [
+            nn.Conv2d(before, after, kernel, stride=2, padding=kernel // 2),
+            nn.BatchNorm2d(after),
+            nn.ReLU(inplace=True),
+        ]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 4 * 4, num_classes))
+
+
+class Remembered:
+    """A source of rendered views that renders each batch once: all codecs have the same views."""
+
+    def __init__(self, source):
+        self.source, self.size = source, source.size
+        self.mean, self.std = source.mean, source.std
+        self._kept: dict[bytes, torch.Tensor] = {}
+
+    def render(self, batches: list[Views]) -> Iterator[torch.Tensor]:
+        """Yields float32 [B, 1, S, S] for each batch of views, to half precision."""
+        for views in batches:
+            key = views.checksum()
+            if key not in self._kept:
+                self._kept[key] = next(iter(self.source.render([views])))[:, :1].half()
+            yield self._kept[key].float()
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """One data set and the grid of its runs.
+
+    Attributes:
+        name: of the data set in the tables.
+        data: the flags that name it.
+        teacher: flags of the teacher's training, and its network.
+        batch_size, epochs: of the students.
+        passes: labels per image in the fp16 set that all others are made from.
+        min_scale: smallest crop.
+        distortions: of klt in the first question.
+        budgets: bytes, as labels per image in fp16.
+        rivals: codecs with settings in the second question, as flags of relabel/compress.py.
+        temperatures, rates, smoothings: to choose from.
+    """
+
+    name: str
+    data: tuple[str, ...]
+    teacher: tuple[str, ...]
+    batch_size: int
+    epochs: int
+    passes: int
+    min_scale: float
+    distortions: tuple[float, ...]
+    budgets: tuple[int, ...]
+    rivals: tuple[str, ...]
+    temperatures: tuple[float, ...]
+    rates: tuple[float, ...]
+    smoothings: tuple[float, ...]
+
+
+STUDIES = {
+    "glyphs": Study(
+        name="glyphs",
+        data=(
+            *("--dataset", "custom", "--input-size", "32"),
+            *("--mean", "0.062", "0.062", "0.062", "--std", "0.219", "0.219", "0.219"),
+        ),
+        teacher=("--schedule", "hard:12", "--batch-size", "64", "--lr", "0.002"),
+        batch_size=50,
+        epochs=30,
+        passes=30,
+        min_scale=0.5,
+        distortions=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1),
+        budgets=(1, 2, 3),
+        rivals=("topk --topk 10", "quant --bits 4", "klt --distortion 0.01"),
+        temperatures=(2, 4, 10, 20),
+        rates=(0.001, 0.003),
+        smoothings=(0.1, 0.4),
+    ),
+    "fashion": Study(
+        name="fashion",
+        data=("--dataset", "fashion_mnist"),
+        teacher=("--schedule", "hard:4", "--batch-size", "64", "--lr", "0.002"),
+        batch_size=20,
+        epochs=200,
+        passes=60,
+        min_scale=0.3,
+        distortions=(0.005, 0.02, 0.05),
+        budgets=(2, 4, 8),
+        rivals=("topk --topk 2", "quant --bits 4", "klt --distortion 0.01"),
+        temperatures=(2, 4, 10, 20),
+        rates=(0.001, 0.003),
+        smoothings=(0.1, 0.4),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One student.
+
+    Attributes:
+        question: "choice", "near-lossless" or "equal bytes".
+        codec: flags of relabel/compress.py, beginning with the codec's name; "fp16" as made.
+        passes: labels per image.
+        schedule: "soft" or "hald".
+        temperature, rate, smoothing, seed: of the training.
+        budget: of the second question, as labels per image in fp16.
+    """
+
+    question: str
+    codec: str
+    passes: int
+    schedule: str
+    temperature: float
+    rate: float
+    smoothing: float
+    seed: int
+    budget: int = 0
+
+    def name(self) -> str:
+        """A name that tells this run from all others."""
+        split = "val" if self.question == "choice" else "test"
+        codec = self.codec.replace(" --", "_").replace(" ", "")
+        return (
+            f"{split}_{codec}_p{self.passes}_{self.schedule}_T{self.temperature:g}"
+            f"_lr{self.rate:g}_s{self.smoothing:g}_seed{self.seed}"
+        )
+
+
+class Workplace:
+    """The folders of one study, and how its parts are made."""
+
+    def __init__(self, study: Study, folder: Path, root: Path):
+        self.study, self.root = study, root / study.name
+        self.images = folder
+        self.root.mkdir(parents=True, exist_ok=True)
+        self.common = (*study.data, "--device", "cpu", "--workers", "0")
+
+    def prepare(self) -> None:
+        """Teacher, distilled images and their fp16 labels."""
+        study, teacher = self.study, self.root / "teacher" / "checkpoint.pt"
+        if not (self.root / "teacher" / "result.json").exists():
+            call(
+                train.main,
+                *("--data-dir", self.images / "train", "--val-dir", self.images / "val"),
+                *("--output-dir", self.root / "teacher", "--model", "ConvNetW32"),
+                *("--hard-mix", "none", "--label-smoothing", 0, "--eta", 1, "--eval-every", 4),
+                *("--min-scale", study.min_scale, *study.teacher, *self.common),
+            )
+        named = ("--teacher", "ConvNetW32", "--teacher-weights", teacher)
+        if not self.distilled.exists():
+            call(
+                prepare_distilled.main,
+                *("--data-dir", self.images / "train", "--out-dir", self.distilled, *named),
+                *("--ipc", 10, "--crops", 0, *self.common),
+            )
+        if not (self.labels("fp16", study.passes) / "manifest.json").exists():
+            call(
+                generate.main,
+                *("--data-dir", self.distilled, "--label-dir", self.labels("fp16", study.passes)),
+                *(*named, "--no-bssl", "--slc", 10 * study.passes, "--codec", "fp16"),
+                *("--batch-size", study.batch_size, "--min-scale", study.min_scale, *self.common),
+            )
+
+    @property
+    def distilled(self) -> Path:
+        return self.root / "distilled"
+
+    def labels(self, codec: str, passes: int) -> Path:
+        """Where the labels of a codec lie."""
+        return self.root / f"labels_{codec.replace(' --', '_').replace(' ', '')}_{passes}"
+
+    def recode(self, codec: str, passes: int) -> LabelSet:
+        """The first passes of the fp16 labels in a codec, made where they are missing."""
+        whole = self.labels("fp16", self.study.passes)
+        if codec == "fp16":
+            labels = LabelSet.open(whole)
+            labels.use_slc(10 * passes)
+            return labels
+        path = self.labels(codec, passes)
+        if not (path / "manifest.json").exists():
+            call(
+                compress.main,
+                *("--label-dir", whole, "--out-dir", path, "--slc", 10 * passes),
+                *("--codec", *codec.split()),
+            )
+        return LabelSet.open(path)
+
+    def passes_for(self, codec: str, budget: int) -> int:
+        """Labels per image, at most all there are, whose set is no larger than `budget` in fp16."""
+        if codec == "fp16":
+            return budget
+        size, passes = self.recode("fp16", budget).bytes_on_disk(), self.study.passes
+        while (found := self.recode(codec, passes).bytes_on_disk()) > size and passes > 1:
+            passes = max(1, min(passes - 1, int(passes * size / found)))
+        return passes
+
+    def run(self, run: Run) -> dict:
+        """Trains the student, if that was not done, and returns its line of the result file."""
+        path = self.root / "runs" / f"{run.name()}.json"
+        labels = self.recode(run.codec, run.passes)
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            start = time.perf_counter()
+            top1 = self.train(run, labels)
+            seconds = round(time.perf_counter() - start, 1)
+            atomic_write(path, to_json({"top1": top1, "seconds": seconds}))
+        count = run.passes * labels.manifest["images"]["count"]
+        result = read_json(path)
+        return {
+            "data": self.study.name,
+            **dataclasses.asdict(run),
+            "label_bytes": labels.bytes_on_disk(),
+            "bytes_per_label": round(labels.bytes_on_disk() / count, 2),
+            "distortion_t20": round(self.distortion(run.codec, run.passes), 5),
+            "top1": round(result["top1"], 3),
+            "seconds": result["seconds"],
+        }
+
+    @functools.cached_property
+    def source(self) -> Remembered:
+        """The distilled images."""
+        folder = images.scan(self.distilled)
+        sizes, _ = images.inspect(folder)
+        whole = images.open_images(folder, sizes, self.dataset(), MACHINE.device, 0)
+        return Remembered(whole)
+
+    @functools.cache  # noqa: B019 - one workplace per process
+    def evaluation(self, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pixels and classes of the images of a split."""
+        folder = images.scan(self.images / split)
+        return images.load_evaluation(folder, self.dataset()), folder.labels
+
+    def dataset(self) -> datasets.Dataset:
+        """What the flags name."""
+        manifest = self.recode("fp16", 1).manifest
+        facts = (manifest[key] for key in ("dataset", "num_classes", "input_size", "mean", "std"))
+        return datasets.Dataset(*facts)
+
+    def train(self, run: Run, labels: LabelSet) -> float:
+        """Top-1 of a student after its last epoch, in percent; AdamW, cosine to zero, T^2."""
+        torch.manual_seed(run.seed)
+        source, study = self.source, self.study
+        model = student(labels.manifest["num_classes"]).to(memory_format=torch.channels_last)
+        groups = engine.parameter_groups(model, 0.01)
+        optimizer = torch.optim.AdamW(groups, lr=run.rate, fused=True)
+        trainer = engine.Trainer(model, optimizer, MACHINE.scaler(), MACHINE, 1, lambda views: None)
+        soft = study.epochs // 2
+        kinds = schedule.epoch_kinds(schedule.phases(run.schedule, soft, study.epochs - soft, 1))
+        spec = dataclasses.replace(labels.spec, mix="cutmix")
+        pool = schedule.BatchPool(len(labels), run.seed)
+        for epoch, kind in enumerate(kinds):
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.learning_rate(epoch, len(kinds), run.rate, eta=1)
+            if kind == "soft":
+                if epoch == 0 or kinds[epoch - 1] == "hard":
+                    pool.refill()
+                numbers = pool.take(labels.batches_per_pass)
+                engine.train_soft_epoch(trainer, source, labels, numbers, run.temperature, "T2")
+            else:
+                views = draw(spec, labels.sizes, run.seed, epoch + 1)
+                engine.train_hard_epoch(trainer, source, views, labels.hard_labels, run.smoothing)
+        pixels, targets = self.evaluation("val" if run.question == "choice" else "test")
+        found = engine.evaluate(model, pixels, targets, source.mean, source.std, MACHINE)
+        return found[0]
+
+    def distortion(self, codec: str, passes: int) -> float:
+        """Distortion at temperature 20 of the first pass, against fp16."""
+        if codec == "fp16":
+            return 0.0
+        pairs = zip(self.first_pass("fp16", passes), self.first_pass(codec, passes), strict=True)
+        before, after = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        return distortion(before, after)
+
+    def first_pass(self, codec: str, passes: int) -> Iterator[torch.Tensor]:
+        labels = self.recode(codec, passes)
+        return (labels[batch].logits for batch in range(labels.batches_per_pass))
+
+
+def call(main: Callable[[], None], *arguments: object) -> None:
+    """Runs an entry script's main in this process, quietly."""
+    words = [str(word) for word in arguments]
+    silence = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+    with patch.object(sys, "argv", [main.__module__, *words]), silence[0], silence[1]:
+        main()
+
+
+def best(rows: list[dict], key: str) -> float:
+    """The value of a setting whose runs have the highest mean accuracy."""
+    values = {row[key] for row in rows}
+    return max(
+        sorted(values),
+        key=lambda value: statistics.mean(row["top1"] for row in rows if row[key] == value),
+    )
+
+
+def grid(place: Workplace, finish: Callable[[list[Run]], list[dict]]) -> None:
+    """All runs of a study in order; `finish(runs)` makes them and returns their lines."""
+    study = place.study
+    first = Run("choice", "fp16", 2, "soft", study.temperatures[0], study.rates[0], 0.1, 0)
+    rates = finish([dataclasses.replace(first, rate=rate) for rate in study.rates])
+    first = dataclasses.replace(first, rate=best(rates, "rate"))
+    found = finish([dataclasses.replace(first, temperature=t) for t in study.temperatures])
+    first = dataclasses.replace(first, temperature=best(found, "temperature"), schedule="hald")
+    found = finish([dataclasses.replace(first, smoothing=s) for s in study.smoothings])
+    chosen = dataclasses.replace(first, smoothing=best(found, "smoothing"))
+
+    settings = ["fp16", *(f"klt --distortion {value:g}" for value in study.distortions)]
+    near = dataclasses.replace(chosen, question="near-lossless", passes=1, schedule="soft")
+    finish(
+        [dataclasses.replace(near, codec=codec, seed=seed) for seed in SEEDS for codec in settings]
+    )
+    finish(
+        [
+            dataclasses.replace(
+                chosen,
+                question="equal bytes",
+                codec=codec,
+                passes=place.passes_for(codec, budget),
+                budget=budget,
+                schedule=schedule,
+                seed=seed,
+            )
+            for seed in SEEDS
+            for schedule in ("soft", "hald")
+            for budget in study.budgets
+            for codec in ("fp16", *study.rivals)
+        ]
+    )
+
+
+class OutOfTime(Exception):
+    """The minutes of this call are used up."""
+
+
+def work(place: Workplace, minutes: float) -> list[dict]:
+    """Makes what is missing of a study, for so many minutes; the lines of all finished runs."""
+    rows, deadline = [], time.monotonic() + 60 * minutes
+
+    def finish(runs: list[Run]) -> list[dict]:
+        lines = []
+        for run in cli.progress(runs, desc=f"{place.study.name}, {runs[0].question}", unit="run"):
+            done = (place.root / "runs" / f"{run.name()}.json").exists()
+            if not done and time.monotonic() > deadline:
+                raise OutOfTime
+            lines.append(place.run(run))
+            rows.append(lines[-1])
+        return lines
+
+    with contextlib.suppress(OutOfTime):
+        place.prepare()
+        grid(place, finish)
+    return rows
+
+
+def mean_std(rows: list[dict]) -> tuple[float, float]:
+    """Mean and sample standard deviation of top-1 over seeds."""
+    values = [float(row["top1"]) for row in rows]
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def groups(rows: list[dict], *keys: str) -> dict[tuple[str, ...], list[dict]]:
+    """Rows by the values of some columns, in the order of their first appearance."""
+    found: dict[tuple[str, ...], list[dict]] = {}
+    for row in rows:
+        found.setdefault(tuple(str(row[key]) for key in keys), []).append(row)
+    return found
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """The runs, with date, machine, versions and command above them."""
+    with path.open("w", newline="") as file:
+        file.write(
+            f"# {date.today()}; 2-core CPU, one thread per run; torch {torch.__version__}; "
+            f"top1: of the last epoch, in percent\n"
+            "# python benchmarks/accuracy_per_byte.py --glyphs G --fashion F --work-dir W\n"
+        )
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_csv(path: Path) -> list[dict]:
+    """The lines of a result file; numbers stay text."""
+    if not path.exists():
+        raise UserError(f"{path} is missing: run the study first")
+    with path.open() as file:
+        return list(csv.DictReader(line for line in file if not line.startswith("#")))
+
+
+def tables(rows: list[dict]) -> str:
+    """The README's tables, in Markdown."""
+    lines = []
+    near = groups([row for row in rows if row["question"] == "near-lossless"], "data", "codec")
+    lines += ["| data | labels | bytes per label | factor | distortion at T = 20 | top-1 (%) |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for (data, codec), found in near.items():
+        whole = float(near[data, "fp16"][0]["bytes_per_label"])
+        size, (mean, std) = float(found[0]["bytes_per_label"]), mean_std(found)
+        lines.append(
+            f"| {data} | {codec.split()[0]} | {size:.1f} | {whole / size:.1f} | "
+            f"{float(found[0]['distortion_t20']):.4f} | {mean:.1f} ± {std:.1f} |"
+        )
+    equal = [row for row in rows if row["question"] == "equal bytes"]
+    codecs = list(groups(equal, "codec"))
+    names = " | ".join(codec.replace("--", "").replace("klt klt", "klt") for (codec,) in codecs)
+    lines += ["", f"| data | schedule | bytes | {names} |", "|---" * (3 + len(codecs)) + "|"]
+    for (data, kind, _), found in groups(equal, "data", "schedule", "budget").items():
+        by_codec = groups(found, "codec")
+        cells = [f"{int(by_codec['fp16',][0]['label_bytes']):,}"]
+        for codec in codecs:
+            there = by_codec.get(codec)
+            cells.append(
+                f"{mean_std(there)[0]:.1f} ± {mean_std(there)[1]:.1f} ({there[0]['passes']})"
+                if there
+                else "–"
+            )
+        lines.append(f"| {data} | {kind} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(path: Path, rows: list[dict]) -> None:
+    """Per data set: accuracy against distortion at one label per image, and against bytes."""
+    from matplotlib.figure import Figure
+
+    data = list(groups(rows, "data"))
+    figure = Figure(figsize=(13, 4 * len(data)), layout="constrained")
+    panels = figure.subplots(len(data), 3, squeeze=False)
+    for (left, *others), (name,) in zip(panels, data, strict=True):
+        chosen = [row for row in rows if row["data"] == name]
+        near = groups([row for row in chosen if row["question"] == "near-lossless"], "codec")
+        points = [(float(f[0]["bytes_per_label"]), *mean_std(f)) for f in near.values()]
+        if points:
+            sizes, means, stds = zip(*points[1:], strict=True)
+            left.errorbar(sizes, means, stds, fmt="C0o-", capsize=3, label="klt")
+            _, mean, std = points[0]
+            left.axhspan(mean - std, mean + std, color="grey", alpha=0.3)
+            left.axhline(mean, color="grey", label=f"fp16, {points[0][0]:.0f} bytes: mean, std")
+            left.set(xscale="log", xlabel="bytes on disk per label", ylabel="top-1 (%)")
+            left.set_title(f"{name}: one label per image, soft only")
+            left.legend()
+        equal = [row for row in chosen if row["question"] == "equal bytes"]
+        for axes, kind in zip(others, ("soft", "hald"), strict=True):
+            there = [row for row in equal if row["schedule"] == kind]
+            for place, ((codec,), found) in enumerate(groups(there, "codec").items()):
+                points = [
+                    (int(f[0]["label_bytes"]), *mean_std(f))
+                    for f in groups(found, "budget").values()
+                ]
+                sizes, means, stds = zip(*points, strict=True)
+                label = codec.split(" --")[-1] if codec != "fp16" else codec
+                label = f"klt {label}" if codec.startswith("klt") else label
+                axes.errorbar(sizes, means, stds, fmt=f"C{place}o-", capsize=3, label=label)
+            title = "soft only" if kind == "soft" else "HALD (T2)"
+            axes.set(title=f"{name}: {title}", xlabel="bytes of labels on disk", xscale="log")
+            axes.set_ylabel("top-1 (%)")
+            axes.legend()
+    for axes in panels.flat:
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = cli.Parser(description=__doc__.splitlines()[0])
+    for name in STUDIES:
+        parser.add_argument(f"--{name}", type=Path, metavar="D", help="image folders of this study")
+    parser.add_argument("--work-dir", type=Path, help="teachers, labels and runs")
+    parser.add_argument(
+        "--minutes",
+        type=cli.bounded(float, 0),
+        default=1e6,
+        help="start no run after so many; the same command again continues",
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    result = RESULTS / "accuracy_per_byte.csv"
+    chosen = {name: getattr(args, name) for name in STUDIES if getattr(args, name)}
+    if chosen:
+        if args.work_dir is None:
+            raise UserError("--work-dir is needed to run a study")
+        torch.set_num_threads(1)
+        others = read_csv(result) if result.exists() else []
+        rows = [row for row in others if row["data"] not in chosen]
+        for name, images in chosen.items():
+            rows += work(Workplace(STUDIES[name], images, args.work_dir), args.minutes)
+        if not rows:
+            print("prepared; no run is finished yet")
+            return
+        rows.sort(key=lambda row: list(STUDIES).index(row["data"]))
+        write_csv(result, rows)
+        plot(result.with_suffix(".png"), rows)
+    print(tables(read_csv(result)))
+
+
+if __name__ == "__main__":
+    cli.run(main)

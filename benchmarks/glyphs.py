@@ -1,0 +1,163 @@
+"""Makes an image data set from typefaces: 200 characters that look different, 32x32 pixels.
+
+mkdir debs && cd debs && apt-get download $(cat ../benchmarks/glyphs_packages.txt) && cd ..
+for package in debs/*.deb; do dpkg -x "$package" fonts; done
+python benchmarks/glyphs.py --fonts fonts --out-dir D
+
+An image is one character in one typeface family. Families that share a folder are related, so they
+are all in train/, all in val/ or all in test/, and at most three of them are taken.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a plain script: imports start at the repository root
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import unicodedata
+
+import numpy as np
+from matplotlib.ft2font import FT2Font
+from PIL import Image, ImageDraw, ImageFont
+
+from utils import cli
+from utils.cli import UserError
+from utils.files import atomic_write, to_json, whole_folder
+
+SIZE, BASELINE, CENTRE = 32, 23, 16
+POINTS = 24  # font size in pixels; the size also tells c from C
+CLASSES = 200
+SHARES = {"test": 0.25, "val": 0.15}  # of the families; the rest is train
+RELATED = 3
+COMMON = 0.6  # a character must be in so many of the training families
+PLAIN = ("regular", "book", "roman", "medium", "normal", "text")
+# Latin with accents, Greek and Cyrillic.
+CANDIDATES = [*range(0x21, 0x7F), *range(0xA1, 0x180), *range(0x386, 0x3CF), *range(0x400, 0x460)]
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--fonts", type=Path, required=True, help="folder, searched recursively")
+    parser.add_argument("--out-dir", type=Path, required=True)
+    return parser.parse_args()
+
+
+def find_families(root: Path) -> dict[str, tuple[Path, set[int]]]:
+    """One upright, regular face per family, by name: its file and the characters it has.
+
+    Of related families, those with the most characters.
+    """
+    faces: dict[str, list[tuple[bool, str, Path, set[int]]]] = {}
+    for path in sorted([*root.rglob("*.ttf"), *root.rglob("*.otf")]):
+        try:
+            face = FT2Font(str(path))
+        except RuntimeError:
+            continue
+        slanted = any(word in face.style_name.lower() for word in ("italic", "oblique"))
+        has = set(face.get_charmap())
+        if not slanted and {ord(letter) for letter in "AaZz09"} <= has:
+            plain = face.style_name.lower() in PLAIN
+            faces.setdefault(face.family_name, []).append((not plain, path.name, path, has))
+    related: dict[Path, list[tuple[int, str, Path, set[int]]]] = {}
+    for name, found in faces.items():
+        _, _, path, has = min(found, key=lambda face: face[:2])
+        related.setdefault(path.parent, []).append((-len(has), name, path, has))
+    best = [face for group in related.values() for face in sorted(group)[:RELATED]]
+    return {name: (path, has) for _, name, path, has in sorted(best, key=lambda face: face[1])}
+
+
+def draw(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray | None:
+    """uint8 [32, 32], white on black on a common baseline; None when nothing is seen."""
+    image = Image.new("L", (SIZE, SIZE))
+    left, _, right, _ = font.getbbox(character, anchor="ls")
+    place = (CENTRE - (left + right) / 2, BASELINE)
+    ImageDraw.Draw(image).text(place, character, fill=255, font=font, anchor="ls")
+    pixels = np.asarray(image)
+    return pixels if pixels.max() > 128 else None
+
+
+def render_family(path: Path, has: set[int]) -> dict[str, np.ndarray]:
+    """The images of all candidates that a face has and shows."""
+    font = ImageFont.truetype(str(path), POINTS)
+    # A face without a glyph of its own for a character often shows the same box for all of them.
+    empty = draw(font, "\ufffe")
+    images = {}
+    for code in CANDIDATES:
+        pixels = draw(font, chr(code)) if code in has else None
+        if pixels is not None and not (empty is not None and np.array_equal(pixels, empty)):
+            images[chr(code)] = pixels
+    return images
+
+
+def choose_characters(families: list[dict[str, np.ndarray]]) -> list[str]:
+    """200 characters, one by one the one that differs most from its nearest among those chosen.
+
+    The difference of two characters is that of their mean images, each scaled to length 1.
+    """
+    common = [
+        character
+        for character in map(chr, CANDIDATES)
+        if sum(character in images for images in families) >= COMMON * len(families)
+    ]
+    if len(common) < CLASSES:
+        raise UserError(f"only {len(common)} characters are in most typefaces; {CLASSES} needed")
+    means = np.stack(
+        [np.mean([f[character] for f in families if character in f], 0) for character in common]
+    ).reshape(len(common), -1)
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    distance = 1 - means @ means.T
+    chosen = [0]
+    while len(chosen) < CLASSES:
+        chosen.append(int(distance[chosen].min(axis=0).argmax()))
+    nearest = distance[np.ix_(chosen, chosen)] + np.eye(CLASSES)
+    print(
+        f"{CLASSES} of {len(common)} characters, the two most alike differ by {nearest.min():.3f}"
+    )
+    return sorted(common[place] for place in chosen)
+
+
+def main() -> None:
+    args = parse_arguments()
+    families = find_families(args.fonts)
+    if len(families) < 20:
+        raise UserError(f"{args.fonts} holds {len(families)} usable typeface families; 20 needed")
+    images = {
+        name: render_family(*families[name])
+        for name in cli.progress(families, desc="typefaces", unit="family")
+    }
+    folders = sorted({path.parent for path, _ in families.values()})
+    order = np.argsort(np.random.Philox(0).random_raw(len(folders)))
+    splits, start = {}, 0
+    for split, share in SHARES.items():
+        end = start + round(share * len(folders))
+        inside = {folders[place] for place in order[start:end]}
+        splits[split] = [name for name in families if families[name][0].parent in inside]
+        start = end
+    used = {name for names in splits.values() for name in names}
+    splits["train"] = [name for name in families if name not in used]
+    characters = choose_characters([images[name] for name in splits["train"]])
+    with whole_folder(args.out_dir) as partial:
+        for split, names in splits.items():
+            count = 0
+            for label, character in enumerate(characters):
+                folder = partial / split / f"{label:05d}"
+                folder.mkdir(parents=True)
+                for number, name in enumerate(names):
+                    if character in images[name]:
+                        picture = Image.fromarray(images[name][character]).convert("RGB")
+                        picture.save(folder / f"{number:03d}.png")
+                        count += 1
+            print(f"{split}: {len(names)} families, {count} images")
+        record = {
+            "characters": [
+                f"{character} {unicodedata.name(character, '?')}" for character in characters
+            ],
+            "families": splits,
+        }
+        atomic_write(partial / "glyphs.json", to_json(record))
+
+
+if __name__ == "__main__":
+    cli.run(main)
