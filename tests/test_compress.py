@@ -151,7 +151,8 @@ def test_only_the_first_passes_are_kept_when_slc_says_so(long_set, tmp_path, com
     assert recode(command, long_set, tmp_path / "b", "--codec", "fp16", "--slc", 6).code == 0
     before, after = LabelSet.open(long_set), LabelSet.open(tmp_path / "b")
     assert (after.manifest["slc"], after.passes) == (6, 2)
-    assert all(torch.equal(after[n].logits, before[n].logits) for n in range(len(after)))
+    for number in range(len(after)):
+        assert torch.allclose(after[number].logits, before[number].logits, atol=0.01)
     refused = recode(command, long_set, tmp_path / "c", "--codec", "fp16", "--slc", 7)
     assert refused.code == 2 and "use a multiple of 3" in refused.err
 
