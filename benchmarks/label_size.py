@@ -21,6 +21,7 @@ if not __package__:  # run as a plain script: imports start at the repository ro
 import argparse
 import csv
 import dataclasses
+import math
 import platform
 import re
 import time
@@ -145,17 +146,27 @@ def label(photos: list[torch.Tensor], crops: int, recipe: bool) -> Labels:
     return Labels(centre(torch.cat(logits)), mixture)
 
 
-def labels_of(photos: list[torch.Tensor], args: argparse.Namespace, kind: str) -> Labels:
+def labels_of(files: list[Path], args: argparse.Namespace, kind: str) -> Labels:
     """The teacher's labels of one kind, from the folder of --logits where they are there."""
     file = args.logits / f"{kind}_{args.crops}.pt" if args.logits else None
     if file and file.exists():
         logits, *mixture = torch.load(file, weights_only=True)
         return Labels(logits, Mixture(*mixture))
+    photos = [load(path) for path in cli.progress(files, desc="photos", unit="photo")]
     made = label(photos, args.crops, kind == "recipe")
     if file:
         args.logits.mkdir(parents=True, exist_ok=True)
         torch.save([made.logits, *vars(made.mixture).values()], file)
     return made
+
+
+def pictures_that_show_something(plain: Labels) -> torch.Tensor:
+    """int64: the pictures whose crops are labelled differently; a blank wallpaper's are not."""
+    spread = [
+        plain.logits[plain.mixture.own == photo].var(0).mean()
+        for photo in range(int(plain.mixture.own.max()) + 1)
+    ]
+    return (torch.stack(spread) > 1e-3).nonzero().flatten()
 
 
 def fitted_bytes(codec: Codec, photos: int) -> float:
@@ -209,12 +220,20 @@ def fit_to_others(others: Labels, labels: Labels) -> codecs._Fit:
 
 
 def step_for(budget: float, size: Callable[[float], float]) -> float:
-    """The finest step, to 0.3 percent, whose size in bytes per label keeps a budget."""
-    low, high = 0.05, 50.0
-    while high / low > 1.003:
-        step = (low * high) ** 0.5
-        low, high = (low, step) if size(step) <= budget else (step, high)
-    return high
+    """A step whose size in bytes per label keeps a budget, by less than a percent.
+
+    Size is close to a power of the step: secants in logarithms.
+    """
+    place, slope, before = math.log(2.0), -1.5, None
+    for _ in range(12):
+        excess = math.log(size(math.exp(place)) / budget)
+        if -0.01 < excess <= 0:
+            break
+        if before and before[0] != place:
+            slope = min(max((excess - before[1]) / (place - before[0]), -4), -0.3)
+        before = place, excess
+        place -= (excess + 0.004) / slope
+    return math.exp(place)
 
 
 def curves(labels: Labels, held_out: torch.Tensor, kind: str) -> list[Row]:
@@ -384,19 +403,21 @@ def main() -> None:
     args = parse_arguments()
     files = find_photos(args.photos)
     torch.set_num_threads(1)
-    photos = [load(path) for path in cli.progress(files, desc="photos", unit="photo")]
-    sets = {kind: labels_of(photos, args, kind) for kind in ("plain", "recipe")}
+    sets = {kind: labels_of(files, args, kind) for kind in ("plain", "recipe")}
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))
     held_out = order[: round(len(files) * 50 / 170)]
-    rows, trials = [], []
+    rows = []
+    shown = pictures_that_show_something(sets["plain"])
+    print(f"{len(shown)} of {len(files)} pictures show something")
     for kind, labels in sets.items():
-        print(f"{kind}: {len(labels.logits)} labels")
+        labels = labels.of(shown)
+        print(f"{kind}: {len(labels.logits)} labels", flush=True)
         rows += curves(labels, held_out, kind)
-        trials += ideas(labels, kind)
+    trials = ideas(sets["recipe"].of(shown), "recipe")
     args.out.mkdir(parents=True, exist_ok=True)
     tables = {"label_size.csv": [vars(row) for row in rows], "label_size_ideas.csv": trials}
     for name, table in tables.items():
-        write_csv(args.out / name, table, len(files), args.crops)
+        write_csv(args.out / name, table, len(shown), args.crops)
     plot(args.out / "label_size.png", rows)
 
 
