@@ -1,0 +1,497 @@
+"""Images per second of relabelling and training, against the straightforward pipeline.
+
+python benchmarks/speed.py --out benchmarks/results/speed
+
+Both pipelines (ours, and benchmarks/straightforward.py) work on the same JPEG files with the same
+network and batch size, take turns in one process, and are timed several times after a first round
+that is not counted. The limits beside them are the network alone on resident random batches, and
+its FLOPs at the measured rate of large matrix products. Writes OUT.csv (every timing), OUT.json
+and OUT.txt (the table that is also printed).
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a plain script: imports start at the repository root
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import io
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import models
+from benchmarks import straightforward
+from relabel.background import BackgroundWriter
+from relabel.generate import label_views
+from relabel.teacher import Ensemble, Teacher, use_batch_statistics
+from utils import cli, datasets, images, runtime
+from utils.cli import bounded
+from utils.codecs import distortion
+from utils.files import atomic_write, to_json
+from utils.labels import LabelSet, LabelWriter, centre
+from utils.views import RATIO, ViewSpec, draw
+from validate import engine
+
+PLAIN, OURS = "straightforward", "ours"
+SMOOTHING = 0.8
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = cli.Parser(description="Speed of both stages against the straightforward pipeline.")
+    parser.add_argument("--out", type=Path, required=True, help="files to write, without ending")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=[*STAGES])
+    parser.add_argument("--model", default="ResNet18", help="teacher and student")
+    parser.add_argument("--size", type=bounded(int, 8), default=224, metavar="S")
+    parser.add_argument("--classes", type=bounded(int, 2), default=16, metavar="N")
+    parser.add_argument("--ipc", type=bounded(int, 1), default=10, metavar="N")
+    parser.add_argument("--batch-size", type=bounded(int, 2), default=16, metavar="N")
+    parser.add_argument("--repeats", type=bounded(int, 1), default=5, metavar="N")
+    parser.add_argument(
+        "--compile", action="store_true", help="also time training with the compiled student"
+    )
+    runtime.add_arguments(parser)
+    parser.set_defaults(workers=min(16, os.cpu_count() or 1))
+    return parser.parse_args()
+
+
+def write_jpegs(root: Path, classes: int, ipc: int, size: int) -> None:
+    """Smooth random colours with some noise, as JPEGs of quality 90: classes x ipc files."""
+    numbers = np.random.default_rng(0)
+    for label in range(classes):
+        folder = root / f"{label:05d}"
+        folder.mkdir(parents=True)
+        for number in range(ipc):
+            coarse = Image.fromarray(numbers.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+            smooth = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC), float)
+            noisy = smooth + numbers.normal(0, 8, smooth.shape)
+            array = noisy.clip(0, 255).astype(np.uint8)
+            Image.fromarray(array).save(folder / f"{number:03d}.jpg", quality=90)
+
+
+class Meter:
+    """Times sections, and what they take: memory, and the GPU's utilisation where there is one."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.rows = device, []
+
+    @contextlib.contextmanager
+    def section(self, stage: str, name: str, repeat: int, count: int) -> Iterator[None]:
+        """Times a block that handles `count` images; repeat 0 warms up and is not counted."""
+        self._reset_peak()
+        with gpu_utilisation(self.device) as utilisation:
+            self._wait()
+            started = time.perf_counter()
+            yield
+            self._wait()
+            seconds = time.perf_counter() - started
+        row = {"stage": stage, "pipeline": name, "repeat": repeat, "images": count}
+        row |= {"seconds": round(seconds, 4), "images_per_second": round(count / seconds, 2)}
+        row |= {"peak_mb": round(self._peak() / 1e6), "gpu_percent": utilisation()}
+        if repeat > 0:
+            self.rows.append(row)
+
+    def rates(self, stage: str, name: str) -> list[float]:
+        """Images per second of all counted repeats."""
+        return [
+            row["images_per_second"]
+            for row in self.rows
+            if (row["stage"], row["pipeline"]) == (stage, name)
+        ]
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _reset_peak(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            with contextlib.suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")
+
+    def _peak(self) -> int:
+        """Bytes: of GPU memory, or of this process without its workers."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return memory_of_process("VmHWM")
+
+
+def memory_of_process(field: str) -> int:
+    """Bytes: "VmRSS", what this process holds now, or "VmHWM", the most it has held."""
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024
+
+
+@contextlib.contextmanager
+def gpu_utilisation(device: torch.device) -> Iterator[Callable[[], float | None]]:
+    """Yields a function that gives, after the block, the mean utilisation of the GPU in percent."""
+    if device.type != "cuda" or shutil.which("nvidia-smi") is None:
+        yield lambda: None
+        return
+    query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+    query += ["-lms", "100", "-i", f"GPU-{torch.cuda.get_device_properties(device).uuid}"]
+    sampler = subprocess.Popen(query, stdout=subprocess.PIPE, text=True)
+    try:
+        yield lambda: statistics.mean(samples) if samples else None
+    finally:
+        sampler.terminate()
+        samples = [float(line) for line in sampler.communicate()[0].split() if line.isdigit()]
+
+
+@dataclasses.dataclass
+class Bench:
+    """What all measurements share.
+
+    Attributes:
+        args, machine, dataset: arguments, device and precision, and facts of the images.
+        root: a folder for files that are thrown away.
+        meter: keeps the timings.
+        notes: further results by name, for the table and the JSON file.
+    """
+
+    args: argparse.Namespace
+    machine: runtime.Runtime
+    dataset: datasets.Dataset
+    root: Path
+    meter: Meter
+    notes: dict
+
+    def folder(self, ipc: int) -> images.ImageFolder:
+        """JPEG images, so many of every class."""
+        root = self.root / f"ipc{ipc}"
+        if not root.exists():
+            write_jpegs(root, self.dataset.num_classes, ipc, self.dataset.input_size)
+        return images.scan(root)
+
+    def network(self, fast: bool) -> nn.Module:
+        """The network with the weights of seed 0; channels last where it is ours."""
+        torch.manual_seed(0)
+        model = models.build(self.args.model, self.dataset.num_classes, self.dataset.input_size)
+        layout = torch.channels_last if fast else torch.contiguous_format
+        return model.to(self.machine.device, memory_format=layout)
+
+    def teacher(self, fast: bool) -> nn.Module:
+        """The network as a teacher under BSSL."""
+        model = self.network(fast).requires_grad_(False).eval()
+        use_batch_statistics(model)
+        return model
+
+    def resident(self, folder: images.ImageFolder) -> tuple[images.ResidentImages, np.ndarray]:
+        """The decoded images, and their sizes."""
+        sizes = np.full((len(folder.files), 2), self.dataset.input_size)
+        return (
+            images.open_images(folder, sizes, self.dataset, self.machine.device, 0),
+            sizes,
+        )
+
+    def settings(self, folder: images.ImageFolder, passes: int, classes: int) -> dict:
+        """The manifest of a label set of these images, and of further classes without any."""
+        size = self.dataset.input_size
+        together = 256 if self.machine.device.type == "cuda" else 1
+        batch = self.args.batch_size
+        unused = [0] * (classes - len(folder.classes))
+        return {
+            "dataset": "benchmark",
+            **{"num_classes": classes, "classes": folder.classes, "ipc": None, "slc": None},
+            **{"passes": passes, "batch_size": batch, "image_size": [size, size]},
+            **{"input_size": size, "mean": list(self.dataset.mean), "std": list(self.dataset.std)},
+            **{"seed": 0, "crop_scale": [0.08, 1.0], "crop_ratio": list(RATIO), "mix": "cutmix"},
+            "views_per_forward": max(together // batch, 1) * batch,
+            "codec": {"name": "fp16"},
+            "images": {"count": len(folder.files), "per_class": [*folder.counts(), *unused]},
+            "versions": runtime.versions(),
+        }
+
+    def spec(self) -> ViewSpec:
+        """What views are drawn from."""
+        return ViewSpec(self.dataset.input_size, self.args.batch_size)
+
+
+class OurRelabelling:
+    """Stage 1 as relabel/generate.py runs it, pass by pass."""
+
+    def __init__(self, bench: Bench, folder: images.ImageFolder, passes: int):
+        started = time.perf_counter()
+        self.source, sizes = bench.resident(folder)
+        self.decoding = time.perf_counter() - started
+        model = bench.teacher(fast=True)
+        self.ensemble = Ensemble([Teacher("", model, "")], None, bench.machine)
+        settings = bench.settings(folder, passes, bench.dataset.num_classes)
+        path = Path(tempfile.mkdtemp(dir=bench.root)) / "labels"
+        self.writer, self.labels = LabelWriter(path, settings, sizes), folder.labels
+
+    def run(self, numbers: range) -> None:
+        """Labels, packs and writes some passes."""
+        together = self.writer.settings["views_per_forward"]
+        with cli.progress(disable=True) as bar, BackgroundWriter(self.writer) as background:
+            for number in numbers:
+                views = self.writer.draw(number)
+                logits = label_views(number, views, together, self.ensemble, self.source, bar)
+                background.write_pass(number, logits, views, self.labels)
+
+
+def relabel(bench: Bench) -> None:
+    """Times one pass over all images, by turns in both pipelines; compares the labels."""
+    args, device = bench.args, bench.machine.device
+    folder, passes = bench.folder(args.ipc), args.repeats + 1
+    count, meter = len(folder.files), bench.meter
+    ours = OurRelabelling(bench, folder, passes)
+    plain = bench.teacher(fast=False)
+    views = ours.writer.draw(0)
+    facts = (bench.dataset.input_size, bench.dataset.mean, bench.dataset.std)
+    loader = straightforward.crops_loader(folder.root, views, *facts, args.workers, device)
+    with ours.writer.begun():
+        for repeat in range(passes):
+            with meter.section("relabel", PLAIN, repeat, count):
+                path = bench.root / "epoch.tar"
+                expected = straightforward.relabel(plain, loader, views, path, device)
+            with meter.section("relabel", OURS, repeat, count):
+                ours.run(range(repeat, repeat + 1))
+        ours.writer.finish()
+    stored = LabelSet.open(ours.writer.path)
+    found = torch.cat([stored[batch].logits for batch in range(stored.batches_per_pass)])
+    expected = centre(expected)
+    bench.notes["labels: relative difference to the straightforward pipeline's (same views)"] = (
+        f"{(found - expected).norm() / expected.norm():.4f}"
+    )
+    bench.notes["labels: distortion at T = 20"] = f"{distortion(expected, found):.2e}"
+    bench.notes["relabel: decoding once, ms per image"] = f"{1000 * ours.decoding / count:.2f}"
+    together = stored.manifest["views_per_forward"]
+    pixels = torch.randn(together, 3, *[bench.dataset.input_size] * 2, device=device)
+    for repeat in range(args.repeats + 1):
+        with meter.section("relabel", "forward alone", repeat, 4 * together):
+            for _ in range(4):
+                ours.ensemble.logits(pixels, args.batch_size)
+    floor(bench, "relabel", lambda: ours.ensemble.logits(pixels[: args.batch_size]))
+
+
+class OurTraining:
+    """Hard-label epochs as validate/train.py runs them."""
+
+    def __init__(self, bench: Bench, folder: images.ImageFolder, compiled: bool = False):
+        self.bench, self.labels = bench, folder.labels.to(bench.machine.device)
+        self.source, self.sizes = bench.resident(folder)
+        model = bench.network(fast=True)
+        groups = engine.parameter_groups(model, 0.01)
+        self.trainer = engine.Trainer(
+            engine.compiled(model, bench.machine, 1) if compiled else model,
+            torch.optim.AdamW(groups, lr=1e-3, fused=True),
+            bench.machine.scaler(),
+            bench.machine,
+            1,
+            lambda views: None,
+        )
+
+    def epoch(self, number: int) -> engine.EpochResult:
+        """One view of every image."""
+        views = draw(self.bench.spec(), self.sizes, 0, number + 1)
+        batches = list(views.to(self.bench.machine.device))
+        return engine.train_hard_epoch(self.trainer, self.source, batches, self.labels, SMOOTHING)
+
+
+def train(bench: Bench) -> None:
+    """Times one hard-label epoch over all images, by turns in both pipelines."""
+    args, device, meter = bench.args, bench.machine.device, bench.meter
+    folder = bench.folder(args.ipc)
+    count, size = len(folder.files), bench.dataset.input_size
+    variants = {OURS: OurTraining(bench, folder)}
+    if args.compile:
+        variants["ours, compiled"] = OurTraining(bench, folder, compiled=True)
+    model = bench.network(fast=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    facts = (size, bench.dataset.mean, bench.dataset.std, args.batch_size, args.workers)
+    loader = straightforward.training_loader(folder.root, *facts, device)
+    for repeat in range(args.repeats + 1):
+        with meter.section("train", PLAIN, repeat, count):
+            straightforward.train_epoch(model, optimizer, loader, SMOOTHING, device)
+        for name, variant in variants.items():
+            with meter.section("train", name, repeat, count):
+                variant.epoch(repeat)
+    trainer = variants[OURS].trainer
+    pixels = torch.randn(args.batch_size, 3, size, size, device=device)
+    targets = torch.zeros(args.batch_size, dtype=torch.int64, device=device)
+
+    def step(update: bool = True) -> None:
+        with bench.machine.autocast():
+            logits = trainer.model(pixels)
+        loss = nn.functional.cross_entropy(logits.float(), targets)
+        trainer.scaler.scale(loss).backward()
+        if update:
+            trainer.scaler.step(trainer.optimizer)
+            trainer.scaler.update()
+        trainer.optimizer.zero_grad(set_to_none=True)
+
+    for repeat in range(args.repeats + 1):
+        with meter.section("train", "forward and backward alone", repeat, 4 * args.batch_size):
+            for _ in range(4):
+                step()
+    floor(bench, "train", lambda: step(update=False))
+
+
+def floor(bench: Bench, stage: str, work: Callable[[], object]) -> None:
+    """Notes the FLOPs of one image, and how many images that allows at the rate of matmul."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    flops = counter.get_total_flops() / bench.args.batch_size
+    bench.notes[f"{stage}: GFLOPs per image"] = f"{flops / 1e9:.2f}"
+    bench.notes[f"{stage}: images/s at the rate of matmul"] = f"{matmul_rate(bench) / flops:.0f}"
+
+
+def matmul_rate(bench: Bench) -> float:
+    """FLOPs per second of large square matrix products in the benchmark's precision."""
+    device = bench.machine.device
+    side, times = (8192, 10) if device.type == "cuda" else (2048, 3)
+    one = torch.randn(side, side, device=device, dtype=bench.machine.dtype)
+    meter = Meter(device)
+    for repeat in range(4):
+        with meter.section("", "", repeat, times):
+            for _ in range(times):
+                torch.matmul(one, one)
+    best = 2 * side**3 * max(meter.rates("", ""))
+    bench.notes["matmul, TFLOP/s"] = f"{best / 1e12:.3g}"
+    return best
+
+
+def linear(bench: Bench) -> None:
+    """Times both stages per view at IPC 1, 10 and 50, on at least as many views as IPC 10 has."""
+    sizes = (1, 10, 50)
+    most = bench.dataset.num_classes * 10
+    stages = {}
+    for ipc in sizes:
+        folder = bench.folder(ipc)
+        passes = max(1, most // len(folder.files))
+        stages[ipc] = (
+            OurRelabelling(bench, folder, passes * (bench.args.repeats + 1)),
+            OurTraining(bench, folder),
+            passes,
+            len(folder.files),
+        )
+    with contextlib.ExitStack() as begun:
+        for relabelling, *_ in stages.values():
+            begun.enter_context(relabelling.writer.begun())
+        for repeat in range(bench.args.repeats + 1):
+            for ipc, (relabelling, training, passes, count) in stages.items():
+                name = f"IPC {ipc}"
+                with bench.meter.section("relabel", name, repeat, passes * count):
+                    relabelling.run(range(repeat * passes, (repeat + 1) * passes))
+                with bench.meter.section("train", name, repeat, passes * count):
+                    for number in range(passes):
+                        training.epoch(repeat * passes + number)
+    for stage in ("relabel", "train"):
+        times = [1 / statistics.median(bench.meter.rates(stage, f"IPC {ipc}")) for ipc in sizes]
+        spread = 100 * (max(times) / min(times) - 1)
+        bench.notes[f"{stage}: largest time per view over the smallest, IPC 1, 10, 50"] = (
+            f"+{spread:.1f} %"
+        )
+
+
+def memory(bench: Bench) -> None:
+    """Adds up what training holds per image and per label of 1000 classes, for full data sets."""
+    folder, classes = bench.folder(bench.args.ipc), 1000
+    source, sizes = bench.resident(folder)
+    writer = LabelWriter(bench.root / "memory", bench.settings(folder, 1, classes), sizes)
+    with writer.begun():
+        logits = torch.randn(len(folder.files), classes)
+        writer.write_pass(0, logits, writer.draw(0), folder.labels)
+        writer.finish()
+    views, codes = LabelSet.open(writer.path).load_pass(0)
+    held = [*codes, *(value for value in vars(views).values() if isinstance(value, torch.Tensor))]
+    image = source.pixels.nbytes / len(folder.files)
+    label = sum(tensor.nbytes for tensor in held) / len(folder.files)
+    bench.notes["memory: bytes per image"] = f"{image:.0f}"
+    bench.notes["memory: bytes per label of 1000 classes, fp16, with its view"] = f"{label:.0f}"
+    for ipc in (10, 50):
+        total = (ipc * image + 150 * label) * 1000
+        bench.notes[f"memory: 1000 classes, IPC {ipc}, SLC 150"] = f"{total / 1e9:.2f} GB"
+
+
+STAGES = {"relabel": relabel, "train": train, "linear": linear, "memory": memory}
+
+
+def describe_machine(device: torch.device) -> str:
+    """The processor, or the GPU, and the number of CPU cores."""
+    cores = f"{len(os.sched_getaffinity(0))} CPU cores"
+    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    processor = found[1].strip() if found else platform.machine()
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, {cores} ({processor})"
+    return f"{processor}, {cores}, {torch.get_num_threads()} threads"
+
+
+def table(bench: Bench, header: dict) -> str:
+    """Rates with their spread, ratios to the straightforward pipeline, and the notes, as text."""
+    meter, lines = bench.meter, [f"{name}: {value}" for name, value in header.items()]
+    lines += ["", f"{'stage':9}{'pipeline':28}{'images/s':>10}{'min':>9}{'max':>9}"]
+    lines[-1] += f"{'ratio':>8}{'min':>7}{'max':>7}{'peak MB':>9}{'GPU %':>7}"
+    for stage, name in dict.fromkeys((row["stage"], row["pipeline"]) for row in meter.rows):
+        rates = meter.rates(stage, name)
+        line = f"{stage:9}{name:28}{statistics.median(rates):10.1f}"
+        line += f"{min(rates):9.1f}{max(rates):9.1f}"
+        plain = meter.rates(stage, PLAIN) if name.startswith(OURS) else []
+        ratios = [rate / other for rate, other in zip(rates, plain, strict=False)]
+        for value in (statistics.median, min, max) if ratios else ():
+            line += f"{value(ratios):{8 if value is statistics.median else 7}.2f}"
+        line += " " * (22 if not ratios else 0)
+        rows = [row for row in meter.rows if (row["stage"], row["pipeline"]) == (stage, name)]
+        line += f"{max(row['peak_mb'] for row in rows):9}"
+        used = [row["gpu_percent"] for row in rows if row["gpu_percent"] is not None]
+        lines.append(line + (f"{statistics.mean(used):7.0f}" if used else f"{'-':>7}"))
+    return "\n".join([*lines, "", *(f"{name}: {value}" for name, value in bench.notes.items())])
+
+
+def main() -> None:
+    args = parse_arguments()
+    machine = runtime.from_arguments(args)
+    facts = datasets.named("imagenet1k")
+    dataset = datasets.Dataset("benchmark", args.classes, args.size, facts.mean, facts.std)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    header = {
+        "command": " ".join(["python benchmarks/speed.py", *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+        "machine": describe_machine(machine.device),
+        "torch": str(torch.__version__),
+        "precision": {"off": "fp32"}.get(machine.precision, machine.precision),
+        "images": f"{args.classes} classes x {args.ipc}, {args.size} x {args.size} JPEG; "
+        f"{args.model}, batch size {args.batch_size}, {args.workers} workers",
+        "straightforward": "fp32, JPEG decoded for every view, one batch per forward pass",
+    }
+    with tempfile.TemporaryDirectory() as root:
+        bench = Bench(args, machine, dataset, Path(root), Meter(machine.device), {})
+        for stage in args.stages:
+            print(f"{stage} ...", flush=True)
+            STAGES[stage](bench)
+    text = io.StringIO()
+    common = {name: header[name] for name in ("date", "machine", "torch", "precision", "command")}
+    columns = ["stage", "pipeline", "repeat", "images", "seconds", "images_per_second", "peak_mb"]
+    writer = csv.DictWriter(text, [*columns, "gpu_percent", *common], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, **common} for row in bench.meter.rows)
+    report = table(bench, header)
+    results = {**header, "timings": bench.meter.rows, "results": bench.notes}
+    atomic_write(args.out.with_suffix(".csv"), text.getvalue().encode())
+    atomic_write(args.out.with_suffix(".json"), to_json(results))
+    atomic_write(args.out.with_suffix(".txt"), (report + "\n").encode())
+    print(report)
+
+
+if __name__ == "__main__":
+    cli.run(main)
