@@ -25,6 +25,7 @@ from torchvision.transforms import functional as transforms
 
 from utils.cli import UserError, progress
 from utils.datasets import Dataset
+from utils.runtime import usable_cores
 from utils.views import Views, crop_resize, mix, normalise, render
 
 # What IMG_EXTENSIONS can hold; never formats like EPS, which PIL hands to an interpreter.
@@ -190,7 +191,7 @@ def _map_files(work: Callable, files: Sequence[Path], what: str) -> Iterator:
 
     The threads run ahead by a few files only, however slowly the results are taken.
     """
-    threads = os.cpu_count() or 1
+    threads = usable_cores()
     bar = progress(desc=what, total=len(files), unit="img", leave=False, delay=1)
     with bar, ThreadPoolExecutor(threads) as pool:
         waiting: collections.deque = collections.deque()
@@ -241,6 +242,13 @@ def fits(tensor: torch.Tensor, device: torch.device, share: float) -> bool:
     return tensor.nbytes < share * torch.cuda.mem_get_info(device)[0]
 
 
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device; nothing waits for a copy to a GPU."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 class ResidentImages:
     """All images decoded in memory as one uint8 tensor [images, 3, H, W]."""
 
@@ -259,13 +267,9 @@ class ResidentImages:
         else:
             # Copying an index from the GPU waits for it, so all are copied before the first batch.
             indices = [views.index.cpu() for views in batches]
-            sources = (self._sent(self.pixels[index]) for index in indices)
+            sources = (send(self.pixels[index], self.device) for index in indices)
         for views, images in zip(batches, sources, strict=True):
             yield render(images, views, self.size, self.mean, self.std)
-
-    def _sent(self, images: torch.Tensor) -> torch.Tensor:
-        """Images on the GPU; the copy waits for nothing."""
-        return images.pin_memory().to(self.device, non_blocking=True)
 
 
 class StreamingImages:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from utils.images import send
 from utils.labels import LabelSet
 from utils.metrics import correct_top1_top5
 from utils.runtime import Runtime
@@ -321,20 +322,21 @@ def evaluate(
 
     Args:
         model: the network, on runtime.device.
-        pixels: uint8 [N, 3, S, S], see utils.images.load_evaluation.
+        pixels: uint8 [N, 3, S, S], see utils.evaluation.load.
         targets: int64 [N].
         mean, std: float32 [3] on runtime.device.
         runtime: device and precision.
         progress: wraps the sequence of batch starts, to show a bar.
     """
     model.eval()
+    targets = targets.to(runtime.device)
     correct = torch.zeros(2, dtype=torch.int64, device=runtime.device)
     starts = range(0, len(pixels), EVALUATION_BATCH)
     for start in progress(starts[runtime.rank :: runtime.world]):
         rows = slice(start, start + EVALUATION_BATCH)
-        images = pixels[rows].to(runtime.device, non_blocking=True).float()
+        images = send(pixels[rows], runtime.device).float()
         with runtime.autocast():
             logits = model(normalise(images, mean, std))
-        correct += correct_top1_top5(logits.float(), targets[rows].to(runtime.device))
+        correct += correct_top1_top5(logits.float(), targets[rows])
     top1, top5 = (100 * count / len(pixels) for count in runtime.total(correct).tolist())
     return top1, top5

@@ -24,7 +24,7 @@ import yaml
 from torch import nn
 
 import models
-from utils import cli, datasets, images, runlog, runtime
+from utils import cli, datasets, evaluation, images, runlog, runtime
 from utils.cli import UserError, bounded
 from utils.files import sha256_file
 from utils.labels import LabelSet
@@ -131,8 +131,11 @@ def parse_arguments() -> argparse.Namespace:
     recipe.add_argument("--seed", type=bounded(int, 0, 2**62), default=0, metavar="N")
     recipe.add_argument("--eval-every", type=bounded(int, 1), default=10, metavar="N")
     runtime.add_arguments(parser)
+    evaluation.add_arguments(parser)
     parser.add_argument(
-        "--compile", action="store_true", help="compile the student (torch.compile)"
+        "--compile",
+        action="store_true",
+        help="compile the student (torch.compile), on a GPU into CUDA graphs; needs a C compiler",
     )
     return parser.parse_args()
 
@@ -237,6 +240,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     """Resolves and checks the arguments; raises UserError, and writes nothing."""
     dataset = datasets.from_arguments(args)
     machine = runtime.from_arguments(args)
+    print(runtime.describe(machine, dataset.input_size))
     folder = images.scan(args.data_dir, dataset.num_classes)
     dataset = dataclasses.replace(dataset, num_classes=len(folder.classes))
     validation = images.scan(args.val_dir)
@@ -415,13 +419,16 @@ class Session:
         noted: returns the signal that asks the program to end, or None; see `train`.
     """
 
-    def __init__(self, plan: Plan, run: runlog.RunFolder, workers: int, compiled: bool):
+    def __init__(
+        self, plan: Plan, run: runlog.RunFolder, workers: int, compiled: bool, val_cache: str
+    ):
         """Builds the student and restores the run's checkpoint, if there is one.
 
         Args:
             plan, run: what is trained, and where it is recorded.
             workers: processes that decode images.
             compiled: whether the student is compiled.
+            val_cache: where decoded validation images are kept.
         """
         self.plan, self.run = plan, run
         self.noted: Callable[[], int | None] = lambda: None
@@ -436,16 +443,17 @@ class Session:
             continued = self._restore(saved)
         runtime.check_outputs(self.model, plan.dataset, device, f"--model {plan.settings['model']}")
         self.source = images.open_images(plan.folder, plan.sizes, plan.dataset, device, workers)
-        self.validation = images.load_evaluation(plan.validation, plan.dataset)
-        self.network = torch.compile(self.model) if compiled else self.model
-        shared = self.network
+        self.validation = evaluation.load(plan.validation, plan.dataset, device, val_cache)
+        accumulated = plan.settings["grad_accum"]
+        shared = self.model
+        if compiled:
+            shared = engine.compiled(self.model, self.machine, accumulated)
         if self.machine.world > 1:
             # Running statistics stay each rank's own until the epoch ends.
-            shared = nn.parallel.DistributedDataParallel(self.network, broadcast_buffers=False)
+            shared = nn.parallel.DistributedDataParallel(shared, broadcast_buffers=False)
         views, epochs = len(plan.folder.files), len(plan.kinds)
         done = self.reached.epochs * views
         self.bar = cli.progress(desc="train", unit="view", total=epochs * views, initial=done)
-        accumulated = plan.settings["grad_accum"]
         self.trainer = engine.Trainer(
             *(shared, self.optimizer, self.scaler, self.machine, accumulated, self.bar.update),
             *(self._after_step, continued),
@@ -572,7 +580,7 @@ class Session:
     def _evaluate(self, epoch: int) -> dict[str, float]:
         """Evaluates, keeps the best weights, and returns what the log gets."""
         top1, top5 = engine.evaluate(
-            *(self.network, self.validation, self.plan.validation.labels),
+            *(self.model, self.validation, self.plan.validation.labels),
             *(self.source.mean, self.source.std, self.machine),
             lambda starts: cli.progress(starts, desc="evaluate", leave=False, delay=2),
         )
@@ -603,7 +611,9 @@ class Session:
         }
 
 
-def train(plan: Plan, run: runlog.RunFolder, workers: int, compiled: bool) -> None:
+def train(
+    plan: Plan, run: runlog.RunFolder, workers: int, compiled: bool, val_cache: str = "auto"
+) -> None:
     """Trains from the run's checkpoint, or from scratch, to the end of the schedule.
 
     SIGTERM and Ctrl-C end it after the optimiser step under way, with a checkpoint written.
@@ -616,7 +626,7 @@ def train(plan: Plan, run: runlog.RunFolder, workers: int, compiled: bool) -> No
         )
     if run.started and not run.has_checkpoint:
         print(f"{run.path}: stopped before its first checkpoint; starting over")
-    session = Session(plan, run, workers, compiled)
+    session = Session(plan, run, workers, compiled, val_cache)
     if plan.machine.rank == 0:
         run.begin(session.reached.epochs)
     with cli.delayed_signals() as session.noted:
@@ -659,7 +669,7 @@ def main() -> None:
         print(f"{args.output_dir} is done: {describe_result(result)}")
         return
     with run.locked() if plan.machine.rank == 0 else contextlib.nullcontext():
-        train(plan, run, args.workers, args.compile)
+        train(plan, run, args.workers, args.compile, args.val_cache)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,119 @@
+"""Fast paths of training and of the machine: the same results as the plain ones."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, TINY
+from torch import nn
+
+from utils import runtime
+from utils.images import ResidentImages
+from utils.runtime import Runtime
+from utils.views import ViewSpec, draw
+from validate import engine
+
+
+def small_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 16, 3, stride=2), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)),
+    )
+
+
+def loss_curve(machine: Runtime, compiled: bool) -> torch.Tensor:
+    """The losses of 50 steps on batches of 4, the last one of 2; AdamW, CutMix, hard labels."""
+    model, sums = small_network().to(machine.device), [0.0]
+    network = engine.compiled(model, machine, 1) if compiled else model
+    groups = engine.parameter_groups(model, 0.01)
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
+    trainer = engine.Trainer(
+        *(network, optimizer, machine.scaler(), machine, 1, lambda views: None),
+        lambda so_far: sums.append(so_far.loss.item()),
+    )
+    numbers = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (198, 3, 32, 32), dtype=torch.uint8, generator=numbers)
+    batches = list(draw(ViewSpec(32, 4), np.full((198, 2), 32), 0).to(machine.device))
+    labels = (torch.arange(198) % 4).to(machine.device)
+    source = ResidentImages(pixels, TINY, machine.device)
+    engine.train_hard_epoch(trainer, source, batches, labels, 0.1)
+    return torch.tensor(sums).diff()
+
+
+def test_fifty_compiled_steps_are_those_of_the_plain_network(monkeypatch):
+    """Traced and differentiated as in earnest, but run without making C++ of it, for time."""
+    original = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda model, mode, dynamic: original(model, backend="aot_eager")
+    )
+    compiled, plain = loss_curve(CPU, True), loss_curve(CPU, False)
+    assert len(plain) == 50 and torch.allclose(compiled, plain, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(None, 1e-3), (torch.float16, 3e-2)])
+def test_fifty_steps_of_cuda_graphs_are_those_of_single_kernels(dtype, tolerance):
+    machine = Runtime(torch.device("cuda"), dtype)
+    compiled, plain = loss_curve(machine, True), loss_curve(machine, False)
+    assert torch.allclose(compiled, plain, rtol=tolerance)
+
+
+def test_cuda_graphs_only_where_gradients_end_with_each_batch(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda model, mode, dynamic: modes.append(mode))
+    gpu = Runtime(torch.device("cuda"), None)
+    engine.compiled(None, gpu, 1)
+    engine.compiled(None, gpu, 2)
+    engine.compiled(None, Runtime(torch.device("cuda"), None, rank=0, world=2), 1)
+    engine.compiled(None, CPU, 1)
+    assert modes == ["reduce-overhead", None, None, None]
+
+
+def test_tensors_reach_main_memory_in_order():
+    sent = [torch.full((2,), number) for number in range(4)]
+    assert [tensor[0].item() for tensor in runtime.on_host(iter(sent))] == [0, 1, 2, 3]
+    assert list(runtime.on_host([])) == []
+
+
+@pytest.mark.gpu
+def test_tensors_of_the_gpu_reach_main_memory_whole():
+    slow = torch.randn(2000, 2000, device="cuda")
+    computed = [slow @ slow * number for number in range(5)]
+    found = list(runtime.on_host(iter(computed)))
+    for expected, tensor in zip(computed, found, strict=True):
+        assert tensor.device.type == "cpu" and torch.equal(tensor, expected.cpu())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [32, 128])
+def test_images_left_in_main_memory_render_as_those_on_the_gpu(size):
+    device = torch.device("cuda")
+    pixels = torch.randint(0, 256, (20, 3, size, size), dtype=torch.uint8)
+    views = draw(ViewSpec(size, 8), np.full((20, 2), size), 1).to(device)
+    near, far = (ResidentImages(pixels, TINY, device) for _ in range(2))
+    far.pixels = pixels
+    for one, other in zip(near.render(list(views)), far.render(list(views)), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("content", "cores"), [("max 100000", 8), ("250000 100000", 3), ("50000 100000", 1), ("", 8)]
+)
+def test_a_containers_quota_limits_the_cores(tmp_path, monkeypatch, content, cores):
+    (tmp_path / "cpu.max").write_text(content)
+    monkeypatch.setattr(runtime, "_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(runtime.os, "sched_getaffinity", lambda process: range(8))
+    assert runtime.usable_cores() == cores
+    monkeypatch.setattr(runtime, "_QUOTA", tmp_path / "missing")
+    assert runtime.usable_cores() == 8
+
+
+def test_a_processor_with_bf16_is_pointed_out_for_large_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "_PROCESSOR", tmp_path / "cpuinfo")
+    for flags, size, told in (("avx512_bf16", 224, True), ("avx512_bf16", 32, False)):
+        (tmp_path / "cpuinfo").write_text(f"flags : fpu {flags} sse")
+        assert ("--amp bf16" in runtime.describe(CPU, size)) == told
+    (tmp_path / "cpuinfo").write_text("flags : fpu avx512f sse")
+    assert "--amp bf16" not in runtime.describe(CPU, 224)
+    assert "--amp bf16" not in runtime.describe(Runtime(CPU.device, torch.bfloat16), 224)
