@@ -26,6 +26,10 @@ CUSTOM = (
 )
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=2, help="per command, in test_faults.py")
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:

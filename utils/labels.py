@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import hashlib
 import io
-import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,11 +97,13 @@ def _npz_bytes(arrays: dict[str, np.ndarray]) -> bytes:
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+        data = io.BytesIO(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path} is missing from the label set") from None
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
+    try:
+        with np.load(data, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except Exception as error:  # whatever the reader stumbles over in a damaged archive
         raise UserError(f"{path} is damaged: {error}") from None
 
 
