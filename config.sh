@@ -25,3 +25,6 @@ SOFT_EPOCHS="${SOFT_EPOCHS:-150}"
 HARD_EPOCHS="${HARD_EPOCHS:-150}"
 SEED="${SEED:-0}"                      # of the student
 WORKERS="${WORKERS:-4}"                # processes that decode images
+GPUS="${GPUS:-all}"                    # GPUs that label: all that are visible, or a number
+TRAIN_GPUS="${TRAIN_GPUS:-1}"          # GPUs that train the student: each adds a batch per step,
+                                       # so that more than one is no longer the published recipe

@@ -40,6 +40,16 @@ check_paths() { # DATASET IMAGES VALIDATION: one line for each thing that is mis
     return $((missing * 2))
 }
 
+in_processes() { # N FILE [FLAG ...]: runs an entry script, with torchrun when N is above 1
+    local count="$1"
+    shift
+    if [[ "$count" -gt 1 ]]; then
+        "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$count" "$@"
+    else
+        "$PYTHON" "$@"
+    fi
+}
+
 run_pipeline() { # DATASET [-- FLAG ...]: the flags go to validate/train.py
     local dataset="$1"
     shift
@@ -54,6 +64,10 @@ run_pipeline() { # DATASET [-- FLAG ...]: the flags go to validate/train.py
     local images="$Main_Data_Path/generated_data/syn_data/$dataset/${METHOD}_ipc$IPC"
     local labels="$Main_Data_Path/generated_data/new_labels/$dataset/$name"
     local run="$Main_Data_Path/runs/$dataset/${name}_${MODEL}_${SCHEDULE//[:,]/-}_seed$SEED"
+    if [[ ! "$GPUS" =~ ^(all|[1-9][0-9]*)$ || ! "$TRAIN_GPUS" =~ ^[1-9][0-9]*$ ]]; then
+        echo "GPUS=$GPUS, TRAIN_GPUS=$TRAIN_GPUS: must be numbers from 1 on; GPUS may be all" >&2
+        return 2
+    fi
     check_paths "$dataset" "$images" "$val_dir/$dataset"
     use_environment requirements.txt
     if [[ -f "$labels/sampler_indices_dict.pt" ]]; then
@@ -65,15 +79,17 @@ run_pipeline() { # DATASET [-- FLAG ...]: the flags go to validate/train.py
         local teacher=(--teacher "$TEACHER")
         [[ -z "$TEACHER_WEIGHTS" ]] || teacher+=(--teacher-weights "$TEACHER_WEIGHTS")
         [[ "$METHOD" != rded ]] || teacher+=(--no-bssl)
+        [[ "$GPUS" != all ]] ||
+            GPUS="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
         echo "== 1/2 labels: $labels"
         mkdir -p "$(dirname "$labels")"
-        "$PYTHON" "$ROOT/relabel/generate.py" --data-dir "$images" --label-dir "$labels" \
+        in_processes "$GPUS" "$ROOT/relabel/generate.py" --data-dir "$images" --label-dir "$labels" \
             --dataset "$dataset" --slc "$SLC" --batch-size "$BATCH_SIZE" --codec "$CODEC" \
             --workers "$WORKERS" "${teacher[@]}"
     fi
     echo "== 2/2 student: $run"
     mkdir -p "$(dirname "$run")"
-    "$PYTHON" "$ROOT/validate/train.py" --data-dir "$images" --label-dir "$labels" \
+    in_processes "$TRAIN_GPUS" "$ROOT/validate/train.py" --data-dir "$images" --label-dir "$labels" \
         --val-dir "$val_dir/$dataset" --output-dir "$run" --dataset "$dataset" --model "$MODEL" \
         --schedule "$SCHEDULE" --soft-epochs "$SOFT_EPOCHS" --hard-epochs "$HARD_EPOCHS" \
         --seed "$SEED" --workers "$WORKERS" "$@"

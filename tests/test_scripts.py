@@ -36,6 +36,12 @@ def test_everything_that_is_missing_is_named_at_once(tmp_path):
     assert tree(tmp_path) == {}
 
 
+@pytest.mark.parametrize("wrong", [{"GPUS": "two"}, {"TRAIN_GPUS": 0}])
+def test_numbers_of_gpus_are_checked(tmp_path, wrong):
+    done = bash("run_imagenet.sh", Main_Data_Path=tmp_path, val_dir=tmp_path, **wrong)
+    assert done.returncode == 2 and "must be numbers from 1 on" in done.stderr
+
+
 def test_flags_for_training_follow_two_dashes(tmp_path):
     done = bash("run_imagenet.sh", "--lr", "1", Main_Data_Path=tmp_path, val_dir=tmp_path)
     assert done.returncode == 2 and "flags for validate/train.py follow --" in done.stderr
@@ -43,7 +49,10 @@ def test_flags_for_training_follow_two_dashes(tmp_path):
 
 @pytest.mark.slow
 def test_the_pipeline_runs_and_passes_flags_on(tmp_path):
-    """CIFAR-100's layout with its 100 classes; the student's epochs and flags from outside."""
+    """CIFAR-100's layout with its 100 classes; the student's epochs and flags from outside.
+
+    In two processes each, as on two GPUs.
+    """
     main, validation = tmp_path / "main", tmp_path / "val"
     images = main / "generated_data/syn_data/cifar100/rded_ipc1"
     for label in range(100):
@@ -54,12 +63,13 @@ def test_the_pipeline_runs_and_passes_flags_on(tmp_path):
     settings = {
         **{"Main_Data_Path": main, "val_dir": validation, "METHOD": "rded", "IPC": 1, "SLC": 1},
         **{"SOFT_EPOCHS": 1, "HARD_EPOCHS": 0, "MODEL": "ConvNetW32", "WORKERS": 0},
-        "TEACHER": "tests.fixed_teacher:factory",
+        **{"TEACHER": "tests.fixed_teacher:factory", "GPUS": 2, "TRAIN_GPUS": 2},
     }
     done = bash("run_cifar100.sh", "--", "--temperature", "4", **settings)
     assert done.returncode == 0, done.stderr
     run = main / "runs/cifar100/rded_bs16_slc1_ipc1_ConvNetW32_hald_seed0"
-    assert "temperature: 4.0" in (run / "args.yaml").read_text()
+    recorded = (run / "args.yaml").read_text()
+    assert "temperature: 4.0" in recorded and "processes: 2" in recorded
     manifest = main / "generated_data/new_labels/cifar100/rded_bs16_slc1_ipc1/manifest.json"
     assert '"bssl": false' in manifest.read_text()
     again = bash("run_cifar100.sh", "--", "--temperature", "4", **settings)
