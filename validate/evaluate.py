@@ -12,6 +12,7 @@ if not __package__:  # run as a plain script: imports start at the repository ro
 import dataclasses
 
 import torch
+from torch import nn
 
 import models
 from utils import cli, evaluation, images, runtime
@@ -33,26 +34,10 @@ def main() -> None:
     evaluation.add_arguments(parser)
     args = parser.parse_args()
     machine = runtime.from_arguments(args)
-    saved = load_tensors(args.checkpoint, "checkpoint")
-    if not isinstance(saved, dict) or saved.get("format") != "hald-student":
-        raise UserError(f"{args.checkpoint} is not a checkpoint of validate/train.py")
-    needed = ("dataset", "network", "classes", "precision", "model")
-    if missing := [field for field in needed if field not in saved]:
-        raise UserError(f"{args.checkpoint} is incomplete: it has no {missing[0]!r}")
+    model, saved = load_student(args.checkpoint, args.model)
     if args.amp == "auto":
         machine = _training_precision(machine, saved["precision"])
     dataset = Dataset(**saved["dataset"])
-    name = args.model or saved["network"]
-    if args.model is None and ":" in name and not name.startswith("timm:"):
-        raise UserError(f"{args.checkpoint} names the code {name!r}; confirm with --model {name}")
-    try:
-        model = models.build(name, dataset.num_classes, dataset.input_size)
-    except ValueError as error:
-        raise UserError(f"--model: {error}") from None
-    try:
-        model.load_state_dict(saved["model"])
-    except RuntimeError:
-        raise UserError(f"the weights in {args.checkpoint} do not fit {name}") from None
     folder = images.scan(args.val_dir)
     images.check_same_classes(folder, saved["classes"], str(args.checkpoint))
     pixels = evaluation.load(folder, dataset, machine.device, args.val_cache)
@@ -66,6 +51,37 @@ def main() -> None:
         lambda starts: cli.progress(starts, desc="evaluate", leave=False, delay=2),
     )
     print(f"top-1 {top1:.4f} %, top-5 {top5:.4f} % of {len(pixels)} images in {args.val_dir}")
+
+
+def load_student(checkpoint: Path, name: str | None = None) -> tuple[nn.Module, dict]:
+    """A trained student on the CPU, and all that its checkpoint holds.
+
+    Args:
+        checkpoint: checkpoint.pt or best.pt of a run.
+        name: the network; needed only when it is code, which a file may not name.
+
+    Raises:
+        UserError: not a checkpoint of validate/train.py, or weights that do not fit.
+    """
+    saved = load_tensors(checkpoint, "checkpoint")
+    if not isinstance(saved, dict) or saved.get("format") != "hald-student":
+        raise UserError(f"{checkpoint} is not a checkpoint of validate/train.py")
+    needed = ("dataset", "network", "classes", "precision", "model")
+    if missing := [field for field in needed if field not in saved]:
+        raise UserError(f"{checkpoint} is incomplete: it has no {missing[0]!r}")
+    network = name or saved["network"]
+    if name is None and ":" in network and not network.startswith("timm:"):
+        raise UserError(f"{checkpoint} names the code {network!r}; confirm with --model {network}")
+    dataset = Dataset(**saved["dataset"])
+    try:
+        model = models.build(network, dataset.num_classes, dataset.input_size)
+    except ValueError as error:
+        raise UserError(f"--model: {error}") from None
+    try:
+        model.load_state_dict(saved["model"])
+    except RuntimeError:
+        raise UserError(f"the weights in {checkpoint} do not fit {network}") from None
+    return model, saved
 
 
 def _training_precision(machine: runtime.Runtime, precision: str) -> runtime.Runtime:

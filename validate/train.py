@@ -16,7 +16,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -36,8 +36,8 @@ _CHECKPOINT_SECONDS = 60
 _AGREE_EVERY = 16  # optimiser steps between two times that the ranks compare signals and clocks
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, or other arguments."""
     parser = cli.Parser(description="Train a student on soft and hard labels.")
     parser.add_argument("--data-dir", type=Path, required=True, help="distilled images")
     parser.add_argument(
@@ -137,7 +137,7 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="compile the student (torch.compile), on a GPU into CUDA graphs; needs a C compiler",
     )
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def published_hyper(dataset: str, model: str, ipc: int | None) -> tuple[float, float, str]:

@@ -1,0 +1,141 @@
+"""Does a student say the same of two crops of an image?
+
+Two random crops of every validation image: the Jensen-Shannon divergence of the student's two
+predictions (0: the same, 1 bit: disjoint) and the cosine of the two vectors of probabilities. A
+student that learned local drift contradicts itself between crops. Writes OUT.png and OUT.csv.
+
+python analysis/consistency.py --out consistency "hard=runs/hard_*" "HALD=runs/hald_*"
+    [--val-dir V] [--images 1000] [--min-scale 0.25]
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a plain script: imports start at the repository root
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import statistics
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from analysis.compare import load_group, mean_std
+from analysis.replay import plan_of
+from analysis.sweep import write_csv
+from utils import cli, images, runlog
+from utils.cli import bounded
+from utils.datasets import Dataset
+from utils.files import atomic_write
+from utils.views import ORDER, ViewSpec, draw, shuffle
+from validate.evaluate import load_student
+
+_BATCH = 128
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = cli.Parser(description="Agreement of students with themselves between two crops.")
+    parser.add_argument("--out", type=Path, required=True, help="PNG and CSV, without the ending")
+    parser.add_argument(
+        "groups", nargs="+", metavar="NAME=PATTERN", help="run folders that differ in seed only"
+    )
+    parser.add_argument("--val-dir", type=Path, help="images (default: those of the runs)")
+    parser.add_argument("--images", type=bounded(int, 1), default=1000, metavar="N")
+    parser.add_argument(
+        "--min-scale",
+        type=bounded(float, 0.0001, 1),
+        default=0.25,
+        metavar="X",
+        help="smallest crop as a share of the image's area",
+    )
+    return parser.parse_args()
+
+
+def jensen_shannon(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Jensen-Shannon divergence in bits, float [N], of probabilities [N, C]; 0 to 1."""
+    middle = (one + other) / 2
+
+    def to_middle(p: torch.Tensor) -> torch.Tensor:
+        return torch.where(p > 0, p * (p / middle).log2(), 0.0).sum(1)
+
+    return (to_middle(one) + to_middle(other)) / 2
+
+
+@torch.inference_mode()
+def predictions(model, source, views) -> torch.Tensor:
+    """Probabilities float32 [N, C] for views, in the order of the images."""
+    parts = [model(pixels).softmax(1) for pixels in source.render(list(views))]
+    return torch.cat(parts)[views.index.argsort()]
+
+
+def measure(run: Path, val_dir: Path, count: int, min_scale: float) -> dict[str, float]:
+    """Means over images for one run: divergence in bits, cosine, share with the same top class."""
+    model, saved = load_student(run / runlog.CHECKPOINT)
+    dataset = Dataset(**saved["dataset"])
+    folder = images.scan(val_dir)
+    images.check_same_classes(folder, saved["classes"], str(run))
+    chosen = np.sort(shuffle(0, ORDER, 0, len(folder.files))[:count])
+    source = images.StreamingImages(
+        [folder.files[row] for row in chosen], dataset, torch.device("cpu"), 0
+    )
+    sizes, _ = images.inspect(
+        images.ImageFolder(val_dir, folder.classes, source.files, folder.labels[chosen], 0)
+    )
+    spec = ViewSpec(dataset.input_size, _BATCH, min_scale, mix="none")
+    one, other = (predictions(model.eval(), source, draw(spec, sizes, seed)) for seed in (0, 1))
+    return {
+        "jsd_bits": jensen_shannon(one, other).mean().item(),
+        "cosine": torch.nn.functional.cosine_similarity(one, other).mean().item(),
+        "same_class": 100 * (one.argmax(1) == other.argmax(1)).float().mean().item(),
+    }
+
+
+def draw_bars(rows: list[dict], names: list[str], path: Path) -> None:
+    """A bar per group in three panels; error bars are standard deviations over runs."""
+    panels = {
+        "jsd_bits": "Jensen–Shannon divergence (bits)",
+        "cosine": "cosine of the predictions",
+        "same_class": "same top class (%)",
+    }
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    for axes, (field, label) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for place, name in enumerate(names):
+            values = [row[field] for row in rows if row["group"] == name]
+            spread = statistics.stdev(values) if len(values) > 1 else 0
+            axes.bar(place, statistics.mean(values), yerr=spread, capsize=5, color=f"C{place}")
+        axes.set_xticks(range(len(names)), names, rotation=20, ha="right")
+        axes.set_ylabel(label)
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
+    runs = max(sum(row["group"] == name for row in rows) for name in names)
+    figure.suptitle(f"two random crops of each image; mean ± std over {runs} runs", fontsize=10)
+    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+def main() -> None:
+    args = parse_arguments()
+    rows, names = [], []
+    for text in args.groups:
+        name, pattern = load_group(text)[0], Path(text.partition("=")[2])
+        folders = sorted(pattern.parent.glob(pattern.name))
+        names.append(name)
+        for run in folders:
+            val_dir = args.val_dir or plan_of(run).validation.root
+            found = measure(run, val_dir, args.images, args.min_scale)
+            rows.append({"group": name, "run": run.name, **found})
+    write_csv(rows, args.out.with_suffix(".csv"))
+    draw_bars(rows, names, args.out.with_suffix(".png"))
+    for name in names:
+        own = [row for row in rows if row["group"] == name]
+        divergence = statistics.mean(row["jsd_bits"] for row in own)
+        print(
+            f"{name}: divergence {divergence:.3f} bits, cosine "
+            f"{statistics.mean(row['cosine'] for row in own):.3f}, same top class "
+            f"{mean_std([row['same_class'] for row in own])} %"
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main)

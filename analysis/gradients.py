@@ -1,0 +1,118 @@
+"""Do hard and soft labels pull the same way? The angle between their gradients along a run.
+
+Trains a finished run again and, every few epochs, takes the gradients of the hard-label loss and of
+the soft-label loss on the same stored views: their cosine, and their sizes. Writes OUT.png and
+OUT.csv.
+
+python analysis/gradients.py --run RUN --out gradients [--every 10] [--batches 8]
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a plain script: imports start at the repository root
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import copy
+import statistics
+
+import torch
+from matplotlib.figure import Figure
+
+from analysis.replay import Replay, gradients, plan_of, two_losses
+from analysis.sweep import write_csv
+from utils import cli, runlog
+from utils.cli import UserError, bounded
+from utils.files import atomic_write
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = cli.Parser(description="Cosine of hard-label and soft-label gradients along a run.")
+    parser.add_argument("--run", type=Path, required=True, help="run folder with a label set")
+    parser.add_argument("--out", type=Path, required=True, help="PNG and CSV, without the ending")
+    parser.add_argument("--every", type=bounded(int, 1), default=10, metavar="N", help="epochs")
+    parser.add_argument(
+        "--batches", type=bounded(int, 2), default=8, metavar="N", help="stored batches to look at"
+    )
+    return parser.parse_args()
+
+
+def measure(replay: Replay, batches: int) -> dict[str, float]:
+    """Cosine (mean and standard deviation over batches) and norms of the two gradients."""
+    plan, epochs = replay.plan, replay.epochs
+    probe = copy.deepcopy(replay.model).train()  # its running statistics may move
+    cosines, hard_norms, soft_norms = [], [], []
+    numbers = plan.batch_numbers[:batches]
+    views = [epochs.labels.views(number) for number in numbers]
+    for number, pixels in zip(numbers, replay.source.render(views), strict=True):
+        losses = two_losses(plan, epochs, number, probe(pixels).float())
+        hard, soft = (
+            torch.cat([part.flatten() for part in gradients(loss, probe, loss is losses[0])])
+            for loss in losses
+        )
+        cosines.append(torch.nn.functional.cosine_similarity(hard, soft, dim=0).item())
+        hard_norms.append(hard.norm().item())
+        soft_norms.append(soft.norm().item())
+    return {
+        "cosine": statistics.mean(cosines),
+        "cosine_std": statistics.stdev(cosines),
+        "hard_norm": statistics.mean(hard_norms),
+        "soft_norm": statistics.mean(soft_norms),
+    }
+
+
+def draw(rows: list[dict], kinds: list[str], temperature: float, path: Path) -> None:
+    """Upper panel: the cosine; lower panel: sizes of the gradients."""
+    figure = Figure(figsize=(8, 6.5), layout="constrained")
+    upper, lower = figure.subplots(2, sharex=True)
+    epochs = [row["epoch"] for row in rows]
+    upper.errorbar(
+        epochs,
+        [row["cosine"] for row in rows],
+        [row["cosine_std"] for row in rows],
+        **{"fmt": "k.-", "capsize": 3, "lw": 1, "label": "mean ± std over batches"},
+    )
+    upper.axhline(0, color="k", lw=0.6)
+    upper.set_ylabel("cosine of hard-label and\nsoft-label gradient")
+    scaled = [temperature**2 * row["soft_norm"] for row in rows]
+    lower.plot(epochs, [row["hard_norm"] for row in rows], "C1.-", label="hard loss")
+    lower.plot(epochs, [row["soft_norm"] for row in rows], "C0.-", label="soft loss")
+    lower.plot(epochs, scaled, "C0.--", label=f"soft loss x T² (T = {temperature:g})")
+    lower.set_yscale("log")
+    lower.set_ylabel("norm of the gradient")
+    lower.set_xlabel("epoch")
+    for axes in (upper, lower):
+        handles, _ = axes.get_legend_handles_labels()
+        runlog.shade_phases(axes, kinds)
+        axes.legend(handles=[*handles, *axes.get_legend().legend_handles], fontsize=8)
+    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+def main() -> None:
+    args = parse_arguments()
+    plan = plan_of(args.run)
+    if plan.labels is None:
+        raise UserError(f"{args.run} was trained without a label set: it has no soft gradient")
+    replay = Replay(plan, "gradients")
+    rows = []
+    for epoch in range(len(plan.kinds)):
+        if epoch % args.every == 0:
+            rows.append(
+                {"epoch": epoch, "kind": plan.kinds[epoch], **measure(replay, args.batches)}
+            )
+        replay.epochs.run(epoch)
+    rows.append({"epoch": len(plan.kinds), "kind": plan.kinds[-1], **measure(replay, args.batches)})
+    replay.bar.close()
+    write_csv(rows, args.out.with_suffix(".csv"))
+    draw(rows, plan.kinds, plan.settings["temperature"], args.out.with_suffix(".png"))
+    cosines = [row["cosine"] for row in rows]
+    print(
+        f"cosine of hard-label and soft-label gradient: first {cosines[0]:.3f}, last "
+        f"{cosines[-1]:.3f}, lowest {min(cosines):.3f}; {args.out.with_suffix('.png')}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

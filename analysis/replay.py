@@ -1,0 +1,92 @@
+"""A recorded run, once more: its plan from args.yaml, and its training step by step in memory.
+
+Training is a function of its settings, so what a study wants to see on the way need not have been
+recorded: the run is trained again, and nothing in its folder changes.
+"""
+
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+
+from utils import cli, images, runlog
+from utils.cli import UserError
+from utils.files import load_tensors
+from validate import engine, train
+
+_DESCRIBED_BY_NAME = ("num_classes", "input_size", "mean", "std")  # flags of custom data sets only
+
+
+def plan_of(run: Path) -> train.Plan:
+    """The plan of a run folder, its images and labels opened and checked again."""
+    path = run / runlog.ARGUMENTS
+    if not path.exists():
+        raise UserError(f"{run} is not a run folder: it has no {runlog.ARGUMENTS}")
+    record = yaml.safe_load(path.read_text())
+    values = {**record["others"], **record["settings"]}
+    arguments = []
+    for name in vars(train.parse_arguments(_required(values))):
+        value = values.get(name)
+        if str(value) in ("None", "False"):
+            continue
+        if name in _DESCRIBED_BY_NAME and values["dataset"] != "custom":
+            continue
+        arguments.append("--" + name.replace("_", "-"))
+        if str(value) != "True":
+            arguments += map(str, value if isinstance(value, list) else [value])
+    return train.make_plan(train.parse_arguments(arguments))
+
+
+def _required(values: dict) -> list[str]:
+    """The flags without which the command line does not parse."""
+    names = ("data_dir", "val_dir", "output_dir", "dataset", "model")
+    return [text for name in names for text in ("--" + name.replace("_", "-"), str(values[name]))]
+
+
+class Replay:
+    """Trains a plan from the start, epoch by epoch.
+
+    Attributes:
+        plan, model, optimizer: what is trained.
+        epochs: see train.EpochRunner; `epochs.run(epoch)` in order.
+        source: renders views of the distilled images.
+    """
+
+    def __init__(self, plan: train.Plan, what: str):
+        self.plan = plan
+        self.model, self.optimizer = train.build_student(plan)
+        device = plan.machine.device
+        self.source = images.open_images(plan.folder, plan.sizes, plan.dataset, device, 0)
+        total = len(plan.kinds) * len(plan.folder.files)
+        self.bar = cli.progress(desc=what, unit="view", total=total)
+        scaler, accumulated = plan.machine.scaler(), plan.settings["grad_accum"]
+        trainer = engine.Trainer(
+            *(self.model, self.optimizer, scaler, plan.machine, accumulated, self.bar.update)
+        )
+        self.epochs = train.EpochRunner(plan, trainer, self.source)
+
+
+def two_losses(
+    plan: train.Plan, epochs: train.EpochRunner, number: int, logits: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hard loss, and soft loss without T^2, of logits [B, C] for stored label batch `number`."""
+    labels, settings = epochs.labels, plan.settings
+    views = labels.views(number)
+    own, partner = views.classes(labels.hard_labels)
+    lam = views.lam(plan.dataset.input_size)
+    hard = engine.hard_loss(logits, own, partner, lam, settings["label_smoothing"])
+    teacher = labels[number].logits
+    return hard, engine.soft_loss(logits, teacher, settings["temperature"], "none")
+
+
+def gradients(loss: torch.Tensor, model: nn.Module, keep_graph: bool) -> list[torch.Tensor]:
+    """The gradient of a loss for every parameter of the model."""
+    return list(torch.autograd.grad(loss, list(model.parameters()), retain_graph=keep_graph))
+
+
+def weights_of(run: Path, name: str = runlog.CHECKPOINT) -> dict[str, torch.Tensor]:
+    """The state dict of a run's student."""
+    if not (run / name).exists():
+        raise UserError(f"{run} has no {name}")
+    return load_tensors(run / name, "checkpoint")["model"]

@@ -1,0 +1,149 @@
+"""The studies: what they measure, against numbers worked by hand or by other means."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, script, train_arguments
+from PIL import Image
+from torch import nn
+
+from analysis import consistency, gradients, landscape, replay, sweep, updates
+from utils.cli import UserError
+from utils.files import load_tensors, save_tensors
+
+
+@pytest.fixture(scope="module")
+def run(world) -> Path:
+    """A finished run: soft, two hard epochs, soft, the loss balanced."""
+    output = world.root / "studied_seed0"
+    more = ("--soft-loss-scale", "T2", "--temperature", 4, "--label-smoothing", 0.1)
+    done = script(ROOT / "validate/train.py", *train_arguments(world, output, *more))
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def test_a_replayed_run_ends_with_the_weights_of_its_checkpoint(run):
+    again = replay.Replay(replay.plan_of(run), "again")
+    for epoch in range(len(again.plan.kinds)):
+        again.epochs.run(epoch)
+    recorded = replay.weights_of(run)
+    found = again.model.state_dict()
+    assert all(torch.equal(found[name], recorded[name]) for name in recorded)
+
+
+def test_what_is_not_a_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is not a run folder"):
+        replay.plan_of(tmp_path)
+
+
+def test_gradients_are_those_of_the_two_losses(run):
+    """One batch, the two gradients once more by .backward() on losses written out."""
+    again = replay.Replay(replay.plan_of(run), "again")
+    found = gradients.measure(again, 2)
+    labels, cosines = again.epochs.labels, []
+    for number in (0, 1):
+        batch, sides = labels[number], []
+        own, partner = batch.views.classes(labels.hard_labels)
+        lam = batch.views.lam(32)[:, None]
+        target = lam * nn.functional.one_hot(own, 4) + (1 - lam) * nn.functional.one_hot(partner, 4)
+        for side in ("hard", "soft"):
+            again.model.zero_grad()
+            logits = again.model.train()(next(again.source.render([batch.views])))
+            if side == "hard":
+                loss = -((0.9 * target + 0.025) * logits.log_softmax(1)).sum(1).mean()
+            else:
+                teacher = (batch.logits / 4).softmax(1)
+                loss = (teacher * (teacher.log() - (logits / 4).log_softmax(1))).sum(1).mean()
+            loss.backward()
+            sides.append(torch.cat([p.grad.flatten() for p in again.model.parameters()]))
+        cosines.append(float(sides[0] @ sides[1] / sides[0].norm() / sides[1].norm()))
+    assert found["cosine"] == pytest.approx(sum(cosines) / 2, abs=1e-4)
+
+
+def test_gradients_and_updates_draw_and_record(run, tmp_path, command):
+    done = command(gradients.main, "--run", run, "--out", tmp_path / "g", "--every", 2)
+    assert done.code == 0, done.err
+    done = command(updates.main, "--out", tmp_path / "u", f"a={run}", "--before", 3, "--after", 3)
+    assert done.code == 0, done.err
+    for name in ("g", "u"):
+        assert Image.open(tmp_path / f"{name}.png").size[0] > 600
+    assert len((tmp_path / "g.csv").read_text().splitlines()) == 1 + 3
+    assert len((tmp_path / "u.csv").read_text().splitlines()) == 1 + 2 * 6
+
+
+def test_update_lengths_are_those_of_the_weights(run):
+    again = replay.Replay(replay.plan_of(run), "again")
+    start = torch.cat([p.detach().flatten() for p in again.model.parameters()])
+    lengths, starts = updates.update_lengths(again)
+    assert starts == [0, 3, 6, 9] and len(lengths) == 12
+    once = replay.Replay(replay.plan_of(run), "once")
+    after = []
+    once.optimizer.register_step_post_hook(
+        lambda *_: after.append(torch.cat([p.detach().flatten() for p in once.model.parameters()]))
+    )
+    once.epochs.run(0)
+    moved = (after[0] - start).norm() / after[0].norm()
+    assert lengths[0] == pytest.approx(moved.item(), rel=1e-4)
+
+
+def test_phases_switch_where_the_kind_changes():
+    assert updates.switches(["soft", "soft", "hard", "soft"]) == [2, 3]
+    assert updates.smoothed([1.0, 100.0], width=2) == pytest.approx([1, 10])
+
+
+def test_jensen_shannon_divergence_in_bits():
+    """Disjoint: 1 bit. (1, 0) and (1/2, 1/2): middle (3/4, 1/4)."""
+    one = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.3, 0.7]])
+    other = torch.tensor([[0.0, 1.0], [0.5, 0.5], [0.3, 0.7]])
+    half = 0.5 * math.log2(1 / 0.75) + 0.5 * (
+        0.5 * math.log2(0.5 / 0.75) + 0.5 * math.log2(0.5 / 0.25)
+    )
+    found = consistency.jensen_shannon(one, other)
+    assert found.tolist() == pytest.approx([1, half, 0], abs=1e-6)
+
+
+def test_consistency_compares_groups(run, tmp_path, command):
+    pattern = f"balanced={run.parent}/studied_seed*"
+    done = command(
+        consistency.main, "--out", tmp_path / "c", pattern, "--images", 10, "--min-scale", 1
+    )
+    assert done.code == 0, done.err
+    assert "balanced: divergence" in done.out and (tmp_path / "c.png").exists()
+    row = (tmp_path / "c.csv").read_text().splitlines()[1].split(",")
+    assert row[:2] == ["balanced", "studied_seed0"] and 0 <= float(row[2]) < 0.5
+
+
+def test_the_plane_keeps_distances():
+    vectors = [torch.randn(7, dtype=torch.float64) for _ in range(3)]
+    across, up, places = landscape.plane(vectors)
+    for vector, (x, y) in zip(vectors, places, strict=True):
+        assert torch.allclose(vectors[0] + x * across + y * up, vector)
+    with pytest.raises(UserError, match="one line"):
+        landscape.plane([vectors[0], vectors[1], 2 * vectors[1] - vectors[0]])
+
+
+def test_the_landscape_holds_the_three_students(world, run, tmp_path, command):
+    others = []
+    for number in range(2):
+        folder = tmp_path / f"other{number}"
+        folder.mkdir()
+        saved = load_tensors(run / "checkpoint.pt", "checkpoint")
+        for value in saved["model"].values():
+            if value.is_floating_point():
+                value += 0.1 * torch.rand(value.shape)
+        save_tensors(folder / "checkpoint.pt", saved)
+        others.append(f"o{number}={folder}")
+    arguments = ("--out", tmp_path / "l", f"a={run}", *others, "--val-dir", world.val)
+    done = command(landscape.main, *arguments, "--points", 3)
+    assert done.code == 0, done.err
+    assert Image.open(tmp_path / "l.png").size[0] > 600
+    assert len((tmp_path / "l.csv").read_text().splitlines()) == 10
+    same = command(landscape.main, "--out", tmp_path / "l", *[f"a={run}"] * 3, *arguments[5:])
+    assert same.code == 2 and "the same" in same.err
+
+
+def test_numbers_of_plots_are_read_back(tmp_path):
+    sweep.write_csv([{"ipc": 5, "slc": None, "seed": 0}], tmp_path / "a.csv")
+    assert sweep.read_csv(tmp_path / "a.csv") == [{"ipc": 5, "slc": None, "seed": 0}]
