@@ -1,8 +1,12 @@
 """Bad input: one line, exit code 2, and nothing written or changed."""
 
 import errno
+import os
+import pickle
 import shutil
+import socket
 
+import numpy as np
 import pytest
 import torch
 from conftest import generate_arguments, train_arguments, tree, write_images
@@ -96,6 +100,32 @@ GENERATE = {
         [],
         "00002/1.png: not an image",
     ),
+    "image of floats": (
+        lambda w: [
+            (w.data / "00002" / "1.png").unlink(),
+            Image.new("F", (32, 32)).save(w.data / "00002" / "1.tiff"),
+        ],
+        [],
+        "00002/1.tiff has floating-point pixels",
+    ),
+    "links in a circle": (
+        lambda w: [
+            (w.data / "00002" / "1.png").unlink(),
+            (w.data / "00002" / "1.png").symlink_to("1.png"),
+        ],
+        [],
+        "00002/1.png: Too many levels of symbolic links",
+    ),
+    "class folder is a broken link": (
+        lambda w: (w.data / "00004").symlink_to("nowhere"),
+        [],
+        "00004 is a broken link",
+    ),
+    "label folder below a file": (
+        None,
+        ["--label-dir", "/dev/null/labels"],
+        "/dev/null/labels: Not a directory",
+    ),
     "uneven classes": (
         lambda w: (w.data / "00003" / "0.png").unlink(),
         [],
@@ -128,6 +158,19 @@ GENERATE = {
     ),
     "unknown flag": (None, ["--slcc", 3], "unknown argument --slcc; did you mean --slc"),
     "zero batch size": (None, ["--batch-size", 0], "must be at least 1"),
+    "no soft labels": (None, ["--slc", 0], "must be at least 1"),
+    "no pixels": (None, ["--input-size", 0], "must be at least"),
+    "views of nothing": (None, ["--min-scale", 0], "must be between"),
+    "negative workers": (None, ["--workers", -1], "must be at least 0"),
+    "unknown precision": (None, ["--amp", "fp8"], "invalid choice: 'fp8'"),
+    "unknown codec": (None, ["--codec", "zip"], "invalid choice: 'zip'"),
+    "bits of no byte": (None, ["--codec", "quant", "--bits", 0], "--bits"),
+    "no teacher counts": (None, ["--teacher-shares", 0], "at least one must be above 0"),
+    "a bare pickle with code": (
+        lambda w: w.weights.write_bytes(pickle.dumps(Code())),
+        [],
+        "nothing in it was executed",
+    ),
     "negative seed": (None, ["--seed", -1], "must be between 0 and"),
     "no CUDA": (None, ["--device", "cuda:99"], "--device cpu runs without one"),
     "not a device": (None, ["--device", "gpu"], "not a device"),
@@ -171,6 +214,14 @@ TRAIN = {
     "unknown schedule": (None, ["--schedule", "hadl"], "unknown schedule 'hadl'"),
     "schedule does not parse": (None, ["--schedule", "soft:x"], "not of the form"),
     "no epochs": (None, ["--soft-epochs", 0, "--hard-epochs", 0], "has no epochs"),
+    "schedule with a negative number": (None, ["--schedule", "soft:-1"], "not of the form"),
+    "negative rate": (None, ["--lr", -1], "must be at least 0"),
+    "no temperature": (None, ["--temperature", 0], "must be at least 0.01"),
+    "no batches per step": (None, ["--grad-accum", 0], "must be at least 1"),
+    "never evaluated": (None, ["--eval-every", 0], "must be at least 1"),
+    "negative epochs": (None, ["--hard-epochs", -5], "must be at least 0"),
+    "not a number": (None, ["--lr", "fast"], "'fast' is not a number"),
+    "soft labels without labels": (None, ["--slc", 4], "use a multiple of 3 up to 6"),
     "negative smoothing": (None, ["--label-smoothing", -1], "must be between 0 and 1"),
 }
 
@@ -229,6 +280,55 @@ def test_a_folder_of_something_else_is_left_alone(copied, tmp_path, command):
     check_refused(done, "is not empty and not a run", copied, before)
 
 
+def test_a_second_writer_is_told_who_is_writing(copied, tmp_path, command):
+    arguments = generate_arguments(copied.data, tmp_path / "new", copied.weights, "--slc", 3)
+    owner = f"another process (process {os.getpid()} on {socket.gethostname()}) is"
+    with files.lock(tmp_path / "new", "testing"):
+        before = tree(tmp_path)
+        done = command(generate.main, *arguments)
+        check_refused(done, f"{owner} writing labels to {tmp_path}/new", copied, before)
+        done = command(train.main, *train_arguments(copied, tmp_path / "new"))
+        check_refused(done, f"{owner} training in {tmp_path}/new", copied, before)
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_a_killed_process_left_is_in_nobodys_way(copied, tmp_path, command):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / files.LOCK).write_text("process 1 on nowhere")
+    (tmp_path / "new" / ".pass_0000.npz.x.hald-temporary").write_text("half")
+    arguments = generate_arguments(copied.data, tmp_path / "new", copied.weights, "--slc", 6)
+    assert command(generate.main, *arguments).code == 0
+    assert tree(tmp_path / "new") == tree(copied.labels)
+
+
+def test_several_processes_without_torchrun_are_refused(copied, tmp_path, command, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    before = tree(tmp_path)
+    done = command(train.main, *train_arguments(copied, tmp_path / "new"))
+    check_refused(done, "WORLD_SIZE is 2 but RANK is not set", copied, before)
+
+
+def test_arguments_of_a_run_with_tags_are_not_executed(copied, tmp_path, command):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "args.yaml").write_text("settings: !!python/object/apply:print [executed]")
+    before = tree(tmp_path)
+    done = command(train.main, *train_arguments(copied, tmp_path / "run"))
+    check_refused(done, "args.yaml is damaged", copied, before)
+
+
+def test_a_run_with_other_settings_is_left_alone(copied, tmp_path, command):
+    run = tmp_path / "run"
+    assert command(train.main, *train_arguments(copied, run, "--schedule", "hard:1")).code == 0
+    before = tree(tmp_path)
+    for more, field in (
+        (("--lr", 0.5), "lr: expected 0.5, found 0.001"),
+        (("--schedule", "hard:2"), "phases: expected [['hard', 2]], found [['hard', 1]]"),
+        (("--model", "ConvNet"), "model: expected 'ConvNet', found 'ConvNetW32'"),
+    ):
+        changed = train_arguments(copied, run, "--schedule", "hard:1", *more)
+        check_refused(command(train.main, *changed), field, copied, before)
+
+
 def test_a_damaged_finished_pass_is_named_when_continuing(copied, command):
     (copied.labels / "manifest.json").rename(copied.labels / "manifest.partial.json")
     truncate(copied.labels / "pass_0001.npz")
@@ -275,6 +375,13 @@ def test_unusual_image_files_are_converted(tmp_path):
         path = tmp_path / f"{mode[0]}{len(mode)}.{ending}"
         Image.new(mode, (8, 6), 0).save(path)
         assert images.pixels_of(images.decode(path)).shape == (3, 6, 8)
+
+
+def test_16_bits_become_8_by_leaving_out_the_lower_ones(tmp_path):
+    values = np.array([[0, 255, 256, 32768, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "wide.png")
+    pixels = images.pixels_of(images.decode(tmp_path / "wide.png"))
+    assert pixels[:, 0].tolist() == [[0, 0, 1, 128, 255]] * 3
 
 
 def test_implausibly_large_images_are_named(tmp_path, monkeypatch):

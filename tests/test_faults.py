@@ -1,6 +1,7 @@
 """Killed at random moments and continued, or with bits flipped: the same result, or a clear error.
 
-pytest tests/test_faults.py --kills 30 -s kills relabel and train thirty times each.
+pytest tests/test_faults.py --kills 30 -s kills relabel and train thirty times each, and half as
+often recoding and the preparation of images.
 """
 
 import itertools
@@ -55,7 +56,11 @@ def wait_for_lock(process: subprocess.Popen, folder: Path) -> None:
 
 
 def kill_and_continue(
-    command: Callable[[Path], list[object]], root: Path, kills: int, same: Callable[[Path], None]
+    command: Callable[[Path], list[object]],
+    root: Path,
+    kills: int,
+    result: Callable[[Path], object] = tree,
+    partial: str = "",
 ) -> None:
     """Runs a command, kills it at `kills` random moments of its work, and checks each result.
 
@@ -63,10 +68,11 @@ def kill_and_continue(
         command: the command line that writes to a folder.
         root: where the folders are made; `root/whole` comes from an undisturbed run.
         kills: how often a process is killed.
-        same: asserts that a folder holds what an undisturbed run gives.
+        result: what of a folder must be the same as after an undisturbed run.
+        partial: what the folder's name ends in while the command works.
     """
     whole = start(command(root / "whole"))
-    wait_for_lock(whole, root / "whole")
+    wait_for_lock(whole, root / f"whole{partial}")
     began = time.monotonic()
     finish(whole)
     duration = time.monotonic() - began
@@ -76,13 +82,13 @@ def kill_and_continue(
         runs += 1
         for _ in range(min(_KILLS_IN_A_ROW, kills - killed)):
             process = start(command(folder))
-            wait_for_lock(process, folder)
+            wait_for_lock(process, root / f"{folder.name}{partial}")
             time.sleep(moments.uniform(0, duration / _KILLS_IN_A_ROW))
             process.kill()
             process.wait()
             killed += process.returncode == -signal.SIGKILL
         finish(start(command(folder)))
-        same(folder)
+        assert result(folder) == result(root / "whole")
         shutil.rmtree(folder)
     print(f"{killed} kills in {runs} runs of {duration:.1f} s each: all results identical")
 
@@ -101,13 +107,29 @@ def test_killed_relabelling_continues_to_equal_bytes(tmp_path, world, request):
             *generate_arguments(data, folder, world.weights, *more),
         ]
 
-    whole = tmp_path / "whole"
-    kill_and_continue(
-        command,
-        tmp_path,
-        request.config.getoption("--kills"),
-        lambda folder: None if tree(folder) == tree(whole) else pytest.fail("other bytes"),
-    )
+    kill_and_continue(command, tmp_path, request.config.getoption("--kills"))
+
+
+def test_killed_recoding_continues_to_equal_bytes(tmp_path, world, request, command):
+    long = generate_arguments(world.data, tmp_path / "long", world.weights, "--slc", 300)
+    assert command(generate.main, *long).code == 0
+
+    def recode(folder: Path) -> list[object]:
+        more = ("--codec", "klt", "--bytes-per-label", 3)
+        return [
+            *(ROOT / "relabel/compress.py", "--label-dir", tmp_path / "long"),
+            *("--out-dir", folder, *more),
+        ]
+
+    kill_and_continue(recode, tmp_path, request.config.getoption("--kills") // 2)
+
+
+def test_killed_preparation_starts_over_to_equal_bytes(tmp_path, request):
+    def prepare(folder: Path) -> list[object]:
+        return [ROOT / "scripts/prepare_digits.py", "--out-dir", folder]
+
+    kills = request.config.getoption("--kills") // 2
+    kill_and_continue(prepare, tmp_path, kills, partial=".partial")
 
 
 def run_results(folder: Path) -> tuple:
@@ -127,15 +149,7 @@ def test_killed_training_continues_to_equal_weights_and_accuracies(tmp_path, wor
         more = ("--soft-epochs", 20, "--hard-epochs", 20, "--eval-every", 2)
         return [ROOT / "validate/train.py", *train_arguments(world, folder, *more)]
 
-    whole = tmp_path / "whole"
-    kill_and_continue(
-        command,
-        tmp_path,
-        request.config.getoption("--kills"),
-        lambda folder: (
-            None if run_results(folder) == run_results(whole) else pytest.fail("other results")
-        ),
-    )
+    kill_and_continue(command, tmp_path, request.config.getoption("--kills"), run_results)
 
 
 def flip(path: Path, bits: random.Random) -> None:

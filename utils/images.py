@@ -89,6 +89,9 @@ def scan(root: Path, num_classes: int | None = None) -> ImageFolder:
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"image folder not found: {root}")
+    for entry in root.iterdir():
+        if entry.is_symlink() and not os.path.exists(entry):  # noqa: PTH110 - as for loops, False
+            raise UserError(f"{entry} is a broken link; mend or remove it")
     classes = sorted(
         entry.name for entry in root.iterdir() if entry.is_dir() and entry.name[0] != "."
     )
@@ -173,7 +176,13 @@ def decode(path: Path, data: bytes | None = None) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             source = path if data is None else io.BytesIO(data)
-            return Image.open(source, formats=_FORMATS).convert("RGB")
+            image = Image.open(source, formats=_FORMATS)
+            if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
+                wide = np.asarray(image).clip(0, 65535)
+                image = Image.fromarray((wide // 256).astype(np.uint8))
+            elif image.mode == "F":
+                raise UserError(f"image {path} has floating-point pixels; save it with 8 bits")
+            return image.convert("RGB")
     except Image.DecompressionBombError:
         raise UserError(f"image {path} is implausibly large; it was not decoded") from None
     except (OSError, SyntaxError, ValueError) as error:
