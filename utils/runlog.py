@@ -18,6 +18,7 @@ from utils.files import (
     to_json,
 )
 from utils.labels import first_difference
+from utils.loggers import Logger
 from utils.runtime import versions
 
 ARGUMENTS, LOG, CHECKPOINT, BEST = "args.yaml", "log.jsonl", "checkpoint.pt", "best.pt"
@@ -39,6 +40,7 @@ class RunFolder:
             UserError: the folder holds something else, or a run with other settings.
         """
         self.path, self.settings, self.others = Path(path), settings, others
+        self.loggers: list[Logger] = []
         recorded = self.path / ARGUMENTS
         if recorded.exists():
             try:
@@ -92,9 +94,11 @@ class RunFolder:
         atomic_write(self.path / LOG, text.encode())
 
     def log(self, line: dict) -> None:
-        """Appends one epoch to log.jsonl."""
+        """Appends one epoch to log.jsonl, and tells the loggers."""
         with (self.path / LOG).open("a") as file:
             file.write(json.dumps(line) + "\n")
+        for logger in self.loggers:
+            logger(line)
 
     def log_lines(self) -> list[dict]:
         """The epochs logged so far; a line that was cut off by a kill is left out."""

@@ -24,7 +24,7 @@ import yaml
 from torch import nn
 
 import models
-from utils import cli, datasets, evaluation, images, runlog, runtime
+from utils import cli, datasets, evaluation, images, loggers, runlog, runtime
 from utils.cli import UserError, bounded
 from utils.files import sha256_file
 from utils.labels import LabelSet
@@ -132,6 +132,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     recipe.add_argument("--eval-every", type=bounded(int, 1), default=10, metavar="N")
     runtime.add_arguments(parser)
     evaluation.add_arguments(parser)
+    loggers.add_arguments(parser)
     parser.add_argument(
         "--compile",
         action="store_true",
@@ -669,6 +670,8 @@ def main() -> None:
         print(f"{args.output_dir} is done: {describe_result(result)}")
         return
     with run.locked() if plan.machine.rank == 0 else contextlib.nullcontext():
+        if plan.machine.rank == 0:
+            run.loggers = loggers.from_arguments(args, run.path, plan.settings)
         train(plan, run, args.workers, args.compile, args.val_cache)
 
 
