@@ -221,11 +221,14 @@ def class_rows(labels: LabelSet, found: drift.Drift) -> list[list]:
     classes = labels.manifest["num_classes"]
     views = np.bincount(own, found.views, classes)
     astray = np.bincount(own, found.astray, classes) / np.maximum(views, 1)
-    spread = np.bincount(own, found.spread, classes) / np.maximum(np.bincount(own), 1)
+    spread = np.bincount(own, found.spread, classes) / np.maximum(
+        np.bincount(own, minlength=classes), 1
+    )
     order = np.argsort(-astray, kind="stable")
     return [
         [c, names[c], int(views[c]), round(astray[c], 4), round(spread[c], 5)]
         for c in order.tolist()
+        if views[c]
     ]
 
 
