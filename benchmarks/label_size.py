@@ -34,7 +34,7 @@ import torch
 
 from benchmarks.efficientnet_lite0 import factory
 from relabel.teacher import use_batch_statistics
-from utils import cli, codecs, datasets
+from utils import cli, codecs, datasets, packing
 from utils.cli import UserError
 from utils.codecs import Codec, Fp16, Klt, Mixture, Quant, TopK, distortion
 from utils.images import decode, pixels_of
@@ -268,7 +268,7 @@ def truncated(codec: Klt, share: float) -> Klt:
     kept = max(1, round(share * len(codec.basis)))
     arrays = dict(codec.arrays())
     for name in ("basis", "class_means"):
-        whole = codecs.unpack_integers(arrays[name].tobytes(), len(codec.basis))[:, :kept]
+        whole = packing.unpack_integers(arrays[name].tobytes(), len(codec.basis))[:, :kept]
         arrays[name] = codecs._packed(torch.from_numpy(whole.copy()))
     arrays["deviation"] = arrays["deviation"][:kept]
     return Klt(CLASSES, codec.target, arrays)
@@ -297,16 +297,16 @@ def trial(codec: Klt, labels: Labels, idea: str) -> tuple[int, torch.Tensor]:
             decoded = torch.where(cell, codes.sign() * mean, decoded)
         extra = 4 * codes.shape[1] * len(codes) / SET_LABELS
     if idea == "int8 bytes":
-        packed = codecs.lzma.compress(
+        packed = packing.lzma.compress(
             codes.clamp(-127, 127).to(torch.int8).T.contiguous().numpy().tobytes(),
-            format=codecs.lzma.FORMAT_RAW,
-            filters=codecs._filters(codes.numel()),
+            format=packing.lzma.FORMAT_RAW,
+            filters=packing._filters(codes.numel()),
         )
     elif idea == "rows unsorted":
-        with patch.object(codecs, "_next_order", lambda energy: np.arange(len(energy))):
-            packed = codecs.pack_integers(codes.short().numpy())
+        with patch.object(packing, "_next_order", lambda energy: np.arange(len(energy))):
+            packed = packing.pack_integers(codes.short().numpy())
     else:
-        packed = codecs.pack_integers(codes.short().numpy())
+        packed = packing.pack_integers(codes.short().numpy())
     return len(packed) + extra, (decoded * codec.step + predicted) @ codec.basis + codec.mean
 
 

@@ -122,37 +122,6 @@ def test_logits_beyond_half_precision_are_refused(codec):
         codec.pack(torch.tensor([[1e5, -1e5, 0, 0]]), unmixed(1))
 
 
-def test_packed_bits_are_one_stream():
-    values = np.array([5, 0, 7, 2])
-    assert codecs.pack_bits(values, 3) == bytes([0b10100011, 0b10100000])
-    assert codecs.unpack_bits(codecs.pack_bits(values, 3), 3, 4).tolist() == values.tolist()
-
-
-@pytest.mark.parametrize("largest", [0, 1, 2, 3, 7, 8, 127, 128, 32767])
-@pytest.mark.parametrize("rows", [1, 7, 100])
-def test_packed_integers_come_back(largest, rows):
-    random = np.random.default_rng(rows)
-    values = random.integers(-largest, largest + 1, (rows, 5)).astype(np.int16)
-    values[0] = [largest, -largest, 0, 0, 1 if largest else 0]
-    packed = codecs.pack_integers(values)
-    assert np.array_equal(codecs.unpack_integers(packed, 5), values)
-    assert packed == codecs.pack_integers(values.copy())
-
-
-def test_ternary_numbers_share_bytes():
-    values = np.random.default_rng(0).integers(-1, 2, (10_000, 4)).astype(np.int16)
-    assert len(codecs.pack_integers(values)) < 1.03 * values.size * np.log2(3) / 8
-
-
-def test_damaged_integers_are_refused():
-    packed = codecs.pack_integers(np.arange(-20, 20, dtype=np.int16).reshape(-1, 2))
-    for bad in (packed[:-3], b"\x55" + packed[1:], b""):
-        with pytest.raises(UserError, match="damaged"):
-            codecs.unpack_integers(bad, 2)
-    with pytest.raises(UserError, match="damaged"):
-        codecs.unpack_integers(packed, 1)
-
-
 @pytest.mark.parametrize("codec", [Fp16(4), TopK(4, 1), Quant(4, 2)], ids=lambda c: c.name)
 def test_payloads_of_impossible_length_are_refused(codec):
     payload = codec.pack(torch.zeros(3, 4), unmixed(3))
