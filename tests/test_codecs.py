@@ -178,6 +178,14 @@ def test_klt_that_no_step_can_fit_into_its_budget_says_so(logits, mixture):
         fit(logits, mixture, bytes_per_label=0.1)
 
 
+@pytest.mark.parametrize("scale", [0.0, 5.0])
+@pytest.mark.parametrize("labels", [1, 6])
+def test_klt_of_labels_that_are_all_the_same(labels, scale):
+    same = scale * make_logits(unmixed(1)).repeat(labels, 1)
+    codec = fit(same, unmixed(labels), labels=labels)
+    assert torch.allclose(decoded(codec, same, unmixed(labels)), same, atol=0.02)
+
+
 def test_equal_labels_give_equal_bytes_however_they_arrive(logits, mixture):
     codec, again = (fit(logits, mixture, bytes_per_label=12) for _ in range(2))
     assert all(

@@ -492,7 +492,7 @@ class _Fit:
             train, probe = rows[rows % 5 != 4], rows[rows % 5 == 4]
         self.pass_labels = min(pass_labels or labels, len(probe))
         self.probe, self.probe_mixture = logits[probe], mixture[probe]
-        self.mean = torch.from_numpy(logits[train].mean(0).numpy().astype("<f2"))
+        self.mean = _half(logits[train].mean(0), Klt.name)
         centred = logits[train] - self.mean.float()
         self.directions = _principal(centred)
         values = centred @ self.directions.T
@@ -508,7 +508,8 @@ class _Fit:
         """
         (name, wanted), *_ = target.items()
         measure = {"bytes_per_label": self.bytes_per_label, "distortion": self.distortion}[name]
-        finest = float(self.values.abs().max()) * 4 / LARGEST
+        # Labels that are all the same need no components: any step will do.
+        finest = max(float(self.values.abs().max()), 1e-3) * 4 / LARGEST
         low, high = math.log(finest), math.log(max(float(self.deviation.max()) * 16, 2 * finest))
         energy = float(self.probe.square().mean())
         place = min(max(math.log(energy + 1e-30) / 2, low), high)
@@ -576,14 +577,13 @@ class _Fit:
         coded = torch.minimum(plain, helped) + price * _entropy_bits(basis.T)
         dropped = share * self.values.double().square().sum(0)
         kept = (coded < dropped) & basis.any(1)
-        kept[0] = True
         return Klt(
             self.num_classes,
             target,
             {
                 "step": np.array(step, dtype="<f8"),
                 "basis_step": np.array(basis_step, dtype="<f8"),
-                "mean": self.mean.numpy(),
+                "mean": self.mean.numpy().astype("<f2"),
                 "deviation": self.deviation[kept].numpy().astype("<f4"),
                 "basis": _packed(basis[kept].T),
                 "class_means": _packed(means[:, kept]),
