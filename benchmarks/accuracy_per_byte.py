@@ -384,8 +384,8 @@ def grid(place: Workplace, finish: Callable[[list[Run]], list[dict]]) -> None:
                 schedule=schedule,
                 seed=seed,
             )
-            for seed in SEEDS
             for schedule in ("soft", "hald")
+            for seed in SEEDS
             for budget in study.budgets
             for codec in ("fp16", *study.rivals)
         ]
