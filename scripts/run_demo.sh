@@ -60,7 +60,7 @@ echo "== 3/5 distilled images: per class the five that the teacher is surest of"
 echo "== 4/5 soft labels: one per image"
 "$PYTHON" "$ROOT/relabel/generate.py" --data-dir "$out/distilled_ipc5" \
     --label-dir "$out/labels_slc5" --dataset digits --teacher ConvNetW32 \
-    --teacher-weights "$out/teacher/checkpoint.pt" --slc 5 --no-bssl --workers 0
+    --teacher-weights "$out/teacher/checkpoint.pt" --slc 5 --codec "${CODEC:-klt}" --no-bssl --workers 0
 for seed in 0 1 2; do
     echo "== 5/5 students, seed $seed: hard only and soft only (300 epochs each)"
     beside "$out/beside.log" student soft "$seed" --schedule soft
