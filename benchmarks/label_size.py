@@ -171,10 +171,11 @@ def pictures_that_show_something(plain: Labels) -> torch.Tensor:
 
 def fitted_bytes(codec: Codec, photos: int) -> float:
     """Bytes per label of the fitted part in a set of 1000 classes x 150 labels."""
-    arrays = dict(codec.arrays())
-    means = arrays.pop("class_means", np.empty(0, np.uint8)).nbytes
-    basis = sum(array.nbytes + 256 for array in arrays.values())
-    return basis / SET_LABELS + means / (photos * LABELS_PER_CLASS)
+    if not codec.fitted:
+        return 0.0
+    means = codecs.split_fitted(codec.arrays()["fitted"])["class_means"].nbytes
+    rest = codecs.fitted_bytes(codec) - means
+    return rest / SET_LABELS + means / (photos * LABELS_PER_CLASS)
 
 
 def measure(codec: Codec, labels: Labels, kind: str, basis: str, setting: str) -> Row:
@@ -266,12 +267,12 @@ def curves(labels: Labels, held_out: torch.Tensor, kind: str) -> list[Row]:
 def truncated(codec: Klt, share: float) -> Klt:
     """The codec with only the leading components."""
     kept = max(1, round(share * len(codec.basis)))
-    arrays = dict(codec.arrays())
+    parts = codecs.split_fitted(codec.arrays()["fitted"])
     for name in ("basis", "class_means"):
-        whole = packing.unpack_integers(arrays[name].tobytes(), len(codec.basis))[:, :kept]
-        arrays[name] = codecs._packed(torch.from_numpy(whole.copy()))
-    arrays["deviation"] = arrays["deviation"][:kept]
-    return Klt(CLASSES, codec.target, arrays)
+        whole = packing.unpack_integers(parts[name].tobytes(), len(codec.basis))[:, :kept]
+        parts[name] = codecs.packed(torch.from_numpy(whole.copy()))
+    parts["deviation"] = parts["deviation"][:kept]
+    return Klt(CLASSES, codec.target, {"fitted": codecs.join_fitted(parts)})
 
 
 def trial(codec: Klt, labels: Labels, idea: str) -> tuple[int, torch.Tensor]:

@@ -351,6 +351,36 @@ def _class_means(values: torch.Tensor, mixture: Mixture, num_classes: int) -> to
     return means
 
 
+_PARTS = {
+    "step": "<f8",
+    "basis_step": "<f8",
+    "mean": "<f2",
+    "deviation": "<f4",
+    "basis": "u1",
+    "class_means": "u1",
+}
+
+
+def join_fitted(parts: dict[str, np.ndarray]) -> np.ndarray:
+    """uint8: the parts of `_PARTS` in that order, after their lengths in bytes as six uint32.
+
+    One array, because each takes some 250 bytes more in an .npz archive.
+    """
+    content = [parts[name].astype(kind).tobytes() for name, kind in _PARTS.items()]
+    lengths = np.array([len(part) for part in content], dtype="<u4").tobytes()
+    return np.frombuffer(b"".join([lengths, *content]), dtype=np.uint8)
+
+
+def split_fitted(joined: np.ndarray) -> dict[str, np.ndarray]:
+    """The inverse of join_fitted."""
+    lengths = joined[: 4 * len(_PARTS)].view("<u4").tolist()
+    ends = 4 * len(_PARTS) + np.cumsum(lengths)
+    return {
+        name: joined[end - length : end].copy().view(kind)
+        for (name, kind), length, end in zip(_PARTS.items(), lengths, ends.tolist(), strict=True)
+    }
+
+
 class Klt(Codec):
     """The label minus what its class mean predicts, in the basis where logits decorrelate.
 
@@ -360,9 +390,10 @@ class Klt(Codec):
     the prediction is the lambda-weighted mean of the classes in the view, in the components where
     that pays. Payload: `pack_integers` of the codes [N, K].
 
-    codec.npz holds `step`; `mean` float16 [C]; `deviation` float32 [K]; `basis`, pack_integers of
-    [C, K], times basis_step / deviation the directions; `class_means`, pack_integers of
-    [classes, K], times step / 4 the coefficients of the class means.
+    codec.npz holds one array of bytes, `fitted`, with the parts of `_PARTS` one after the other:
+    step; basis_step; mean [C]; deviation [K]; basis, pack_integers of [C, K], times basis_step /
+    deviation the directions; class_means, pack_integers of [classes, K], times step / 4 the
+    coefficients of the class means.
     """
 
     name = "klt"
@@ -378,16 +409,17 @@ class Klt(Codec):
         """
         super().__init__(num_classes)
         self.target, self._arrays = target, arrays
-        self.step = float(arrays["step"])
-        deviation = torch.from_numpy(arrays["deviation"].astype(np.float32))
+        parts = split_fitted(arrays["fitted"])
+        self.step = parts["step"].item()
+        deviation = torch.from_numpy(parts["deviation"].astype(np.float32))
         components = len(deviation)
-        rows = unpack_integers(arrays["basis"].tobytes(), components)
-        basis = torch.from_numpy(rows.T.astype(np.float32)) * float(arrays["basis_step"])
+        rows = unpack_integers(parts["basis"].tobytes(), components)
+        basis = torch.from_numpy(rows.T.astype(np.float32)) * parts["basis_step"].item()
         basis = basis / deviation[:, None]
         self.basis = basis - basis.mean(1, keepdim=True)
-        mean = torch.from_numpy(arrays["mean"].astype(np.float32))
+        mean = torch.from_numpy(parts["mean"].astype(np.float32))
         self.mean = mean - mean.mean()
-        whole = unpack_integers(arrays["class_means"].tobytes(), components)
+        whole = unpack_integers(parts["class_means"].tobytes(), components)
         self.class_means = torch.from_numpy(whole.astype(np.float32)) * (self.step / 4)
         # The rounded basis is not quite orthonormal: least squares, not the transpose, inverts it.
         rows = self.basis.double()
@@ -577,21 +609,19 @@ class _Fit:
         coded = torch.minimum(plain, helped) + price * _entropy_bits(basis.T)
         dropped = share * self.values.double().square().sum(0)
         kept = (coded < dropped) & basis.any(1)
-        return Klt(
-            self.num_classes,
-            target,
-            {
-                "step": np.array(step, dtype="<f8"),
-                "basis_step": np.array(basis_step, dtype="<f8"),
-                "mean": self.mean.numpy().astype("<f2"),
-                "deviation": self.deviation[kept].numpy().astype("<f4"),
-                "basis": _packed(basis[kept].T),
-                "class_means": _packed(means[:, kept]),
-            },
-        )
+        parts = {
+            "step": np.array([step]),
+            "basis_step": np.array([basis_step]),
+            "mean": self.mean.numpy(),
+            "deviation": self.deviation[kept].numpy(),
+            "basis": packed(basis[kept].T),
+            "class_means": packed(means[:, kept]),
+        }
+        return Klt(self.num_classes, target, {"fitted": join_fitted(parts)})
 
 
-def _packed(whole: torch.Tensor) -> np.ndarray:
+def packed(whole: torch.Tensor) -> np.ndarray:
+    """uint8: pack_integers of whole numbers [N, K]."""
     return np.frombuffer(pack_integers(whole.numpy().astype(np.int16)), dtype=np.uint8)
 
 
