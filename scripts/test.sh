@@ -8,5 +8,5 @@ use_environment requirements-dev.txt
 cd "$ROOT"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-PATH="$(dirname "$PYTHON"):$PATH" shellcheck --external-sources scripts/*.sh config.sh .ci/run
+PATH="$(dirname "$PYTHON"):$PATH" shellcheck --external-sources scripts/*.sh benchmarks/*.sh config.sh .ci/run
 exec "$PYTHON" -m pytest "$@"

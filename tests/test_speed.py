@@ -1,0 +1,70 @@
+"""The speed benchmark and the GPU check, in miniature: both pipelines do the same work."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from benchmarks import gpu_check, speed
+
+SMALL = ("--model", "ConvNetW32", "--size", 32, "--classes", 2, "--batch-size", 4)
+
+
+def test_both_pipelines_give_the_same_labels_and_every_timing_is_kept(tmp_path, command):
+    done = command(
+        speed.main,
+        *("--out", tmp_path / "speed", *SMALL, "--ipc", 5, "--repeats", 2, "--workers", 0),
+        *("--stages", "relabel", "memory", "--device", "cpu"),
+    )
+    assert done.code == 0, done.err
+    results = json.loads((tmp_path / "speed.json").read_text())
+    notes = results["results"]
+    # PIL resizes in whole grey levels, ours in floats: that is all the difference in fp32.
+    (difference,) = (float(value) for name, value in notes.items() if "relative difference" in name)
+    assert difference < 0.02
+    assert notes["memory: bytes per image"] == str(3 * 32 * 32)
+    # 2000 bytes of fp16, index 8, box 16, flip 1, partner 8, and a CutMix box of 16 per 4 views.
+    label = float(notes["memory: bytes per label of 1000 classes, fp16, with its view"])
+    assert label == pytest.approx(2000 + 33 + 16 * 3 / 10, abs=0.5)
+    rows = list(csv.DictReader((tmp_path / "speed.csv").open()))
+    counts = {}
+    for row in rows:
+        assert row["stage"] == "relabel" and row["torch"] == torch.__version__
+        counts[row["pipeline"]] = counts.get(row["pipeline"], 0) + 1
+    assert counts == {"straightforward": 2, "ours": 2, "forward alone": 2}
+    assert (tmp_path / "speed.txt").read_text().strip() in done.out
+
+
+def test_the_gpu_check_compares_and_sums_up(tmp_path, command, monkeypatch):
+    monkeypatch.setattr(gpu_check, "STEPS", 3)
+    done = command(gpu_check.main, "--out", tmp_path, *SMALL, "--device", "cpu")
+    assert done.code == 0, done.out + done.err
+    checks = json.loads((tmp_path / "agreement.json").read_text())["checks"]
+    assert {name.split(":")[0] for name in (check["name"] for check in checks)} == {
+        *("labels", "views", "training")
+    }
+    assert all(check["passed"] for check in checks)
+    (tmp_path / "steps.tsv").write_text("agreement\tok\t3\ndemo\tskipped: no pytest\t0\n")
+    assert command(gpu_check.main, "--out", tmp_path, "--summary").code == 0
+    summed = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert summed["steps"][1] == {"step": "demo", "result": "skipped: no pytest", "seconds": 0}
+    assert "views: replayed" in (tmp_path / "gpu_check.txt").read_text()
+
+
+def test_a_difference_above_its_limit_or_not_a_number_fails():
+    passed = [gpu_check.Check("", value, 0.1).passed for value in (0.1, 0.2, float("nan"))]
+    assert passed == [True, False, False]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would run everything")
+def test_the_gpu_check_says_that_it_needs_a_gpu():
+    environment = {**os.environ, "PYTHON": sys.executable, "GPU_CHECK_SMALL": ""}
+    script = ["bash", ROOT / "benchmarks/gpu_check.sh"]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "no CUDA device" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
