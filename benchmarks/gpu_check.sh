@@ -53,8 +53,8 @@ skip() { # NAME REASON
     printf '%s\t%s\t0\n' "$1" "skipped: $2" >> "$out/steps.tsv"
 }
 
-step speed 240 "$python" benchmarks/speed.py --out "$out/speed" "${common[@]}" "${speed[@]}"
-step agreement 120 "$python" benchmarks/gpu_check.py --out "$out" "${common[@]}" "${agreement[@]}"
+step speed 300 "$python" benchmarks/speed.py --out "$out/speed" "${common[@]}" "${speed[@]}"
+step agreement 150 "$python" benchmarks/gpu_check.py --out "$out" "${common[@]}" "${agreement[@]}"
 if "$python" -c "import pytest" 2> /dev/null; then
     step tests 120 "$python" -m pytest -m gpu -rs
 else

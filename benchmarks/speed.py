@@ -363,7 +363,7 @@ def train(bench: Bench) -> None:
             for _ in range(4):
                 step()
     floor(bench, "train", lambda: step(update=False))
-    evaluation = 4096 if device.type == "cuda" else 256
+    evaluation = 4096 if device.type == "cuda" else 64
     pixels = torch.zeros(evaluation, 3, size, size, dtype=torch.uint8)
     for repeat in range(args.repeats + 1):
         with meter.section("evaluate", OURS, repeat, evaluation):
