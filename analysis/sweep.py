@@ -178,7 +178,8 @@ def read_settings(args: argparse.Namespace) -> Settings:
         for name in found:
             if name not in names:
                 raise UserError(f"{args.plan}: unknown {name!r}{did_you_mean(str(name), names)}")
-    found |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given = vars(args)
+    found |= {name: given[name] for name in names if given.get(name) is not None}
     needed = ("dataset", "data_dir", "val_dir", "out_dir", "methods", "slc", "ipc", "students")
     if missing := [name for name in needed if not found.get(name)]:
         flags = ", ".join("--" + name.replace("_", "-") for name in missing)
@@ -430,9 +431,11 @@ def collect(tasks: list[Task]) -> list[dict]:
     return rows
 
 
-def write_csv(rows: list[dict], path: Path) -> None:
-    """The rows as comma-separated values, with a header."""
+def write_csv(rows: list[dict], path: Path, about: str = "") -> None:
+    """The rows as comma-separated values under a header, and under a comment where there is one."""
     text = io.StringIO()
+    if about:
+        text.write(f"# {about}\n")
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
@@ -447,7 +450,7 @@ def read_csv(path: Path) -> list[dict]:
     with path.open(newline="") as file:
         return [
             {name: kinds.get(name, str)(value) for name, value in row.items()}
-            for row in csv.DictReader(file)
+            for row in csv.DictReader(line for line in file if not line.startswith("#"))
         ]
 
 

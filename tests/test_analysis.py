@@ -9,7 +9,7 @@ from conftest import ROOT, script, train_arguments
 from PIL import Image
 from torch import nn
 
-from analysis import consistency, gradients, landscape, replay, sweep, updates
+from analysis import adam_eps, consistency, gradients, landscape, replay, study, sweep, updates
 from utils.cli import UserError
 from utils.files import load_tensors, save_tensors
 
@@ -147,3 +147,59 @@ def test_the_landscape_holds_the_three_students(world, run, tmp_path, command):
 def test_numbers_of_plots_are_read_back(tmp_path):
     sweep.write_csv([{"ipc": 5, "slc": None, "seed": 0}], tmp_path / "a.csv")
     assert sweep.read_csv(tmp_path / "a.csv") == [{"ipc": 5, "slc": None, "seed": 0}]
+
+
+def test_sizes_of_gradients_are_told_for_fresh_and_trained_weights(run, tmp_path, command):
+    done = command(adam_eps.main, "--run", run, "--out", tmp_path / "e", "--batches", 1)
+    assert done.code == 0, done.err
+    rows = [line.split(",") for line in (tmp_path / "e.csv").read_text().splitlines()]
+    assert [row[1:4] for row in rows[1:5]] == [
+        ["fresh weights", "fp32", "none"],
+        ["fresh weights", "fp32", "T2"],
+        ["fresh weights", "bf16", "none"],
+        ["fresh weights", "bf16", "T2"],
+    ]
+    again = replay.Replay(replay.plan_of(run), "again")
+    batch = again.epochs.labels[again.plan.batch_numbers[0]]
+    logits = again.model.train()(next(again.source.render([batch.views])))
+    nn.functional.kl_div(
+        (logits / 4).log_softmax(1), (batch.logits / 4).softmax(1), reduction="batchmean"
+    ).backward()
+    flat = torch.cat([p.grad.flatten() for p in again.model.parameters()])
+    assert float(rows[1][4]) == pytest.approx(flat.square().mean().sqrt().item(), rel=6e-3)
+    assert float(rows[2][4]) == pytest.approx(16 * float(rows[1][4]), rel=6e-3)
+
+
+def test_the_study_chooses_the_settings_with_the_highest_mean():
+    rows = [
+        {"method": method, "slc": slc, "last_top1": top1}
+        for method, slc, top1 in (
+            *(("hard s0.1", None, 70.0), ("hard s0.8", None, 71.0)),
+            *(("soft T4", 10, 50.0), ("soft T4", 30, 70.0)),
+            *(("soft T20", 10, 58.0), ("soft T20", 30, 61.0), ("soft T20", 30, 63.0)),
+        )
+    ]
+    assert study.choices(rows) == {"hard": "s0.8", "soft": "T4"}
+    table = study.choice_table(rows).splitlines()
+    assert table[3] == "| hard | **s0.8** | 71.0 | 71.0 | **71.0** |"
+    assert table[5] == "| soft | T20 | 58.0 | 62.0 | 60.0 |"
+
+
+def test_the_tables_of_the_study_are_those_of_its_numbers(tmp_path, monkeypatch):
+    row = {"student": "S", "ipc": 10, "method": "soft T4", "slc": 10, "seed": 0}
+    row |= {"best_top1": 52.0, "best_epoch": 3, "last_top1": 51.0, "label_bytes": 1234}
+    row |= {"epochs": 300, "seconds": 1.0, "device": "cpu"}
+    sweep.write_csv([row], tmp_path / "mine.csv", "made by hand")
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    text = "a\n<!-- results mine -->\nold\n<!-- end -->\nb\n<!-- choice mine -->\n<!-- end -->\n"
+    filled = study.fill(text)
+    assert "| S | 10 | soft T4 | 10 | 1,234 | 52.0 | 51.0 | 1 |" in filled and "old" not in filled
+    assert filled.count("<!-- end -->") == 2 and "| soft | **T4** | 51.0 | **51.0** |" in filled
+    assert study.fill(filled) == filled
+    with pytest.raises(UserError, match="unknown table 'picture'"):
+        study.fill("<!-- picture mine -->\n<!-- end -->")
+
+
+def test_the_committed_study_is_what_its_numbers_say():
+    text = study.STUDY.read_text()
+    assert study.fill(text) == text

@@ -5,7 +5,13 @@ import math
 import pytest
 
 from utils.cli import UserError
-from validate.schedule import BatchPool, epoch_kinds, learning_rate, phases
+from validate.schedule import (
+    BatchPool,
+    auto_soft_epochs,
+    epoch_kinds,
+    learning_rate,
+    phases,
+)
 
 H, S = "hard", "soft"
 
@@ -80,3 +86,11 @@ def test_refilling_starts_a_new_shuffle_and_state_resumes_it():
     resumed.state = saved
     assert resumed.take(50) == second
     assert BatchPool(50, seed=2).take(20) != first
+
+
+@pytest.mark.parametrize(
+    ("labels_per_image", "classes", "expected"),
+    [(1, 10, 75), (2, 10, 150), (3, 10, 225), (5, 10, 225), (1, 200, 150), (1, 1000, 225)],
+)
+def test_more_labels_and_more_classes_mean_more_soft_epochs(labels_per_image, classes, expected):
+    assert auto_soft_epochs(300, labels_per_image, classes) == expected

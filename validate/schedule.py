@@ -98,6 +98,18 @@ def learning_rate(epoch: int, epochs: int, base: float, eta: float) -> float:
     return base * 0.5 * (1 + math.cos(math.pi * epoch / (epochs * eta)))
 
 
+def auto_soft_epochs(total: int, labels_per_image: int, classes: int) -> int:
+    """How many of `total` epochs are to be soft: the more the labels tell, the more.
+
+    A quarter below 1.5, half below 3, three quarters from there on, in units of one label per image
+    of ten classes: labels per image x log10(classes), since a label of more classes tells more.
+    Source: analysis/study.md; meant for the balanced recipe.
+    """
+    told = labels_per_image * math.log10(classes)
+    quarters = 1 if told < 1.5 else 2 if told < 3 else 3
+    return round(total * quarters / 4)
+
+
 def temperature(epoch: int, epochs: int, first: float, last: float) -> float:
     """From `first` to `last` by equal factors per epoch: T = first * (last / first)^(t / (E-1))."""
     return first * (last / first) ** (epoch / max(epochs - 1, 1))

@@ -62,7 +62,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help=f'{", ".join(schedule.NAMES)}, or a form like "soft:75,hard:150,soft:75"; '
         f"{', '.join(schedule.KINDS)} train all epochs on that kind",
     )
-    recipe.add_argument("--soft-epochs", type=bounded(int, 0), default=150, metavar="N")
+    recipe.add_argument(
+        "--soft-epochs",
+        type=_auto_or_count,
+        default=150,
+        metavar="N",
+        help="or auto: shares 2 x --hard-epochs between both kinds by labels per image and classes",
+    )
     recipe.add_argument("--hard-epochs", type=bounded(int, 0), default=150, metavar="N")
     recipe.add_argument(
         "--slc", type=bounded(int, 1), metavar="N", help="use only so many soft labels per class"
@@ -139,6 +145,32 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="compile the student (torch.compile), on a GPU into CUDA graphs; needs a C compiler",
     )
     return parser.parse_args(arguments)
+
+
+def _auto_or_count(text: str) -> int | str:
+    """An argparse type: "auto", or a number of epochs."""
+    return text if text == "auto" else bounded(int, 0)(text)
+
+
+def count_epochs(args: argparse.Namespace, passes: int, classes: int) -> tuple[int, int]:
+    """Soft and hard epochs; says what "auto" means here.
+
+    Raises:
+        UserError: auto without a label set, or with a schedule that names its own epochs.
+    """
+    if args.soft_epochs != "auto":
+        return args.soft_epochs, args.hard_epochs
+    if not passes:
+        raise UserError("--soft-epochs auto needs --label-dir: it looks at the labels per image")
+    if ":" in args.schedule:
+        raise UserError(f"--soft-epochs auto: schedule {args.schedule} names its epochs itself")
+    total = 2 * args.hard_epochs
+    soft = schedule.auto_soft_epochs(total, passes, classes)
+    print(
+        f"--soft-epochs auto: {soft} soft and {total - soft} hard epochs, for {passes} labels per "
+        f"image of {classes} classes"
+    )
+    return soft, total - soft
 
 
 def published_hyper(dataset: str, model: str, ipc: int | None) -> tuple[float, float, str]:
@@ -250,7 +282,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     labels = open_labels(args, dataset, folder, fingerprint)
 
     passes, batch_numbers = choose_batches(args, labels)
-    phases = schedule.phases(args.schedule, args.soft_epochs, args.hard_epochs, max(passes, 1))
+    soft, hard = count_epochs(args, passes, dataset.num_classes)
+    phases = schedule.phases(args.schedule, soft, hard, max(passes, 1))
     kinds = schedule.epoch_kinds(phases)
     for kind in sorted({*kinds} - {"hard"}):
         if labels is None:

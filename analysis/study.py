@@ -1,0 +1,136 @@
+"""The measured study: study.md's tables and plots from the CSVs in analysis/results.
+
+python analysis/study.py                    tables and plots again, from the committed CSVs
+python analysis/study.py --collect PLAN …   first takes over the results of finished sweeps
+
+A table stands in study.md between `<!-- KIND NAME -->` and `<!-- end -->`, KIND one of `results`
+(the sweep's table of NAME.csv) and `choice` (how settings of one method compare on held-out
+training images).
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a plain script: imports start at the repository root
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import datetime
+import platform
+import re
+import statistics
+
+import torch
+
+from analysis import sweep
+from utils import cli
+from utils.cli import UserError
+from utils.files import atomic_write
+
+HERE = Path(__file__).resolve().parent
+RESULTS, PLANS, STUDY = HERE / "results", HERE / "plans", HERE / "study.md"
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = cli.Parser(description="Tables and plots of study.md from the CSVs.")
+    parser.add_argument(
+        "--collect", nargs="+", default=[], metavar="PLAN", help="finished sweeps of analysis/plans"
+    )
+    return parser.parse_args()
+
+
+def collect(plan: str) -> None:
+    """Writes results/PLAN.csv from the runs of plans/PLAN.yaml; raises UserError if some lack."""
+    path = PLANS / f"{plan}.yaml"
+    if not path.exists():
+        raise UserError(f"no plan at {path}")
+    settings = sweep.read_settings(argparse.Namespace(plan=path))
+    tasks = sweep.run_tasks(settings)
+    rows = sweep.collect(tasks)
+    if len(rows) < len(tasks):
+        raise UserError(f"{plan}: {len(tasks) - len(rows)} of {len(tasks)} runs are not finished")
+    about = (
+        f"{datetime.date.today()}; {rows[0]['device']}, {platform.machine()}; torch "
+        f"{torch.__version__}; bash scripts/run_sweep.sh --plan analysis/plans/{plan}.yaml"
+    )
+    sweep.write_csv(rows, RESULTS / f"{plan}.csv", about)
+
+
+def read(name: str) -> list[dict]:
+    """The rows of results/NAME.csv."""
+    path = RESULTS / f"{name}.csv"
+    if not path.exists():
+        raise UserError(f"{path} is missing: run the sweep, then --collect {name}")
+    return sweep.read_csv(path)
+
+
+def scores(rows: list[dict]) -> dict[str, dict[int | None, float]]:
+    """Last top-1 (%), the mean over seeds, by method and SLC."""
+    found: dict[str, dict[int | None, list[float]]] = {}
+    for row in rows:
+        found.setdefault(row["method"], {}).setdefault(row["slc"], []).append(row["last_top1"])
+    return {
+        method: {slc: statistics.mean(values) for slc, values in by_slc.items()}
+        for method, by_slc in found.items()
+    }
+
+
+def choices(rows: list[dict]) -> dict[str, str]:
+    """For each method the settings with the highest mean over SLC.
+
+    The first word of a row's method is the method, the rest its settings.
+    """
+    best: dict[str, tuple[float, str]] = {}
+    for name, by_slc in scores(rows).items():
+        method, _, setting = name.partition(" ")
+        score = statistics.mean(by_slc.values())
+        best[method] = max(best.get(method, (-1.0, "")), (score, setting))
+    return {method: setting for method, (_, setting) in best.items()}
+
+
+def choice_table(rows: list[dict]) -> str:
+    """Every setting's top-1 per SLC and on average; the chosen ones in bold."""
+    chosen = choices(rows)
+    amounts = sorted({row["slc"] for row in rows if row["slc"]})
+    lines = [
+        "| method | setting | " + " | ".join(f"SLC {slc}" for slc in amounts) + " | mean |",
+        "|---|---|" + "---:|" * (len(amounts) + 1),
+    ]
+    for name, by_slc in scores(rows).items():
+        method, _, setting = name.partition(" ")
+        cells = [f"{by_slc.get(slc, by_slc.get(None)):.1f}" for slc in amounts]
+        cells.append(f"{statistics.mean(by_slc.values()):.1f}")
+        if chosen[method] == setting:
+            setting, cells[-1] = f"**{setting}**", f"**{cells[-1]}**"
+        lines.append(f"| {method} | {setting} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def fill(text: str) -> str:
+    """study.md with every table made again; raises UserError for an unknown kind of table."""
+    kinds = {"results": sweep.markdown, "choice": choice_table}
+
+    def table(found: re.Match) -> str:
+        kind, name = found[1], found[2]
+        if kind not in kinds:
+            raise UserError(f"{STUDY}: unknown table {kind!r} (known: {', '.join(kinds)})")
+        return f"<!-- {kind} {name} -->\n{kinds[kind](read(name))}<!-- end -->"
+
+    return re.sub(r"<!-- (\w+) (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    args = parse_arguments()
+    RESULTS.mkdir(exist_ok=True)
+    for plan in args.collect:
+        collect(plan)
+    text = fill(STUDY.read_text())
+    for name in re.findall(r"\(results/(\w+)_slc\.png\)", text):
+        sweep.plot(read(name), "slc", RESULTS / f"{name}_slc.png")
+    atomic_write(STUDY, text.encode())
+    print(f"{STUDY} and the plots in {RESULTS} are made again")
+
+
+if __name__ == "__main__":
+    cli.run(main)
