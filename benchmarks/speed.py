@@ -296,7 +296,8 @@ def relabel(bench: Bench) -> None:
         with meter.section("relabel", "forward alone", repeat, 4 * together):
             for _ in range(4):
                 ours.ensemble.logits(pixels, args.batch_size)
-    floor(bench, "relabel", lambda: ours.ensemble.logits(pixels[: args.batch_size]))
+    few = pixels[: args.batch_size]
+    floors(bench, "relabel", ours.ensemble.teachers[0].model, few, 1, ours.ensemble.logits)
 
 
 class OurTraining:
@@ -362,7 +363,7 @@ def train(bench: Bench) -> None:
         with meter.section("train", "forward and backward alone", repeat, 4 * args.batch_size):
             for _ in range(4):
                 step()
-    floor(bench, "train", lambda: step(update=False))
+    floors(bench, "train", trainer.model, pixels, 3, lambda _: step(update=False))
     evaluation = 4096 if device.type == "cuda" else 64
     pixels = torch.zeros(evaluation, 3, size, size, dtype=torch.uint8)
     for repeat in range(args.repeats + 1):
@@ -383,13 +384,56 @@ def project(bench: Bench, variants: list[str]) -> None:
     )
 
 
-def floor(bench: Bench, stage: str, work: Callable[[], object]) -> None:
-    """Notes the FLOPs of one image, and how many images that allows at the rate of matmul."""
+def floors(
+    bench: Bench,
+    stage: str,
+    model: nn.Module,
+    pixels: torch.Tensor,
+    rounds: int,
+    work: Callable[[torch.Tensor], object],
+) -> None:
+    """Notes what one image takes at least, in FLOPs and in bytes moved, and the rates that allows.
+
+    Args:
+        model: the network.
+        pixels: its input, one batch.
+        rounds: how often every activation is written and read: once forward, twice more backward.
+        work: forward, or forward and backward pass on that input.
+    """
+    moved = 0
+
+    def count(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
+        nonlocal moved
+        moved += 2 * output.nbytes
+
+    leaves = [module for module in model.modules() if not [*module.children()]]
+    hooks = [module.register_forward_hook(count) for module in leaves]
     with FlopCounterMode(display=False) as counter:
-        work()
-    flops = counter.get_total_flops() / bench.args.batch_size
+        work(pixels)
+    for hook in hooks:
+        hook.remove()
+    flops = counter.get_total_flops() / len(pixels)
+    # The view itself: read as uint8, written and read as float32.
+    size = rounds * moved / len(pixels) + 9 * bench.dataset.input_size**2 * 3
     bench.notes[f"{stage}: GFLOPs per image"] = f"{flops / 1e9:.2f}"
     bench.notes[f"{stage}: images/s at the rate of matmul"] = f"{matmul_rate(bench) / flops:.0f}"
+    bench.notes[f"{stage}: MB moved per image"] = f"{size / 1e6:.1f}"
+    bench.notes[f"{stage}: images/s at the rate of copying"] = f"{copy_rate(bench) / size:.0f}"
+
+
+def copy_rate(bench: Bench) -> float:
+    """Bytes read and written per second by copying a large tensor."""
+    device, times = bench.machine.device, 10
+    one = torch.zeros(1 << 28, dtype=torch.uint8, device=device)
+    other = torch.empty_like(one)
+    meter = Meter(device)
+    for repeat in range(4):
+        with meter.section("", "", repeat, times):
+            for _ in range(times):
+                other.copy_(one)
+    rate = 2 * one.nbytes * max(meter.rates("", ""))
+    bench.notes["copying, GB/s read and written"] = f"{rate / 1e9:.3g}"
+    return rate
 
 
 def matmul_rate(bench: Bench) -> float:

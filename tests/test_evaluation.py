@@ -194,3 +194,10 @@ def test_files_are_mapped_ahead_by_a_few_only(monkeypatch):
     results = images._map_files(lambda item: started.append(item) or item, range(1000), "")
     assert next(results) == 0 and len(started) <= 8 * 2 + 1
     assert list(results) == list(range(1, 1000))
+
+
+@pytest.mark.gpu
+def test_a_gpu_with_room_gets_the_pixels(val, tmp_path):
+    folder, device = images.scan(val), torch.device("cuda")
+    found = evaluation.load(folder, TINY, device, str(tmp_path / "cache"))
+    assert found.is_cuda and torch.equal(found.cpu(), decoded(val))
