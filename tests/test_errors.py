@@ -440,4 +440,7 @@ def test_running_out_of_gpu_memory_says_which_flag_helps(world, tmp_path, comman
     monkeypatch.setattr(teacher.Ensemble, "logits", exhausted)
     arguments = generate_arguments(world.data, tmp_path / "new", world.weights, "--slc", 3)
     done = command(generate.main, *arguments)
-    assert done.code == 2 and "out of GPU memory; relabel with a smaller --batch-size" in done.err
+    assert (
+        done.code == 2
+        and "out of GPU memory; relabel with a smaller --views-per-forward" in done.err
+    )

@@ -139,8 +139,8 @@ def run(main: Callable[[], None]) -> NoReturn:
         message = str(error)
     except torch.OutOfMemoryError:
         message = (
-            "out of GPU memory; relabel with a smaller --batch-size, train a smaller --model, or "
-            "free the GPU of other jobs"
+            "out of GPU memory; relabel with a smaller --views-per-forward, train a smaller "
+            "--model, or free the GPU of other jobs"
         )
     except KeyboardInterrupt:
         if _rank() == 0:
