@@ -49,6 +49,7 @@ from validate import engine, schedule, train
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2)
+IPC = 10
 MACHINE = Runtime(torch.device("cpu"), None)
 
 
@@ -96,11 +97,13 @@ class Study:
         name: of the data set in the tables.
         data: the flags that name it.
         teacher: flags of the teacher's training, and its network.
-        batch_size, epochs: of the students.
+        batch_size: of the labels and the students.
+        epochs, long: of the students; the second where labels are bought by bytes, because a
+            short training cannot use many labels.
         passes: labels per image in the fp16 set that all others are made from.
         min_scale: smallest crop.
         distortions: of klt in the first question.
-        budgets: bytes, as labels per image in fp16.
+        budgets: bytes: those of one fp16 label for each of so many images per class.
         rivals: codecs with settings in the second question, as flags of relabel/compress.py.
         temperatures, rates, smoothings: to choose from.
     """
@@ -110,6 +113,7 @@ class Study:
     teacher: tuple[str, ...]
     batch_size: int
     epochs: int
+    long: int
     passes: int
     min_scale: float
     distortions: tuple[float, ...]
@@ -130,10 +134,11 @@ STUDIES = {
         teacher=("--schedule", "hard:12", "--batch-size", "64", "--lr", "0.002"),
         batch_size=50,
         epochs=30,
+        long=60,
         passes=30,
         min_scale=0.5,
         distortions=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1),
-        budgets=(1, 2, 3),
+        budgets=(3, 5, 10),
         rivals=("topk --topk 10", "quant --bits 4", "klt --distortion 0.01"),
         temperatures=(2, 4, 10, 20),
         rates=(0.001, 0.003),
@@ -145,10 +150,11 @@ STUDIES = {
         teacher=("--schedule", "hard:2", "--batch-size", "64", "--lr", "0.002"),
         batch_size=20,
         epochs=200,
+        long=300,
         passes=60,
         min_scale=0.3,
         distortions=(0.005, 0.02, 0.05),
-        budgets=(2, 4, 8),
+        budgets=(5, 10),
         rivals=("topk --topk 2", "quant --bits 4", "klt --distortion 0.01"),
         temperatures=(2, 4, 10, 20),
         rates=(0.001, 0.003),
@@ -166,8 +172,9 @@ class Run:
         codec: flags of relabel/compress.py, beginning with the codec's name; "fp16" as made.
         passes: labels per image.
         schedule: "soft" or "hald".
-        temperature, rate, smoothing, seed: of the training.
-        budget: of the second question, as labels per image in fp16.
+        temperature, rate, smoothing, seed, epochs: of the training.
+        budget: of the second question.
+        ipc: images per class that are labelled: all, where the codec can afford it.
     """
 
     question: str
@@ -178,35 +185,46 @@ class Run:
     rate: float
     smoothing: float
     seed: int
+    epochs: int
     budget: int = 0
+    ipc: int = IPC
 
     def name(self) -> str:
         """A name that tells this run from all others."""
         split = "val" if self.question == "choice" else "test"
         codec = self.codec.replace(" --", "_").replace(" ", "")
+        codec += f"_ipc{self.ipc}" if self.ipc != IPC else ""
         return (
             f"{split}_{codec}_p{self.passes}_{self.schedule}_T{self.temperature:g}"
-            f"_lr{self.rate:g}_s{self.smoothing:g}_seed{self.seed}"
+            f"_lr{self.rate:g}_s{self.smoothing:g}_seed{self.seed}_e{self.epochs}"
         )
 
 
 class Workplace:
-    """The folders of one study, and how its parts are made."""
+    """The folders of one study at one IPC, and how its parts are made."""
 
-    def __init__(self, study: Study, folder: Path, root: Path):
-        self.study, self.root = study, root / study.name
-        self.images = folder
+    def __init__(self, study: Study, folder: Path, home: Path, ipc: int = IPC):
+        self.study, self.images, self.home, self.ipc = study, folder, home, ipc
+        self.root = home / f"ipc{ipc}"
         self.root.mkdir(parents=True, exist_ok=True)
         self.common = (*study.data, "--device", "cpu", "--workers", "0")
+        self.passes = study.passes if ipc == IPC else 1
+
+    @functools.cache  # noqa: B019 - one workplace per process
+    def at(self, ipc: int) -> "Workplace":
+        """The same study with other images per class, prepared."""
+        other = Workplace(self.study, self.images, self.home, ipc)
+        other.prepare()
+        return other
 
     def prepare(self) -> None:
         """Teacher, distilled images and their fp16 labels."""
-        study, teacher = self.study, self.root / "teacher" / "checkpoint.pt"
-        if not (self.root / "teacher" / "result.json").exists():
+        study, teacher = self.study, self.home / "teacher" / "checkpoint.pt"
+        if not (self.home / "teacher" / "result.json").exists():
             call(
                 train.main,
                 *("--data-dir", self.images / "train", "--val-dir", self.images / "val"),
-                *("--output-dir", self.root / "teacher", "--model", "ConvNetW32"),
+                *("--output-dir", self.home / "teacher", "--model", "ConvNetW32"),
                 *("--hard-mix", "none", "--label-smoothing", 0, "--eta", 1, "--eval-every", 2),
                 *("--min-scale", study.min_scale, *study.teacher, *self.common),
             )
@@ -215,13 +233,14 @@ class Workplace:
             call(
                 prepare_distilled.main,
                 *("--data-dir", self.images / "train", "--out-dir", self.distilled, *named),
-                *("--ipc", 10, "--crops", 0, *self.common),
+                *("--ipc", self.ipc, "--crops", 0, *self.common),
             )
-        if not (self.labels("fp16", study.passes) / "manifest.json").exists():
+        whole = self.labels("fp16", self.passes)
+        if not (whole / "manifest.json").exists():
             call(
                 generate.main,
-                *("--data-dir", self.distilled, "--label-dir", self.labels("fp16", study.passes)),
-                *(*named, "--no-bssl", "--slc", 10 * study.passes, "--codec", "fp16"),
+                *("--data-dir", self.distilled, "--label-dir", whole),
+                *(*named, "--no-bssl", "--slc", self.ipc * self.passes, "--codec", "fp16"),
                 *("--batch-size", study.batch_size, "--min-scale", study.min_scale, *self.common),
             )
 
@@ -235,32 +254,30 @@ class Workplace:
 
     def recode(self, codec: str, passes: int) -> LabelSet:
         """The first passes of the fp16 labels in a codec, made where they are missing."""
-        whole = self.labels("fp16", self.study.passes)
+        whole = self.labels("fp16", self.passes)
         if codec == "fp16":
             labels = LabelSet.open(whole)
-            labels.use_slc(10 * passes)
+            labels.use_slc(self.ipc * passes)
             return labels
         path = self.labels(codec, passes)
         if not (path / "manifest.json").exists():
             call(
                 compress.main,
-                *("--label-dir", whole, "--out-dir", path, "--slc", 10 * passes),
+                *("--label-dir", whole, "--out-dir", path, "--slc", self.ipc * passes),
                 *("--codec", *codec.split()),
             )
         return LabelSet.open(path)
 
     def passes_for(self, codec: str, budget: int) -> int:
-        """Labels per image, at most all there are, whose set is no larger than `budget` in fp16."""
-        if codec == "fp16":
-            return budget
-        size, passes = self.recode("fp16", budget).bytes_on_disk(), self.study.passes
+        """Labels per image, at most all there are, whose set is no larger than the budget."""
+        size, passes = self.at(budget).recode("fp16", 1).bytes_on_disk(), self.passes
         while (found := self.recode(codec, passes).bytes_on_disk()) > size and passes > 1:
             passes = max(1, min(passes - 1, int(passes * size / found)))
         return passes
 
     def run(self, run: Run) -> dict:
         """Trains the student, if that was not done, and returns its line of the result file."""
-        path = self.root / "runs" / f"{run.name()}.json"
+        path = self.home / "runs" / f"{run.name()}.json"
         labels = self.recode(run.codec, run.passes)
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
@@ -303,13 +320,13 @@ class Workplace:
     def train(self, run: Run, labels: LabelSet) -> float:
         """Top-1 of a student after its last epoch, in percent; AdamW, cosine to zero, T^2."""
         torch.manual_seed(run.seed)
-        source, study = self.source, self.study
+        source = self.source
         model = student(labels.manifest["num_classes"]).to(memory_format=torch.channels_last)
         groups = engine.parameter_groups(model, 0.01)
         optimizer = torch.optim.AdamW(groups, lr=run.rate, fused=True)
         trainer = engine.Trainer(model, optimizer, MACHINE.scaler(), MACHINE, 1, lambda views: None)
-        soft = study.epochs // 2
-        kinds = schedule.epoch_kinds(schedule.phases(run.schedule, soft, study.epochs - soft, 1))
+        soft = run.epochs // 2
+        kinds = schedule.epoch_kinds(schedule.phases(run.schedule, soft, run.epochs - soft, 1))
         spec = dataclasses.replace(labels.spec, mix="cutmix")
         pool = schedule.BatchPool(len(labels), run.seed)
         for epoch, kind in enumerate(kinds):
@@ -360,7 +377,8 @@ def best(rows: list[dict], key: str) -> float:
 def grid(place: Workplace, finish: Callable[[list[Run]], list[dict]]) -> None:
     """All runs of a study in order; `finish(runs)` makes them and returns their lines."""
     study = place.study
-    first = Run("choice", "fp16", 2, "soft", study.temperatures[0], study.rates[0], 0.1, 0)
+    start = (study.temperatures[0], study.rates[0], 0.1, 0, study.epochs)
+    first = Run("choice", "fp16", 2, "soft", *start)
     rates = finish([dataclasses.replace(first, rate=rate) for rate in study.rates])
     first = dataclasses.replace(first, rate=best(rates, "rate"))
     found = finish([dataclasses.replace(first, temperature=t) for t in study.temperatures])
@@ -379,10 +397,12 @@ def grid(place: Workplace, finish: Callable[[list[Run]], list[dict]]) -> None:
                 chosen,
                 question="equal bytes",
                 codec=codec,
-                passes=place.passes_for(codec, budget),
+                passes=1 if codec == "fp16" else place.passes_for(codec, budget),
+                ipc=budget if codec == "fp16" else IPC,
                 budget=budget,
                 schedule=schedule,
                 seed=seed,
+                epochs=study.long,
             )
             for schedule in ("soft", "hald")
             for seed in SEEDS
@@ -404,17 +424,17 @@ def work(place: Workplace, minutes: float, share: tuple[int, int]) -> list[dict]
         lines = []
         bar = cli.progress(runs, desc=f"{place.study.name}, {runs[0].question}", unit="run")
         for number, run in enumerate(bar):
-            done = (place.root / "runs" / f"{run.name()}.json").exists()
+            done = (place.home / "runs" / f"{run.name()}.json").exists()
             mine = number % share[1] == share[0] or run.question == "choice"
             if not done and mine and time.monotonic() > deadline:
                 raise OutOfTime
             if done or mine:
-                lines.append(place.run(run))
+                lines.append(place.at(run.ipc).run(run))
                 rows.append(lines[-1])
         return lines
 
     with contextlib.suppress(OutOfTime):
-        place.prepare()
+        place = place.at(IPC)
         grid(place, finish)
     return rows
 

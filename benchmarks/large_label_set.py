@@ -3,7 +3,7 @@
 python benchmarks/large_label_set.py --photos photos --work-dir W     (photos: see label_size.py)
 
 1000 pieces of real photos play the distilled images of 1000 classes (IPC 1); EfficientNet-Lite0
-labels 100 views of each at 128 pixels in bf16, with CutMix and BSSL, all by relabel/generate.py.
+labels 100 views of each at 96 pixels in bf16, with CutMix and BSSL, all by relabel/generate.py.
 Then relabel/compress.py makes the smaller sets, on one thread; its time and memory are those of the
 whole process. Last, the time that a student's epoch spends on expanding labels.
 """
@@ -35,7 +35,7 @@ from utils.runtime import Runtime
 from validate import engine
 
 ROOT = Path(__file__).resolve().parents[1]
-CLASSES, PASSES, INPUT, BUDGETS = 1000, 100, 128, (64, 20)
+CLASSES, PASSES, INPUT, BUDGETS = 1000, 100, 96, (64, 20)
 PIECE = 160  # pixels, the side of an image
 STUDENT = "MobileNetV2"
 
