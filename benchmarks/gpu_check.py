@@ -108,7 +108,7 @@ def label_checks(bench: Bench) -> list[Check]:
 
 def view_checks(bench: Bench) -> list[Check]:
     """Views rendered twice, in groups, and on the CPU."""
-    device, size = bench.machine.device, bench.args.batch_size
+    device = bench.machine.device
     source, sizes = bench.resident(bench.folder(8))
     on_cpu, _ = dataclasses.replace(bench, machine=Runtime(torch.device("cpu"), None)).resident(
         bench.folder(8)
@@ -119,7 +119,6 @@ def view_checks(bench: Bench) -> list[Check]:
     grouped = torch.cat(list(source.render(views.to(device).groups(16))))
     reference = torch.cat(list(on_cpu.render(list(views))))
     grey = 255 * source.std[:, None, None]
-    assert len(first) == len(batches[0].index) * (len(batches) - 1) + len(batches[-1].index) > size
     return [
         Check("views: replayed, largest difference", float((first - second).abs().max()), 0),
         Check("views: in groups, grey levels", float(((grouped - first) * grey).abs().max()), 1e-2),
