@@ -5,6 +5,7 @@
 # Distilled images, label sets, pretrained teachers and runs:
 #   $Main_Data_Path/generated_data/syn_data/<dataset>/<METHOD>_ipc<IPC>/               images
 #   $Main_Data_Path/generated_data/new_labels/<dataset>/<METHOD>_bs16_slc<SLC>_ipc<IPC>/  labels
+#       (published ones there; those made here in codec fp16 too, in others with _<CODEC> behind)
 #   $Main_Data_Path/<TEACHER>.pth                                    teacher weights, if local
 #   $Main_Data_Path/runs/<dataset>/...                                                 students
 export Main_Data_Path="${Main_Data_Path:-}"

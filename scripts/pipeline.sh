@@ -44,7 +44,7 @@ in_processes() { # N FILE [FLAG ...]: runs an entry script, with torchrun when N
     local count="$1"
     shift
     if [[ "$count" -gt 1 ]]; then
-        "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$count" "$@"
+        "$PYTHON" "$ROOT/scripts/launch.py" --standalone --nproc_per_node="$count" "$@"
     else
         "$PYTHON" "$@"
     fi
@@ -62,19 +62,24 @@ run_pipeline() { # DATASET [-- FLAG ...]: the flags go to validate/train.py
     fi
     local name="${METHOD}_bs${BATCH_SIZE}_slc${SLC}_ipc${IPC}"
     local images="$Main_Data_Path/generated_data/syn_data/$dataset/${METHOD}_ipc$IPC"
-    local labels="$Main_Data_Path/generated_data/new_labels/$dataset/$name"
-    local run="$Main_Data_Path/runs/$dataset/${name}_${MODEL}_${SCHEDULE//[:,]/-}_seed$SEED"
+    local published="$Main_Data_Path/generated_data/new_labels/$dataset/$name" kind=""
     if [[ ! "$GPUS" =~ ^(all|[1-9][0-9]*)$ || ! "$TRAIN_GPUS" =~ ^[1-9][0-9]*$ ]]; then
         echo "GPUS=$GPUS, TRAIN_GPUS=$TRAIN_GPUS: must be numbers from 1 on; GPUS may be all" >&2
         return 2
     fi
     check_paths "$dataset" "$images" "$val_dir/$dataset"
     use_environment requirements.txt
-    if [[ -f "$labels/sampler_indices_dict.pt" ]]; then
-        echo "== 1/2 labels: importing the published ones in $labels"
-        "$PYTHON" "$ROOT/relabel/convert.py" --fkd-dir "$labels" --data-dir "$images" \
-            --out-dir "${labels}_imported" --dataset "$dataset"
-        labels="${labels}_imported"
+    if [[ -f "$published/sampler_indices_dict.pt" ]]; then
+        kind=_imported
+    elif [[ "$CODEC" != fp16 ]]; then
+        kind="_$CODEC"
+    fi
+    local labels="$published$kind"
+    local run="$Main_Data_Path/runs/$dataset/$name${kind}_${MODEL}_${SCHEDULE//[:,]/-}_seed$SEED"
+    if [[ "$kind" == _imported ]]; then
+        echo "== 1/2 labels: importing the published ones in $published"
+        "$PYTHON" "$ROOT/relabel/convert.py" --fkd-dir "$published" --data-dir "$images" \
+            --out-dir "$labels" --dataset "$dataset"
     else
         local teacher=(--teacher "$TEACHER")
         [[ -z "$TEACHER_WEIGHTS" ]] || teacher+=(--teacher-weights "$TEACHER_WEIGHTS")

@@ -167,7 +167,7 @@ GENERATE = {
     "bits of no byte": (None, ["--codec", "quant", "--bits", 0], "--bits"),
     "no teacher counts": (None, ["--teacher-shares", 0], "at least one must be above 0"),
     "a bare pickle with code": (
-        lambda w: w.weights.write_bytes(pickle.dumps(Code())),
+        lambda w: w.weights.write_bytes(pickle.dumps(Code(), protocol=2)),
         [],
         "nothing in it was executed",
     ),

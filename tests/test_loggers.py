@@ -15,8 +15,8 @@ def packages(monkeypatch) -> SimpleNamespace:
     told = SimpleNamespace(scalars=[], runs=[], lines=[], folder=None)
 
     class SummaryWriter:
-        def __init__(self, folder):
-            told.folder = folder
+        def __init__(self, folder, purge_step):
+            told.folder, told.purged_from = folder, purge_step
 
         def add_scalar(self, name, value, step):
             told.scalars.append((name, value, step))
@@ -40,6 +40,7 @@ def test_both_loggers_are_told_every_epoch(world, tmp_path, command, packages):
     done = command(train.main, *train_arguments(world, tmp_path / "run", *more))
     assert done.code == 0, done.err
     assert packages.folder == str(tmp_path / "run" / "tensorboard")
+    assert packages.purged_from == 1
     assert [step for name, _, step in packages.scalars if name == "loss"] == [1, 2]
     assert [step for name, _, step in packages.scalars if name == "val_top1"] == [2]
     (run,) = packages.runs

@@ -67,11 +67,15 @@ def test_the_pipeline_runs_and_passes_flags_on(tmp_path):
     }
     done = bash("run_cifar100.sh", "--", "--temperature", "4", **settings)
     assert done.returncode == 0, done.stderr
-    run = main / "runs/cifar100/rded_bs16_slc1_ipc1_ConvNetW32_hald_seed0"
+    run = main / "runs/cifar100/rded_bs16_slc1_ipc1_klt_ConvNetW32_hald_seed0"
     recorded = (run / "args.yaml").read_text()
     assert "temperature: 4.0" in recorded and "processes: 2" in recorded
-    manifest = main / "generated_data/new_labels/cifar100/rded_bs16_slc1_ipc1/manifest.json"
+    manifest = main / "generated_data/new_labels/cifar100/rded_bs16_slc1_ipc1_klt/manifest.json"
     assert '"bssl": false' in manifest.read_text()
+    refused = bash("run_cifar100.sh", **{**settings, "SLC": 2, "BATCH_SIZE": 0})
+    assert refused.returncode == 2
+    (line,) = refused.stderr.splitlines()
+    assert "--batch-size: 0 is out of range" in line
     again = bash("run_cifar100.sh", "--", "--temperature", "4", **settings)
     assert again.returncode == 0
     assert "nothing to do" in again.stdout and "is done" in again.stdout

@@ -2,15 +2,22 @@
 
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from conftest import ROOT, script, train_arguments, tree
+from PIL import Image
 
 import models
-from utils import runlog
+from utils import cli, runlog
+from utils.images import StreamingImages
 from validate import evaluate, train
 
 
@@ -120,10 +127,91 @@ def test_a_signal_saves_after_the_step_and_the_epoch_continues_there(
     ]
 
 
-def test_a_second_signal_ends_at_once(world, tmp_path, command, monkeypatch):
-    def interrupting_twice(*_):
-        for _ in range(2):
+def test_a_signal_in_an_evaluation_keeps_the_epoch(world, tmp_path, command, monkeypatch):
+    whole, parts = (train_arguments(world, tmp_path / name) for name in ("whole", "parts"))
+    assert command(train.main, *whole).code == 0
+    original = train.engine.evaluate
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(train.engine, "evaluate", interrupted)
+    assert command(train.main, *parts).code == 143
+    assert not (tmp_path / "parts" / "best.pt").exists()
+    monkeypatch.setattr(train.engine, "evaluate", original)
+    calls = []
+    original_epoch = train.engine.train_hard_epoch
+    monkeypatch.setattr(
+        train.engine, "train_hard_epoch", lambda *a: calls.append(a) or original_epoch(*a)
+    )
+    assert command(train.main, *parts).code == 0
+    assert len(calls) == 1  # of two hard epochs, the first was trained before
+    assert accuracies(tmp_path / "whole") == accuracies(tmp_path / "parts")
+    assert same_weights(tmp_path / "whole", tmp_path / "parts")
+    assert [line["epoch"] for line in log(tmp_path / "parts")] == [1, 2, 3, 4]
+
+
+def test_streamed_images_leave_the_random_state_alone(world, tmp_path, command, monkeypatch):
+    """Stopped within an epoch, with dropout, and images that DataLoaders decode."""
+    build = models.build
+    monkeypatch.setattr(
+        models, "build", lambda *facts: torch.nn.Sequential(torch.nn.Dropout(0.1), build(*facts))
+    )
+    monkeypatch.setattr(
+        train.images, "open_images", lambda f, _, *facts: StreamingImages(f.files, *facts)
+    )
+    whole, parts = (train_arguments(world, tmp_path / name) for name in ("whole", "parts"))
+    assert command(train.main, *whole).code == 0
+    original, calls = train.engine.correct_top1_top5, []
+
+    def interrupting(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(train.engine, "correct_top1_top5", interrupting)
+    assert command(train.main, *parts).code == 143
+    assert "continuing 2 batches after epoch 0" in command(train.main, *parts).out
+    assert same_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_signal_to_the_whole_group_leaves_decoding_workers_alive(world, tmp_path):
+    """As a job scheduler sends it."""
+    shutil.copytree(world.data, tmp_path / "data")
+    image = tmp_path / "data" / "00000" / "0.png"
+    Image.open(image).resize((40, 40)).save(image)  # images of several sizes are streamed
+    streamed = SimpleNamespace(data=tmp_path / "data", labels=world.labels, val=world.val)
+    arguments = train_arguments(streamed, tmp_path / "run", "--schedule", "hard:1000")
+    arguments[arguments.index("--workers") + 1] = 2
+    place = arguments.index("--label-dir")
+    del arguments[place : place + 2]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "validate/train.py"), *map(str, arguments)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while process.poll() is None and not (tmp_path / "run" / "log.jsonl").exists():
+        time.sleep(0.01)
+    while process.poll() is None and not log(tmp_path / "run"):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode == 143 and "Traceback" not in errors, errors
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_the_same_signal_again_ends_at_once_but_not_within_a_second(
+    world, tmp_path, command, monkeypatch
+):
+    def interrupting_twice(*_):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):  # as wrappers pass them on
+            os.kill(os.getpid(), number)
+        monkeypatch.setattr(cli, "_REPEAT_SECONDS", -1)
+        os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("not reached")
 
     monkeypatch.setattr(train.engine, "correct_top1_top5", interrupting_twice)

@@ -17,6 +17,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+_REPEAT_SECONDS = 1.0
+# What gloo and NCCL say when another process is gone.
+_PEER_GONE = re.compile("closed by peer|reset by peer|remote process exited|Broken pipe")
+
 
 class UserError(Exception):
     """Something the user can mend; its text is the one line printed before exit code 2."""
@@ -44,7 +48,7 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
+        _fail(self.prog, f"{message} (--help lists the flags)")
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
@@ -88,6 +92,16 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
 
 
+def _fail(program: str, message: str) -> NoReturn:
+    """Prints the one line of an error and exits with code 2."""
+    if _rank() > 0:
+        # What every process meets, the first one says, and torchrun ends the others meanwhile.
+        time.sleep(5)
+        program = f"{program} (process {_rank()})"
+    print(f"{program}: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def _terminated(*_) -> NoReturn:
     program = Path(sys.argv[0]).name
     if _rank() == 0:
@@ -97,20 +111,25 @@ def _terminated(*_) -> NoReturn:
 
 @contextlib.contextmanager
 def delayed_signals() -> Iterator[Callable[[], int | None]]:
-    """Notes SIGTERM and Ctrl-C instead of acting on them; a second one acts at once.
+    """Notes SIGTERM and Ctrl-C instead of acting on them; the same one again later acts at once.
+
+    Not within a second: launchers and shells pass on what a terminal has already sent to all.
 
     Yields a function that returns the signal noted so far, or None; `act_on` then acts on it.
     """
-    noted: list[int] = []
+    noted: dict[int, float] = {}
 
     def note(number: int, frame) -> None:
-        if noted:
+        if time.monotonic() - noted.setdefault(number, time.monotonic()) > _REPEAT_SECONDS:
             earlier[number](number, frame)
-        noted.append(number)
+        elif _rank() == 0 and len(noted) == 1:
+            print("\nfinishing the step, then saving; again: ending at once", file=sys.stderr)
 
-    earlier = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    both = (signal.SIGTERM, signal.SIGINT)
+    heeded = [number for number in both if signal.getsignal(number) != signal.SIG_IGN]
+    earlier = {number: signal.signal(number, note) for number in heeded}
     try:
-        yield lambda: noted[0] if noted else None
+        yield lambda: next(iter(noted), None)
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
@@ -147,9 +166,12 @@ def run(main: Callable[[], None]) -> NoReturn:
             print(f"\n{program}: interrupted; the same command again continues", file=sys.stderr)
         sys.exit(130)
     except RuntimeError as error:
-        if not (dist.is_initialized() and re.search("peer|gloo|NCCL|Broken pipe", str(error))):
+        if not (dist.is_initialized() and _PEER_GONE.search(str(error))):
             raise
-        message = "another process of this job ended: see its message; the same command continues"
+        message = (
+            "another process of this job ended: see its message; the same command continues "
+            f"({str(error).splitlines()[0]})"
+        )
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" at {error.filename}" if error.filename else ""
@@ -162,9 +184,4 @@ def run(main: Callable[[], None]) -> NoReturn:
         if dist.is_initialized():
             dist.destroy_process_group()
         sys.exit(0)
-    if _rank() > 0:
-        # What every process meets, the first one says, and torchrun ends the others meanwhile.
-        time.sleep(5)
-        program = f"{program} (process {_rank()})"
-    print(f"{program}: {message}", file=sys.stderr)
-    sys.exit(2)
+    _fail(program, message)

@@ -12,6 +12,7 @@ import io
 import itertools
 import os
 import re
+import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -298,6 +299,9 @@ class StreamingImages:
             _Crops(self.files, parts, self.size),
             batch_size=None,
             num_workers=min(self.workers, len(parts)),
+            worker_init_fn=_ignore_signals,
+            # Its own, as each loader draws a number: the global one belongs to the training.
+            generator=torch.Generator().manual_seed(0),
             pin_memory=self.device.type == "cuda",
         )
         received = iter(loader)
@@ -308,6 +312,12 @@ class StreamingImages:
                     raise UserError(part)
                 crops.append(part.to(self.device, non_blocking=True))
             yield mix(normalise(torch.cat(crops), self.mean, self.std), views)
+
+
+def _ignore_signals(worker: int) -> None:
+    """Leaves SIGTERM and Ctrl-C to the main process, which ends its workers when it has saved."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Crops(torch.utils.data.Dataset):

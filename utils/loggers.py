@@ -7,7 +7,10 @@ from pathlib import Path
 
 from utils.cli import UserError
 
-Logger = Callable[[dict], None]
+Logger = Callable[[dict], None]  # takes an epoch's line of the log
+# Takes the run folder, its settings, and the epochs done: what a stopped run logged of later ones
+# is left out.
+Opener = Callable[[Path, dict, int], Logger]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,17 +24,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--wandb-project", metavar="NAME", help="Weights & Biases; needs wandb")
 
 
-def from_arguments(args: argparse.Namespace, run: Path, settings: dict) -> list[Logger]:
-    """The loggers that the flags of add_arguments ask for; each takes an epoch's log line.
+def from_arguments(args: argparse.Namespace) -> list[Opener]:
+    """What opens the loggers that the flags of add_arguments ask for.
 
     Raises:
         UserError: the package of one is not installed.
     """
     found = []
     if args.tensorboard:
-        found.append(_tensorboard(run))
+        found.append(_tensorboard())
     if args.wandb_project is not None:
-        found.append(_wandb(args.wandb_project, run, settings))
+        found.append(_wandb(args.wandb_project))
     return found
 
 
@@ -44,34 +47,37 @@ def scalars(line: dict) -> dict[str, float]:
     }
 
 
-def _tensorboard(run: Path) -> Logger:
+def _tensorboard() -> Opener:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("--tensorboard needs the package: pip install tensorboard") from None
-    writer = SummaryWriter(str(run / "tensorboard"))
 
-    def log(line: dict) -> None:
-        for name, value in scalars(line).items():
-            writer.add_scalar(name, value, line["epoch"])
-        writer.flush()
+    def start(run: Path, settings: dict, epochs_done: int) -> Logger:
+        writer = SummaryWriter(str(run / "tensorboard"), purge_step=epochs_done + 1)
 
-    return log
+        def log(line: dict) -> None:
+            for name, value in scalars(line).items():
+                writer.add_scalar(name, value, line["epoch"])
+            writer.flush()
+
+        return log
+
+    return start
 
 
-def _wandb(project: str, run: Path, settings: dict) -> Logger:
+def _wandb(project: str) -> Opener:
     try:
         import wandb
     except ImportError:
         raise UserError("--wandb-project needs the package: pip install wandb") from None
-    # The same folder is the same run, so that one that continues does not become a second one.
-    identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
-    started = wandb.init(
-        project=project,
-        id=identity,
-        name=run.name,
-        config=settings,
-        dir=str(run),
-        resume="allow",
-    )
-    return lambda line: started.log(scalars(line), step=line["epoch"])
+
+    def start(run: Path, settings: dict, epochs_done: int) -> Logger:
+        # The same folder is the same run, so that one that continues does not become a second one;
+        # epochs trained again are left out by W&B, where they are the same.
+        identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
+        facts = {"project": project, "id": identity, "name": run.name, "dir": str(run)}
+        started = wandb.init(**facts, config=settings, resume="allow")
+        return lambda line: started.log(scalars(line), step=line["epoch"])
+
+    return start

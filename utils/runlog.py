@@ -18,7 +18,7 @@ from utils.files import (
     to_json,
 )
 from utils.labels import first_difference
-from utils.loggers import Logger
+from utils.loggers import Logger, Opener
 from utils.runtime import versions
 
 ARGUMENTS, LOG, CHECKPOINT, BEST = "args.yaml", "log.jsonl", "checkpoint.pt", "best.pt"
@@ -40,6 +40,7 @@ class RunFolder:
             UserError: the folder holds something else, or a run with other settings.
         """
         self.path, self.settings, self.others = Path(path), settings, others
+        self.openers: list[Opener] = []
         self.loggers: list[Logger] = []
         recorded = self.path / ARGUMENTS
         if recorded.exists():
@@ -92,6 +93,7 @@ class RunFolder:
         kept = [line for line in self.log_lines() if line["epoch"] <= epochs_done]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         atomic_write(self.path / LOG, text.encode())
+        self.loggers = [start(self.path, self.settings, epochs_done) for start in self.openers]
 
     def log(self, line: dict) -> None:
         """Appends one epoch to log.jsonl, and tells the loggers."""

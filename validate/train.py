@@ -13,10 +13,11 @@ if not __package__:  # run as a plain script: imports start at the repository ro
 import argparse
 import contextlib
 import dataclasses
+import inspect
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -33,7 +34,6 @@ from validate import engine, schedule
 
 _DEFAULT_HYPER = (0.001, 2.0)
 _CHECKPOINT_SECONDS = 60
-_AGREE_EVERY = 16  # optimiser steps between two times that the ranks compare signals and clocks
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -427,6 +427,15 @@ def build_student(plan: Plan) -> tuple[nn.Module, torch.optim.AdamW]:
     return model, optimizer
 
 
+def distributed(model: nn.Module) -> nn.Module:
+    """DistributedDataParallel that leaves running statistics to each rank until the epoch ends."""
+    kind = nn.parallel.DistributedDataParallel
+    # Newer versions of torch call the argument by its second name, and warn about the first.
+    names = [*inspect.signature(kind).parameters]
+    name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    return kind(model, **{name: False})
+
+
 @dataclasses.dataclass
 class Reached:
     """What a run has reached; part of its checkpoint.
@@ -435,12 +444,14 @@ class Reached:
         epochs: epochs done.
         seconds: wall time spent, over all starts.
         best, last: {"epoch", "top1", "top5"} of the best and the latest evaluation.
+        trained: the log line of an epoch that is trained but not evaluated yet, or None.
     """
 
     epochs: int = 0
     seconds: float = 0.0
     best: dict | None = None
     last: dict | None = None
+    trained: dict | None = None
 
 
 class Session:
@@ -483,8 +494,11 @@ class Session:
         if compiled:
             shared = engine.compiled(self.model, self.machine, accumulated)
         if self.machine.world > 1:
-            # Running statistics stay each rank's own until the epoch ends.
-            shared = nn.parallel.DistributedDataParallel(shared, broadcast_buffers=False)
+            shared = distributed(shared)
+            if saved:  # making it has given every rank the buffers of the first
+                self.model.load_state_dict(
+                    saved["ranks"][plan.machine.rank]["buffers"], strict=False
+                )
         views, epochs = len(plan.folder.files), len(plan.kinds)
         done = self.reached.epochs * views
         self.bar = cli.progress(desc="train", unit="view", total=epochs * views, initial=done)
@@ -495,17 +509,22 @@ class Session:
         self.epochs = EpochRunner(plan, self.trainer, self.source)
         if saved:
             self.epochs.pool.state = saved["pool"]
-        self.saved_at = self.started = time.monotonic()
+        self.saved_at = self.started = self.agreed_at = time.monotonic()
+        self.agree_every = self.steps_to_agree = 1
 
     def _restore(self, saved: dict) -> engine.EpochSums | None:
         """Takes over a checkpoint; returns where it left an epoch, if it is from within one."""
         device = self.machine.device
+        if "ranks" not in saved:
+            raise UserError(
+                f"{self.run.path}: its checkpoint is of an earlier version of this code; choose "
+                "another --output-dir"
+            )
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
         self.reached = Reached(**saved["reached"])
         own = saved["ranks"][self.machine.rank]
-        self.model.load_state_dict(own["buffers"], strict=False)
         torch.set_rng_state(own["rng"]["cpu"])
         if device.type == "cuda" and own["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(own["rng"]["cuda"], device)
@@ -551,10 +570,16 @@ class Session:
         machine, signal = self.machine, self.noted()
         due = time.monotonic() - self.saved_at > _CHECKPOINT_SECONDS
         if machine.world > 1:
-            if sums.step // self.trainer.grad_accum % _AGREE_EVERY:
+            self.steps_to_agree -= 1
+            if self.steps_to_agree > 0:
                 return
-            found, (due, *_) = zip(*machine.gather((signal, due)), strict=True)
+            now = time.monotonic()
+            answers = machine.gather((signal, due, now - self.agreed_at))
+            found, (due, *_), (seconds, *_) = zip(*answers, strict=True)
             signal = next(filter(None, found), None)
+            # The next time in about a second, by the steps that rank 0 has made meanwhile.
+            self.agree_every = max(1, min(64, int(self.agree_every / max(seconds, 0.01))))
+            self.agreed_at, self.steps_to_agree = now, self.agree_every
         if due or signal:
             self._check_finite(machine.total(sums.loss.clone()).item())
             self.save(sums)
@@ -573,34 +598,23 @@ class Session:
     def train_epoch(self) -> None:
         """Trains the next epoch, evaluates when it is time, logs, and saves."""
         plan, epoch = self.plan, self.reached.epochs
-        before = self.trainer.continued.seconds if self.trainer.continued else 0.0
-        self.started = time.monotonic() - before
-        kind, lr = plan.kinds[epoch], self.epochs.learning_rate(epoch)
-        result = self.epochs.run(epoch)
-        self._check_finite(result.loss)
-        trained = time.monotonic() - self.started
-        line = {
-            "epoch": epoch + 1,
-            "kind": kind,
-            "lr": lr,
-            "loss": result.loss,
-            "train_top1": result.top1,
-            "train_top5": result.top5,
-            "seconds": round(trained, 3),
-            "images_per_second": round(result.views / trained, 1),
-        }
+        if self.reached.trained is None:
+            self.reached.trained = self._train(epoch)
+        else:
+            self.started = time.monotonic() - self.reached.trained["seconds"]
+        line = self.reached.trained
         ends = epoch + 1 == len(plan.kinds)
         evaluated = ends or (epoch + 1) % plan.settings["eval_every"] == 0
         if evaluated:
             line |= self._evaluate(epoch + 1)
-        self.reached.epochs = epoch + 1
+        self.reached.epochs, self.reached.trained = epoch + 1, None
         self.reached.seconds += time.monotonic() - self.started
         if self.machine.rank == 0:
             self.run.log(line)
         self.bar.n = self.reached.epochs * len(plan.folder.files)
         last = self.reached.last
         self.bar.set_postfix_str(
-            f"epoch {epoch + 1}/{len(plan.kinds)} {kind} loss {result.loss:.4g} "
+            f"epoch {epoch + 1}/{len(plan.kinds)} {line['kind']} loss {line['loss']:.4g} "
             + (f"top-1 {last['top1']:.2f} %" if last else "not evaluated yet"),
             refresh=False,
         )
@@ -611,12 +625,41 @@ class Session:
         if signal and not ends:
             cli.act_on(signal)
 
+    def _train(self, epoch: int) -> dict:
+        """Trains an epoch; returns its line of the log."""
+        plan = self.plan
+        before = self.trainer.continued.seconds if self.trainer.continued else 0.0
+        self.started = time.monotonic() - before
+        kind, lr = plan.kinds[epoch], self.epochs.learning_rate(epoch)
+        result = self.epochs.run(epoch)
+        self._check_finite(result.loss)
+        trained = time.monotonic() - self.started
+        return {
+            "epoch": epoch + 1,
+            "kind": kind,
+            "lr": lr,
+            "loss": result.loss,
+            "train_top1": result.top1,
+            "train_top5": result.top5,
+            "seconds": round(trained, 3),
+            "images_per_second": round(result.views / trained, 1),
+        }
+
+    def _watched(self, starts: Sequence[int]) -> Iterator[int]:
+        """The batches of an evaluation with a bar; a signal saves the trained epoch and ends."""
+        for start in cli.progress(starts, desc="evaluate", leave=False, delay=2):
+            # Several ranks, which have no common moment here, finish their shares first.
+            if self.machine.world == 1 and (signal := self.noted()):
+                self.save()
+                cli.act_on(signal)
+            yield start
+
     def _evaluate(self, epoch: int) -> dict[str, float]:
         """Evaluates, keeps the best weights, and returns what the log gets."""
         top1, top5 = engine.evaluate(
             *(self.model, self.validation, self.plan.validation.labels),
             *(self.source.mean, self.source.std, self.machine),
-            lambda starts: cli.progress(starts, desc="evaluate", leave=False, delay=2),
+            self._watched,
         )
         self.reached.last = {"epoch": epoch, "top1": top1, "top5": top5}
         if self.reached.best is None or top1 > self.reached.best["top1"]:
@@ -697,14 +740,13 @@ def main() -> None:
     plan = make_plan(args)
     others = {name: str(value) for name, value in vars(args).items() if name not in plan.settings}
     run = runlog.RunFolder(args.output_dir, plan.settings, others)
+    run.openers = loggers.from_arguments(args)
     if run.started and args.resume == "off":
         raise UserError(f"{args.output_dir} holds a run already; --resume auto continues it")
     if result := run.result():
         print(f"{args.output_dir} is done: {describe_result(result)}")
         return
     with run.locked() if plan.machine.rank == 0 else contextlib.nullcontext():
-        if plan.machine.rank == 0:
-            run.loggers = loggers.from_arguments(args, run.path, plan.settings)
         train(plan, run, args.workers, args.compile, args.val_cache)
 
 

@@ -1,0 +1,28 @@
+"""torchrun whose last word is the failed process's own message, and whose exit code is its own.
+
+python scripts/launch.py --standalone --nproc_per_node=4 relabel/generate.py ...
+"""
+
+import logging
+import sys
+
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+
+
+def launch() -> int:
+    """Runs torchrun on the command line; returns the exit code."""
+    logging.disable(logging.ERROR)  # its account of which process it ends, and how
+    try:
+        main()
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    except SignalException as stopped:
+        return 128 + stopped.sigval
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(launch())
