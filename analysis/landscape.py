@@ -91,7 +91,8 @@ def draw(
     across = np.array([row["across"] for row in rows]).reshape(points, points)
     up = np.array([row["up"] for row in rows]).reshape(points, points)
     loss = np.array([row["loss"] for row in rows]).reshape(points, points)
-    figure = Figure(figsize=(7.5, 6), layout="constrained")
+    shape = np.ptp(up) / np.ptp(across)
+    figure = Figure(figsize=(8, max(3.0, 6.2 * shape + 1)), layout="constrained")
     axes = figure.subplots()
     filled = axes.contourf(across, up, loss, levels=20, cmap="viridis_r")
     axes.contour(across, up, loss, levels=20, colors="k", linewidths=0.3, alpha=0.5)
@@ -107,8 +108,8 @@ def draw(
             weight="bold",
             bbox={"boxstyle": "round", "fc": "white", "alpha": 0.8, "lw": 0},
         )
-    axes.set_xlabel("distance in weight space (towards the second student)")
-    axes.set_ylabel("distance in weight space (orthogonal)")
+    axes.set_xlabel(f"distance of the weights from {names[0]} towards {names[1]} (L2 norm)")
+    axes.set_ylabel("distance at right angles (L2 norm)")
     axes.set_aspect("equal")
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
 

@@ -535,7 +535,8 @@ def plot(rows: list[dict], against: str, path: Path) -> None:
         axes.set_title(f"{panel[0]}, {panel[1]} images per class", fontsize=10)
     seeds = max(len(group) for group in groups.values())
     figure.axes[0].set_ylabel("last validation top-1 (%)")
-    figure.suptitle(f"mean ± standard deviation over {seeds} seeds", fontsize=10)
+    note = "points at the same place are drawn side by side"
+    figure.suptitle(f"mean ± standard deviation over {seeds} seeds; {note}", fontsize=10)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right", fontsize=8)
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
 

@@ -24,28 +24,36 @@ train=("$PYTHON" validate/train.py --model ConvNetW32 --workers 0)
 "$PYTHON" scripts/prepare_split.py --data-dir "$study/digits/train" \
     --out-dir "$study/digits_split" --held-out 30
 
-"${train[@]}" --data-dir "$study/fashion_split/rest" --val-dir "$study/fashion_split/held_out" \
-    --output-dir "$study/fashion_teacher" --dataset fashion_mnist --schedule hard:8 \
-    --hard-mix none --label-smoothing 0 --min-scale 0.25 --batch-size 64 --lr 0.003 --eta 1 \
-    --eval-every 2
-"${train[@]}" --data-dir "$study/digits_split/rest" --val-dir "$study/digits_split/held_out" \
-    --output-dir "$study/digits_teacher" --dataset digits --schedule hard:60 --hard-mix none \
-    --label-smoothing 0 --min-scale 0.5 --lr 0.001 --eta 1 --eval-every 20
-
-select_and_label() { # NAME DATASET IPC SLC IMAGES_PER_CLASS
-    local teacher=(--teacher ConvNetW32 --teacher-weights "$study/${1%_random}_teacher/checkpoint.pt")
-    if [[ ! -d "$study/$1_ipc$3" ]]; then
-        "$PYTHON" scripts/prepare_distilled.py --data-dir "$study/${1%_random}_split/rest" \
-            --out-dir "$study/$1_ipc$3" --dataset "$2" --ipc "$3" --crops 0 --candidates "$5" \
-            "${teacher[@]}" --workers 0
-    fi
-    "$PYTHON" relabel/generate.py --data-dir "$study/$1_ipc$3" --label-dir "$study/$1_labels" \
-        --dataset "$2" --slc "$4" --no-bssl "${teacher[@]}" --workers 0
+teacher() { # NAME DATASET FLAG ...: trains runs/study/NAME_teacher on the images not held out
+    local images="$study/${1%%_*}_split"
+    "${train[@]}" --data-dir "$images/rest" --val-dir "$images/held_out" \
+        --output-dir "$study/$1_teacher" --dataset "$2" --label-smoothing 0 --eta 1 "${@:3}"
 }
-select_and_label fashion fashion_mnist 10 50 300
-select_and_label digits digits 5 25 5
+fashion=(--batch-size 64 --lr 0.003 --eval-every 2)
+teacher fashion fashion_mnist --schedule hard:8 --hard-mix none --min-scale 0.25 "${fashion[@]}"
+teacher fashion_cutmix fashion_mnist --schedule hard:6 --hard-mix cutmix --min-scale 0.08 \
+    "${fashion[@]}"
+teacher digits digits --schedule hard:60 --hard-mix none --min-scale 0.5 --lr 0.001 --eval-every 20
 
-plans=(fashion_tune fashion fashion_share digits_tune digits digits_share)
+distil() { # NAME DATASET IPC CANDIDATES: the images of each class that NAME_teacher is surest of
+    [[ -d "$study/$1_ipc$3" ]] || "$PYTHON" scripts/prepare_distilled.py \
+        --data-dir "$study/$1_split/rest" --out-dir "$study/$1_ipc$3" --dataset "$2" --ipc "$3" \
+        --teacher ConvNetW32 --teacher-weights "$study/$1_teacher/checkpoint.pt" --crops 0 \
+        --candidates "$4" --workers 0
+}
+distil fashion fashion_mnist 10 300
+distil digits digits 5 5
+
+label() { # IMAGES DATASET SLC TEACHER LABELS
+    "$PYTHON" relabel/generate.py --data-dir "$study/$1" --label-dir "$study/$5" --dataset "$2" \
+        --slc "$3" --teacher ConvNetW32 --teacher-weights "$study/$4/checkpoint.pt" --no-bssl \
+        --workers 0
+}
+label fashion_ipc10 fashion_mnist 50 fashion_teacher fashion_plain_labels
+label fashion_ipc10 fashion_mnist 50 fashion_cutmix_teacher fashion_labels
+label digits_ipc5 digits 25 digits_teacher digits_labels
+
+plans=(fashion_tune fashion fashion_share fashion_plain_tune digits_tune digits digits_share resnet18)
 for plan in "${plans[@]}"; do
     "$PYTHON" analysis/sweep.py --plan "analysis/plans/$plan.yaml" --jobs 2
 done
