@@ -42,7 +42,11 @@ def parse_arguments() -> argparse.Namespace:
 def measure(replay: Replay, batches: int) -> dict[str, float]:
     """Cosine (mean and standard deviation over batches) and norms of the two gradients."""
     plan, epochs = replay.plan, replay.epochs
-    probe = copy.deepcopy(replay.model).train()  # its running statistics may move
+    # A copy, whose running statistics may move, without dropout, which would draw numbers.
+    probe = copy.deepcopy(replay.model).train()
+    for module in probe.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.eval()
     cosines, hard_norms, soft_norms = [], [], []
     numbers = plan.batch_numbers[:batches]
     views = [epochs.labels.views(number) for number in numbers]

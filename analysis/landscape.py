@@ -79,7 +79,11 @@ def loss_at(
     BatchNorm normalises with the statistics of `inputs`.
     """
     torch.nn.utils.vector_to_parameters(vector.float(), model.parameters())
-    logits = model.train()(inputs)
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.train()
+    logits = model(inputs)
     top1 = 100 * (logits.argmax(1) == targets).float().mean().item()
     return F.cross_entropy(logits, targets).item(), top1
 

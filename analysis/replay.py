@@ -13,18 +13,25 @@ from torch import nn
 from utils import cli, images, runlog
 from utils.cli import UserError
 from utils.files import load_tensors
+from utils.labels import first_difference
 from validate import engine, train
 
 _DESCRIBED_BY_NAME = ("num_classes", "input_size", "mean", "std")  # flags of custom data sets only
 
 
 def plan_of(run: Path) -> train.Plan:
-    """The plan of a run folder, its images and labels opened and checked again."""
+    """The plan of a run folder, its images and labels opened and checked again.
+
+    Raises:
+        UserError: no run there, or one that would be another one here: other images or labels by
+            now, several processes, or a precision that this device lacks.
+    """
     path = run / runlog.ARGUMENTS
     if not path.exists():
         raise UserError(f"{run} is not a run folder: it has no {runlog.ARGUMENTS}")
     record = yaml.safe_load(path.read_text())
     values = {**record["others"], **record["settings"]}
+    values["amp"] = values["precision"]
     arguments = []
     for name in vars(train.parse_arguments(_required(values))):
         value = values.get(name)
@@ -35,7 +42,10 @@ def plan_of(run: Path) -> train.Plan:
         arguments.append("--" + name.replace("_", "-"))
         if str(value) != "True":
             arguments += map(str, value if isinstance(value, list) else [value])
-    return train.make_plan(train.parse_arguments(arguments))
+    plan = train.make_plan(train.parse_arguments(arguments))
+    if difference := first_difference(record["settings"], plan.settings):
+        raise UserError(f"{run} cannot be trained again as it was: {difference}")
+    return plan
 
 
 def _required(values: dict) -> list[str]:

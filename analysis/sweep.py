@@ -23,6 +23,7 @@ import csv
 import ctypes
 import dataclasses
 import io
+import itertools
 import os
 import re
 import shlex
@@ -70,7 +71,7 @@ METHODS = {
     "joint": Method("--schedule joint --soft-loss-scale T2"),
     "static": Method("--schedule static", "static"),
     "lpld": Method("--schedule soft --slc-from random"),
-    "lpqld": Method("--schedule soft --temperature-end 4", "topk"),
+    "lpqld": Method("--schedule soft --temperature 20 --temperature-end 4", "topk"),
 }
 _MORE_THAN_USED = {"lpld", "lpqld"}  # draw from a pool of more labels than they may store
 
@@ -103,13 +104,24 @@ class Task:
         name: of its log, and of its run folder.
         command: arguments after `python`.
         done: a file that is there once it has been done.
+        record: keeps the command that did it.
         facts: method, slc, ipc, student and seed of a run.
     """
 
     name: str
     command: list[str]
     done: Path
+    record: Path
     facts: dict
+
+    def is_done(self) -> bool:
+        """Whether it has been done with these flags; with others, its command is to say so."""
+        recorded = self.record.read_text() if self.record.exists() else self.text()
+        return self.done.exists() and recorded == self.text()
+
+    def text(self) -> str:
+        """The command, but for the place of this repository."""
+        return shlex.join(self.command[1:]) + "\n"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -267,8 +279,14 @@ def label_tasks(settings: Settings) -> list[Task]:
                     f"no label set at {done.parent}: name the teacher that is to make it, "
                     '--relabel "--teacher NAME --teacher-weights FILE"'
                 )
-            tasks.append(Task(f"labels_{kind}_ipc{ipc}", command, done, {}))
+            name = f"labels_{kind}_ipc{ipc}"
+            tasks.append(Task(name, command, done, record_of(settings, name), {}))
     return tasks
+
+
+def record_of(settings: Settings, name: str) -> Path:
+    """Where the command of a task is kept."""
+    return Path(settings.out_dir) / "logs" / f"{name}.command"
 
 
 def run_tasks(settings: Settings) -> list[Task]:
@@ -299,7 +317,7 @@ def run_tasks(settings: Settings) -> list[Task]:
         parts += [re.sub(r"[^A-Za-z0-9]+", "-", student), f"seed{seed}"]
         run = "_".join(parts)
         folder = Path(settings.out_dir) / "runs" / run
-        tasks[run] = Task(
+        task = Task(
             run,
             [
                 *(str(ROOT / "validate/train.py"), "--dataset", settings.dataset),
@@ -310,17 +328,21 @@ def run_tasks(settings: Settings) -> list[Task]:
                 *shlex.split(settings.methods[name]["flags"]),
             ],
             folder / runlog.RESULT,
+            record_of(settings, run),
             {"method": name, "slc": amount, "ipc": ipc, "student": student, "seed": seed},
         )
+        if tasks.setdefault(run, task).command != task.command:
+            raise UserError(f"methods {name!r} and {tasks[run].facts['method']!r} are both {slug}")
     return list(tasks.values())
 
 
 def machine_slots(jobs: int | None) -> list[dict[str, str]]:
-    """Environments of the runs side by side: a GPU each, or a share of the cores each."""
+    """Environments of the runs side by side: a GPU each in turn, or a share of the cores each."""
     gpus = torch.cuda.device_count()
     if gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus))))
-        return [{"CUDA_VISIBLE_DEVICES": name} for name in visible.split(",")[: jobs or gpus]]
+        names = itertools.cycle(visible.split(","))
+        return [{"CUDA_VISIBLE_DEVICES": next(names)} for _ in range(jobs or gpus)]
     if "OMP_NUM_THREADS" in os.environ or not jobs:
         return [{}] * (jobs or 1)
     return [{"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // jobs))}] * jobs
@@ -363,7 +385,7 @@ class Worker:
         return lines[-1] if lines else "no output"
 
     def stop(self) -> None:
-        """Ends the task; it saves nothing more, and continues from its last checkpoint."""
+        """Ends the task, which saves first; the same command continues."""
         self.process.terminate()
         self.process.wait()
 
@@ -375,7 +397,7 @@ def run_all(tasks: list[Task], slots: list[dict[str, str]], logs: Path, what: st
         A line for each task that failed; the others were not kept from running.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    waiting = [task for task in tasks if not task.done.exists()]
+    waiting = [task for task in tasks if not task.is_done()]
     workers = [Worker(slot, logs) for slot in slots]
     failed = []
     bar = cli.progress(total=len(tasks), initial=len(tasks) - len(waiting), desc=what, unit="run")
@@ -385,6 +407,8 @@ def run_all(tasks: list[Task], slots: list[dict[str, str]], logs: Path, what: st
                 if worker.task and worker.finished():
                     if worker.process.returncode:
                         failed.append(f"{worker.task.name}: {worker.last_words()}")
+                    else:
+                        atomic_write(worker.task.record, worker.task.text().encode())
                     bar.update()
                     worker.task = None
                 if not worker.task and waiting:
@@ -413,7 +437,7 @@ def collect(tasks: list[Task]) -> list[dict]:
     """A row of results for each finished run: top-1 in percent, bytes, seconds."""
     rows = []
     for task in tasks:
-        if not task.done.exists():
+        if not task.is_done():
             continue
         result = read_json(task.done)
         rows.append(
@@ -547,11 +571,8 @@ def _round_ticks(low: float, high: float) -> list[float]:
     return [tick for tick in ticks if low / 1.3 <= tick <= high * 1.3] or [low]
 
 
-def report(tasks: list[Task], out: Path) -> None:
-    """Writes results.csv, the table and both plots; prints the table."""
-    rows = collect(tasks)
-    if not rows:
-        raise UserError(f"no run of the plan is finished in {out}")
+def report(tasks: list[Task], rows: list[dict], out: Path) -> None:
+    """Writes results.csv, the table and both plots of the finished runs; prints the table."""
     out.mkdir(parents=True, exist_ok=True)
     write_csv(rows, out / CSV)
     table = markdown(rows)
@@ -574,7 +595,7 @@ def main() -> None:
         chosen = runs
     if args.only == "list":
         for number, task in enumerate(runs):
-            state = "done" if task.done.exists() else "to do"
+            state = "done" if task.is_done() else "to do"
             print(f"{number} {task.name} ({state}): python {shlex.join(task.command)}")
         return
     slots = machine_slots(args.jobs)
@@ -584,7 +605,11 @@ def main() -> None:
     if not failed and args.only in (None, "runs"):
         failed = run_all(chosen, slots, out / "logs", "runs")
     if args.only == "collect" or (args.only is None and args.task is None):
-        report(runs, out)
+        rows = collect(runs)
+        if rows:
+            report(runs, rows, out)
+        elif not failed:
+            raise UserError(f"no run of the plan is finished in {out}")
     if failed:
         raise UserError(f"{len(failed)} failed, logs in {out / 'logs'}: " + "; ".join(failed))
 

@@ -41,13 +41,15 @@ def split(folder: images.ImageFolder, count: int, seed: int) -> dict[str, list[P
     Raises:
         UserError: a class would have no image left in `rest`.
     """
+    for name, images_of_class in zip(folder.classes, folder.counts(), strict=True):
+        if count >= images_of_class:
+            raise UserError(f"--held-out {count}: class {name} has only {images_of_class} images")
     held_out: set[int] = set()
-    order = shuffle(seed, ORDER, 0, len(folder.files))
-    for label, name in enumerate(folder.classes):
-        rows = [row for row in order.tolist() if folder.labels[row] == label]
-        if count >= len(rows):
-            raise UserError(f"--held-out {count}: class {name} has only {len(rows)} images")
-        held_out.update(rows[:count])
+    labels, wanted = folder.labels.tolist(), [count] * len(folder.classes)
+    for row in shuffle(seed, ORDER, 0, len(folder.files)).tolist():
+        if wanted[labels[row]]:
+            wanted[labels[row]] -= 1
+            held_out.add(row)
     parts: dict[str, list[Path]] = {"held_out": [], "rest": []}
     for row, path in enumerate(folder.files):
         parts["held_out" if row in held_out else "rest"].append(path)

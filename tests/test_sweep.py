@@ -1,5 +1,6 @@
 """The sweep: what it plans, that it can be stopped and repeated, and what it makes of results."""
 
+import dataclasses
 import json
 import os
 import shlex
@@ -101,7 +102,8 @@ def test_a_plan_file_is_overridden_by_flags_and_checked(tmp_path, monkeypatch):
 
 def task(tmp_path, name, code) -> sweep.Task:
     done = tmp_path / name
-    return sweep.Task(name, ["-c", code.format(done=str(done))], done, {})
+    record = tmp_path / f"{name}.command"
+    return sweep.Task(name, ["-c", code.format(done=str(done))], done, record, {})
 
 
 WRITE = "open({done!r}, 'a').write('x')"
@@ -118,6 +120,33 @@ def test_finished_tasks_are_skipped_and_failures_do_not_stop_the_others(tmp_path
     assert all(task.done.read_text() == "x" for task in tasks[2:])
 
 
+def test_a_task_with_other_flags_is_not_done(tmp_path):
+    """Its command is started again, and refuses what it finds; the result is not collected."""
+    first = task(tmp_path, "a", WRITE)
+    assert sweep.run_all([first], [{}], tmp_path / "logs", "runs") == []
+    other = task(tmp_path, "a", "print('other settings'); raise SystemExit(2)")
+    assert first.is_done() and not other.is_done()
+    failed = sweep.run_all([other], [{}], tmp_path / "logs", "runs")
+    assert failed == ["a: other settings"]
+    assert sweep.collect([other]) == []
+
+
+def test_methods_whose_folders_would_be_the_same_are_refused(tmp_path):
+    both = {
+        "soft 1/4": {"like": "soft", "flags": "--temperature 4"},
+        "soft 1-4": {"like": "soft", "flags": ""},
+    }
+    with pytest.raises(UserError, match="'soft 1-4' and 'soft 1/4' are both soft-1-4"):
+        sweep.run_tasks(dataclasses.replace(settings(tmp_path), methods=both))
+
+
+def test_more_jobs_than_gpus_share_them(monkeypatch):
+    monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    names = [slot["CUDA_VISIBLE_DEVICES"] for slot in sweep.machine_slots(3)]
+    assert names == ["3", "5", "3"]
+
+
 @pytest.mark.slow
 def test_a_killed_sweep_takes_its_run_along_and_continues(tmp_path):
     """The planner dies by SIGKILL; the run that it had started must not go on by itself."""
@@ -128,7 +157,7 @@ def test_a_killed_sweep_takes_its_run_along_and_continues(tmp_path):
     code = (
         "import sys; sys.path.insert(0, {root!r})\n"
         "from pathlib import Path\nfrom analysis import sweep\n"
-        "tasks = [sweep.Task('a', ['-c', {code!r}], Path('/nowhere'), {{}})]\n"
+        "tasks = [sweep.Task('a', ['-c', {code!r}], *[Path('/nowhere')] * 2, {{}})]\n"
         "sweep.run_all(tasks, [{{}}], Path({logs!r}), 'runs')\n"
     ).format(root=str(ROOT), code=forever, logs=str(tmp_path / "logs"))
     planner = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
@@ -166,7 +195,7 @@ def test_results_become_csv_table_and_plots(tmp_path):
         size = 0 if one.facts["method"] == "hard" else 100 * one.facts["slc"]
         one.done.write_text(result(50.0 + place, size))
     out = tmp_path / "out"
-    sweep.report(tasks, out)
+    sweep.report(tasks, sweep.collect(tasks), out)
     rows = sweep.read_csv(out / "results.csv")
     assert rows == sweep.collect(tasks)
     table = (out / "table.md").read_text().splitlines()

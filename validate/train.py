@@ -281,6 +281,10 @@ def make_plan(args: argparse.Namespace) -> Plan:
     sizes, fingerprint = images.inspect(folder)
     labels = open_labels(args, dataset, folder, fingerprint)
 
+    if args.temperature_end == args.temperature:
+        raise UserError(
+            f"--temperature-end {args.temperature_end:g} is --temperature: no annealing"
+        )
     passes, batch_numbers = choose_batches(args, labels)
     soft, hard = count_epochs(args, passes, dataset.num_classes)
     phases = schedule.phases(args.schedule, soft, hard, max(passes, 1))
