@@ -184,7 +184,12 @@ def agreement(args: argparse.Namespace) -> bool:
         for group in GROUPS:
             checks += group(bench)
     rows = [{**vars(check), "passed": check.passed} for check in checks]
-    header = {"machine": describe_machine(machine.device), "date": date.today().isoformat()}
+    header = {
+        "command": " ".join(["python benchmarks/gpu_check.py", *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+        "machine": describe_machine(machine.device),
+        "torch": str(torch.__version__),
+    }
     args.out.mkdir(parents=True, exist_ok=True)
     atomic_write(args.out / "agreement.json", to_json({**header, "checks": rows}))
     for check in checks:
