@@ -104,6 +104,7 @@ class Study:
         min_scale: smallest crop.
         distortions: of klt in the first question.
         budgets: bytes: those of one fp16 label for each of so many images per class.
+        hald_budgets: those of them that the HALD schedule is trained with, too.
         rivals: codecs with settings in the second question, as flags of relabel/compress.py.
         temperatures, rates, smoothings: to choose from.
     """
@@ -118,6 +119,7 @@ class Study:
     min_scale: float
     distortions: tuple[float, ...]
     budgets: tuple[int, ...]
+    hald_budgets: tuple[int, ...]
     rivals: tuple[str, ...]
     temperatures: tuple[float, ...]
     rates: tuple[float, ...]
@@ -138,7 +140,8 @@ STUDIES = {
         passes=30,
         min_scale=0.5,
         distortions=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1),
-        budgets=(3, 5, 10),
+        budgets=(3, 5, 7, 10),
+        hald_budgets=(5,),
         rivals=("topk --topk 10", "quant --bits 4", "klt --distortion 0.01"),
         temperatures=(2, 4, 10, 20),
         rates=(0.001, 0.003),
@@ -155,6 +158,7 @@ STUDIES = {
         min_scale=0.3,
         distortions=(0.005, 0.02, 0.05),
         budgets=(5, 10),
+        hald_budgets=(5, 10),
         rivals=("topk --topk 2", "quant --bits 4", "klt --distortion 0.01"),
         temperatures=(2, 4, 10, 20),
         rates=(0.001, 0.003),
@@ -338,7 +342,7 @@ class Workplace:
                 numbers = pool.take(labels.batches_per_pass)
                 engine.train_soft_epoch(trainer, source, labels, numbers, run.temperature, "T2")
             else:
-                views = draw(spec, labels.sizes, run.seed, epoch + 1)
+                views = list(draw(spec, labels.sizes, run.seed, epoch + 1))
                 engine.train_hard_epoch(trainer, source, views, labels.hard_labels, run.smoothing)
         pixels, targets = self.evaluation("val" if run.question == "choice" else "test")
         found = engine.evaluate(model, pixels, targets, source.mean, source.std, MACHINE)
@@ -404,16 +408,16 @@ def grid(place: Workplace, finish: Callable[[list[Run]], list[dict]]) -> None:
                 seed=seed,
                 epochs=study.long,
             )
-            for schedule in ("soft", "hald")
+            for schedule, budgets in (("soft", study.budgets), ("hald", study.hald_budgets))
             for seed in SEEDS
-            for budget in study.budgets
+            for budget in budgets
             for codec in ("fp16", *study.rivals)
         ]
     )
 
 
 class OutOfTime(Exception):
-    """The minutes of this call are used up."""
+    """The minutes of this call are used up before the settings are chosen."""
 
 
 def work(place: Workplace, minutes: float, share: tuple[int, int]) -> list[dict]:
@@ -426,11 +430,11 @@ def work(place: Workplace, minutes: float, share: tuple[int, int]) -> list[dict]
         for number, run in enumerate(bar):
             done = (place.home / "runs" / f"{run.name()}.json").exists()
             mine = number % share[1] == share[0] or run.question == "choice"
-            if not done and mine and time.monotonic() > deadline:
-                raise OutOfTime
-            if done or mine:
+            if done or (mine and time.monotonic() < deadline):
                 lines.append(place.at(run.ipc).run(run))
-                rows.append(lines[-1])
+        rows.extend(lines)
+        if len(lines) < len(runs) and runs[0].question == "choice":
+            raise OutOfTime
         return lines
 
     with contextlib.suppress(OutOfTime):
@@ -443,6 +447,12 @@ def mean_std(rows: list[dict]) -> tuple[float, float]:
     """Mean and sample standard deviation of top-1 over seeds."""
     values = [float(row["top1"]) for row in rows]
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def accuracy(rows: list[dict]) -> str:
+    """ "81.2 ± 0.4 (3)": mean, standard deviation and number of seeds; "81.2 (1)" of one seed."""
+    mean, std = mean_std(rows)
+    return f"{mean:.1f} ± {std:.1f} ({len(rows)})" if len(rows) > 1 else f"{mean:.1f} (1)"
 
 
 def groups(rows: list[dict], *keys: str) -> dict[tuple[str, ...], list[dict]]:
@@ -484,25 +494,27 @@ def tables(rows: list[dict]) -> str:
     """The README's tables, in Markdown."""
     lines = []
     near = groups([row for row in rows if row["question"] == "near-lossless"], "data", "codec")
-    lines += ["| data | labels | bytes per label | factor | distortion at T = 20 | top-1 (%) |"]
+    lines += [
+        "| data | labels | bytes per label | factor | distortion at T = 20 | top-1 (%), seeds |"
+    ]
     lines += ["|---|---|---|---|---|---|"]
     within: dict[str, float] = {}
     for (data, codec), found in near.items():
         whole = near[data, "fp16"]
-        size, (mean, std) = float(found[0]["bytes_per_label"]), mean_std(found)
+        size = float(found[0]["bytes_per_label"])
         factor = float(whole[0]["bytes_per_label"]) / size
-        if mean >= mean_std(whole)[0] - mean_std(whole)[1]:
+        if mean_std(found)[0] >= mean_std(whole)[0] - mean_std(whole)[1]:
             within[data] = max(factor, within.get(data, 1))
         lines.append(
             f"| {data} | {codec.split()[0]} | {size:.1f} | {factor:.1f} | "
-            f"{float(found[0]['distortion_t20']):.4f} | {mean:.1f} ± {std:.1f} |"
+            f"{float(found[0]['distortion_t20']):.4f} | {accuracy(found)} |"
         )
     for data, factor in within.items():
         lines.append(
             f"\n{data}: no more than one standard deviation below fp16: {factor:.1f} times"
         )
     equal = [row for row in rows if row["question"] == "equal bytes"]
-    codecs = list(groups(equal, "codec"))
+    codecs = sorted(groups(equal, "codec"))
     names = " | ".join(short(codec) for (codec,) in codecs)
     lines += ["", f"| data | schedule | bytes | {names} |", "|---" * (3 + len(codecs)) + "|"]
     for (data, kind, _), found in groups(equal, "data", "schedule", "budget").items():
@@ -510,11 +522,7 @@ def tables(rows: list[dict]) -> str:
         cells = [f"{int(by_codec['fp16',][0]['label_bytes']):,}"]
         for codec in codecs:
             there = by_codec.get(codec)
-            cells.append(
-                f"{mean_std(there)[0]:.1f} ± {mean_std(there)[1]:.1f} ({there[0]['passes']})"
-                if there
-                else "–"
-            )
+            cells.append(f"{accuracy(there)}, {there[0]['passes']}" if there else "–")
         lines.append(f"| {data} | {kind} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -524,8 +532,10 @@ def plot(path: Path, rows: list[dict]) -> None:
     from matplotlib.figure import Figure
 
     data = list(groups(rows, "data"))
-    figure = Figure(figsize=(13, 4 * len(data)), layout="constrained")
-    panels = figure.subplots(len(data), 3, squeeze=False)
+    kinds = list(dict.fromkeys(r["schedule"] for r in rows if r["question"] == "equal bytes"))
+    columns = 1 + len(kinds)
+    figure = Figure(figsize=(4.5 * columns, 4 * len(data)), layout="constrained")
+    panels = figure.subplots(len(data), columns, squeeze=False)
     for (left, *others), (name,) in zip(panels, data, strict=True):
         chosen = [row for row in rows if row["data"] == name]
         near = groups([row for row in chosen if row["question"] == "near-lossless"], "codec")
@@ -536,24 +546,26 @@ def plot(path: Path, rows: list[dict]) -> None:
             _, mean, std = points[0]
             left.axhspan(mean - std, mean + std, color="grey", alpha=0.3)
             left.axhline(mean, color="grey", label=f"fp16, {points[0][0]:.0f} bytes: mean, std")
-            left.set(xscale="log", xlabel="bytes on disk per label", ylabel="top-1 (%)")
+            left.set(xlabel="bytes on disk per label", ylabel="top-1 (%)", xlim=(0, None))
             left.set_title(f"{name}: one label per image, soft only")
             left.legend()
         equal = [row for row in chosen if row["question"] == "equal bytes"]
-        for axes, kind in zip(others, ("soft", "hald"), strict=True):
+        for axes, kind in zip(others, kinds, strict=True):
             there = [row for row in equal if row["schedule"] == kind]
+            axes.set_visible(bool(there))
             for place, ((codec,), found) in enumerate(groups(there, "codec").items()):
                 points = [
-                    (int(f[0]["label_bytes"]), *mean_std(f))
+                    (int(f[0]["label_bytes"]) / 1000, *mean_std(f))
                     for f in groups(found, "budget").values()
                 ]
                 sizes, means, stds = zip(*points, strict=True)
                 style = {"fmt": f"C{place}o-", "capsize": 3, "label": short(codec)}
                 axes.errorbar(sizes, means, stds, **style)
             title = "soft only" if kind == "soft" else "HALD (T2)"
-            axes.set(title=f"{name}: {title}", xlabel="bytes of labels on disk", xscale="log")
+            axes.set(title=f"{name}: {title}", xlabel="labels on disk (kB)", xlim=(0, None))
             axes.set_ylabel("top-1 (%)")
-            axes.legend()
+            if there:
+                axes.legend(loc="lower right")
     for axes in panels.flat:
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
@@ -595,10 +607,12 @@ def main() -> None:
         if args.work_dir is None:
             raise UserError("--work-dir is needed to run a study")
         torch.set_num_threads(1)
+        rows = []
+        for name, folder in chosen.items():
+            place = Workplace(STUDIES[name], folder, args.work_dir / name)
+            rows += work(place, args.minutes, args.share)
         others = read_csv(result) if result.exists() else []
-        rows = [row for row in others if row["data"] not in chosen]
-        for name, images in chosen.items():
-            rows += work(Workplace(STUDIES[name], images, args.work_dir), args.minutes, args.share)
+        rows += [row for row in others if row["data"] not in chosen]
         if not rows:
             print("prepared; no run is finished yet")
             return

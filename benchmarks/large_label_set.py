@@ -17,6 +17,7 @@ if not __package__:  # run as a plain script: imports start at the repository ro
 import argparse
 import csv
 import os
+import re
 import subprocess
 import time
 from datetime import date
@@ -69,15 +70,19 @@ def cut_photos(photos: list[Path], folder: Path) -> None:
 
 def command(*arguments: object) -> tuple[float, int]:
     """Runs a Python script on one thread; its wall seconds and its peak memory in bytes."""
-    start = time.perf_counter()
+    start, peak = time.perf_counter(), 0
     process = subprocess.Popen(
         [sys.executable, *map(str, arguments)], env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    while process.poll() is None:
+        # Not getrusage: its maximum counts this process before the new program was loaded.
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        if found := re.search(r"VmHWM:\s+(\d+) kB", status):
+            peak = 1024 * int(found[1])
+        time.sleep(0.05)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, process.args)
-    return time.perf_counter() - start, usage.ru_maxrss * 1024
+    return time.perf_counter() - start, peak
 
 
 def lost(labels: LabelSet, reference: LabelSet) -> float:
