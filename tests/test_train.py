@@ -323,11 +323,11 @@ def test_scripts_and_modules_start_from_anywhere(entry):
 
 
 def test_soft_epochs_by_themselves(world, tmp_path, command):
-    """Two labels per image of four classes tell 2 x log10(4) = 1.2: a quarter of 2 x 2 epochs."""
+    """Two labels per image of four classes tell 2 x log10(4) = 1.2: half of 2 x 2 epochs."""
     arguments = train_arguments(world, tmp_path / "run", "--soft-epochs", "auto")
     done = command(train.main, *arguments)
-    assert done.code == 0 and "--soft-epochs auto: 1 soft and 3 hard epochs, for 2" in done.out
-    assert [line["kind"] for line in log(tmp_path / "run")] == ["hard", "hard", "hard", "soft"]
+    assert done.code == 0 and "--soft-epochs auto: 2 soft and 2 hard epochs, for 2" in done.out
+    assert [line["kind"] for line in log(tmp_path / "run")] == ["soft", "hard", "hard", "soft"]
     refused = command(train.main, *arguments, "--schedule", "soft:1")
     assert refused.code == 2 and "names its epochs itself" in refused.err
     refused = command(train.main, *arguments, "--soft-epochs", "many")
