@@ -88,9 +88,8 @@ def draw(rows: list[dict], kinds: list[str], temperature: float, path: Path) -> 
     lower.set_ylabel("norm of the gradient")
     lower.set_xlabel("epoch")
     for axes in (upper, lower):
-        handles, _ = axes.get_legend_handles_labels()
         runlog.shade_phases(axes, kinds)
-        axes.legend(handles=[*handles, *axes.get_legend().legend_handles], fontsize=8)
+        axes.legend(fontsize=8, ncols=2)
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
