@@ -23,7 +23,7 @@ import torch
 from matplotlib.figure import Figure
 
 from analysis.replay import Replay, gradients, plan_of, two_losses, weights_of
-from analysis.sweep import write_csv
+from analysis.sweep import provenance, this_command, write_csv
 from utils import cli
 from utils.cli import UserError, bounded
 from utils.files import atomic_write
@@ -109,7 +109,7 @@ def main() -> None:
                 )
                 print(", ".join(f"{key} {value}" for key, value in rows[-1].items()))
     replay.bar.close()
-    write_csv(rows, args.out.with_suffix(".csv"))
+    write_csv(rows, args.out.with_suffix(".csv"), provenance(this_command()))
     title = (
         f"{plan.settings['model']} on {plan.dataset.num_classes} classes, soft loss at "
         f"T = {plan.settings['temperature']:g}"

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from analysis.compare import load_group, mean_std
 from analysis.replay import plan_of
-from analysis.sweep import write_csv
+from analysis.sweep import provenance, this_command, write_csv
 from utils import cli, images, runlog
 from utils.cli import bounded
 from utils.datasets import Dataset
@@ -125,7 +125,7 @@ def main() -> None:
             val_dir = args.val_dir or plan_of(run).validation.root
             found = measure(run, val_dir, args.images, args.min_scale)
             rows.append({"group": name, "run": run.name, **found})
-    write_csv(rows, args.out.with_suffix(".csv"))
+    write_csv(rows, args.out.with_suffix(".csv"), provenance(this_command()))
     draw_bars(rows, names, args.out.with_suffix(".png"))
     for name in names:
         own = [row for row in rows if row["group"] == name]

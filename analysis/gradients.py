@@ -21,7 +21,7 @@ import torch
 from matplotlib.figure import Figure
 
 from analysis.replay import Replay, gradients, plan_of, two_losses
-from analysis.sweep import write_csv
+from analysis.sweep import provenance, this_command, write_csv
 from utils import cli, runlog
 from utils.cli import UserError, bounded
 from utils.files import atomic_write
@@ -108,7 +108,7 @@ def main() -> None:
         replay.epochs.run(epoch)
     rows.append({"epoch": len(plan.kinds), "kind": plan.kinds[-1], **measure(replay, args.batches)})
     replay.bar.close()
-    write_csv(rows, args.out.with_suffix(".csv"))
+    write_csv(rows, args.out.with_suffix(".csv"), provenance(this_command()))
     draw(rows, plan.kinds, plan.settings["temperature"], args.out.with_suffix(".png"))
     cosines = [row["cosine"] for row in rows]
     print(

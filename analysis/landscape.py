@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from analysis.sweep import write_csv
+from analysis.sweep import provenance, this_command, write_csv
 from utils import cli, images, runlog
 from utils.cli import UserError, bounded
 from utils.datasets import Dataset
@@ -164,7 +164,7 @@ def main() -> None:
     for name, vector in zip(names, vectors, strict=True):
         loss, top1 = loss_at(model, vector, inputs, picked.labels)
         print(f"{name}: cross-entropy {loss:.3f} nats, top-1 {top1:.1f} % (batch statistics)")
-    write_csv(rows, args.out.with_suffix(".csv"))
+    write_csv(rows, args.out.with_suffix(".csv"), provenance(this_command()))
     draw(rows, names, places, args.points, args.out.with_suffix(".png"))
 
 

@@ -15,12 +15,8 @@ if not __package__:  # run as a plain script: imports start at the repository ro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-import datetime
-import platform
 import re
 import statistics
-
-import torch
 
 from analysis import sweep
 from utils import cli
@@ -50,10 +46,7 @@ def collect(plan: str) -> None:
     rows = sweep.collect(tasks)
     if len(rows) < len(tasks):
         raise UserError(f"{plan}: {len(tasks) - len(rows)} of {len(tasks)} runs are not finished")
-    about = (
-        f"{datetime.date.today()}; {rows[0]['device']}, {platform.machine()}; torch "
-        f"{torch.__version__}; bash scripts/run_sweep.sh --plan analysis/plans/{plan}.yaml"
-    )
+    about = sweep.provenance(f"bash scripts/run_sweep.sh --plan analysis/plans/{plan}.yaml")
     sweep.write_csv(rows, RESULTS / f"{plan}.csv", about)
 
 

@@ -22,9 +22,11 @@ import argparse
 import csv
 import ctypes
 import dataclasses
+import datetime
 import io
 import itertools
 import os
+import platform
 import re
 import shlex
 import signal
@@ -453,6 +455,19 @@ def collect(tasks: list[Task]) -> list[dict]:
             }
         )
     return rows
+
+
+def provenance(command: str) -> str:
+    """When, on what machine and by which command something is measured; for `write_csv`."""
+    machine = f"{len(os.sched_getaffinity(0))}-core {platform.machine()}"
+    if torch.cuda.is_available():
+        machine = torch.cuda.get_device_name()
+    return f"{datetime.date.today()}; {machine}; torch {torch.__version__}; {command}"
+
+
+def this_command() -> str:
+    """The command line of the running entry script."""
+    return shlex.join(["python", f"analysis/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 
 def write_csv(rows: list[dict], path: Path, about: str = "") -> None:

@@ -19,7 +19,7 @@ import torch
 from matplotlib.figure import Figure
 
 from analysis.replay import Replay, plan_of
-from analysis.sweep import write_csv
+from analysis.sweep import provenance, this_command, write_csv
 from utils import cli
 from utils.cli import UserError, bounded
 from utils.files import atomic_write
@@ -127,7 +127,7 @@ def main() -> None:
     ]
     for row in rows:
         row["relative_update"] = float(f"{row['relative_update']:.4g}")
-    write_csv(rows, args.out.with_suffix(".csv"))
+    write_csv(rows, args.out.with_suffix(".csv"), provenance(this_command()))
     draw(rows, names, titles, args.out.with_suffix(".png"))
     last = len(titles) - 1
     for name in names:

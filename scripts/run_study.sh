@@ -57,4 +57,18 @@ plans=(fashion_tune fashion fashion_share fashion_plain_tune digits_tune digits 
 for plan in "${plans[@]}"; do
     "$PYTHON" analysis/sweep.py --plan "analysis/plans/$plan.yaml" --jobs 2
 done
+# For the figure of the stall: published at the T of the balanced run.
+"${train[@]}" --data-dir "$study/digits_ipc5" --label-dir "$study/digits_labels" \
+    --val-dir "$study/digits_split/held_out" --output-dir "$study/stall_published" \
+    --dataset digits --slc 15 --temperature 20 --label-smoothing 0.1 --lr 0.001 --eta 2 \
+    --eval-every 100
+out=analysis/results
+runs=$study/digits_runs/runs
+"$PYTHON" analysis/updates.py --out "$out/updates" "published=$study/stall_published" \
+    "soft loss x T²=$runs/balanced_slc15_ipc5_ConvNetW32_seed0" \
+    "state reset=$runs/reset_slc15_ipc5_ConvNetW32_seed0"
+"$PYTHON" analysis/gradients.py --run "$runs/balanced_slc15_ipc5_ConvNetW32_seed0" \
+    --out "$out/gradients" --every 15
+"$PYTHON" analysis/adam_eps.py --run "$study/resnet18/runs/published_slc15_ipc5_ResNet18_seed0" \
+    --out "$out/adam_eps" --batches 2
 "$PYTHON" analysis/study.py --collect "${plans[@]}"

@@ -69,8 +69,9 @@ def test_gradients_and_updates_draw_and_record(run, tmp_path, command):
     assert done.code == 0, done.err
     for name in ("g", "u"):
         assert Image.open(tmp_path / f"{name}.png").size[0] > 600
-    assert len((tmp_path / "g.csv").read_text().splitlines()) == 1 + 3
-    assert len((tmp_path / "u.csv").read_text().splitlines()) == 1 + 2 * 6
+    about, *lines = (tmp_path / "g.csv").read_text().splitlines()
+    assert about.startswith("# ") and "--every 2" in about and len(lines) == 1 + 3
+    assert len((tmp_path / "u.csv").read_text().splitlines()) == 2 + 2 * 6
 
 
 def test_update_lengths_are_those_of_the_weights(run):
@@ -111,7 +112,7 @@ def test_consistency_compares_groups(run, tmp_path, command):
     )
     assert done.code == 0, done.err
     assert "balanced: divergence" in done.out and (tmp_path / "c.png").exists()
-    row = (tmp_path / "c.csv").read_text().splitlines()[1].split(",")
+    row = (tmp_path / "c.csv").read_text().splitlines()[2].split(",")
     assert row[:2] == ["balanced", "studied_seed0"] and 0 <= float(row[2]) < 0.5
 
 
@@ -139,7 +140,7 @@ def test_the_landscape_holds_the_three_students(world, run, tmp_path, command):
     done = command(landscape.main, *arguments, "--points", 3)
     assert done.code == 0, done.err
     assert Image.open(tmp_path / "l.png").size[0] > 600
-    assert len((tmp_path / "l.csv").read_text().splitlines()) == 10
+    assert len((tmp_path / "l.csv").read_text().splitlines()) == 11
     same = command(landscape.main, "--out", tmp_path / "l", *[f"a={run}"] * 3, *arguments[5:])
     assert same.code == 2 and "the same" in same.err
 
@@ -152,7 +153,7 @@ def test_numbers_of_plots_are_read_back(tmp_path):
 def test_sizes_of_gradients_are_told_for_fresh_and_trained_weights(run, tmp_path, command):
     done = command(adam_eps.main, "--run", run, "--out", tmp_path / "e", "--batches", 1)
     assert done.code == 0, done.err
-    rows = [line.split(",") for line in (tmp_path / "e.csv").read_text().splitlines()]
+    rows = [line.split(",") for line in (tmp_path / "e.csv").read_text().splitlines()[1:]]
     assert [row[1:4] for row in rows[1:5]] == [
         ["fresh weights", "fp32", "none"],
         ["fresh weights", "fp32", "T2"],
