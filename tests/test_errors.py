@@ -222,6 +222,13 @@ TRAIN = {
     "negative epochs": (None, ["--hard-epochs", -5], "must be at least 0"),
     "not a number": (None, ["--lr", "fast"], "'fast' is not a number"),
     "soft labels without labels": (None, ["--slc", 4], "use a multiple of 3 up to 6"),
+    "a flag of joint epochs": (None, ["--hard-share", 0.2], "--hard-share is for joint epochs"),
+    "a flag of soft epochs": (
+        None,
+        ["--schedule", "hard:1", "--temperature-end", 4],
+        "--temperature-end is for joint or soft or static epochs",
+    ),
+    "no annealing": (None, ["--temperature-end", 20], "is what --temperature is"),
     "negative smoothing": (None, ["--label-smoothing", -1], "must be between 0 and 1"),
 }
 

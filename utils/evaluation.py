@@ -1,4 +1,4 @@
-"""Validation images, decoded once: one memory-mapped file of pixels that later runs open at once.
+"""Validation images, decoded once: a memory-mapped file of pixels, verified when it is opened.
 
 A cache file is a header of 4096 bytes (JSON, padded with spaces) and then uint8 pixels
 [images, 3, S, S]. The header's key is a hash over name, size, modification and change time of

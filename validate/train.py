@@ -114,9 +114,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     recipe.add_argument(
         "--hard-share",
         type=bounded(float, 0, 1),
-        default=0.5,
         metavar="X",
-        help="weight of the hard loss in joint epochs",
+        help="weight of the hard loss in joint epochs (default: 0.5)",
     )
     recipe.add_argument(
         "--min-scale",
@@ -231,6 +230,19 @@ def choose_batches(args: argparse.Namespace, labels: LabelSet | None) -> tuple[i
     return passes, schedule.pruned(stored, kept, args.seed)
 
 
+def check_used(args: argparse.Namespace, kinds: list[str]) -> None:
+    """Raises UserError for a flag that means nothing in a schedule of these kinds of epoch."""
+    users = {
+        "hard_share": ({"joint"}, args.hard_share is not None),
+        "temperature_end": ({"soft", "joint", "static"}, args.temperature_end is not None),
+        "slc_from": ({"soft", "joint"}, args.slc_from == "random"),
+    }
+    for name, (of, given) in users.items():
+        if given and not of & {*kinds}:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} is for {' or '.join(sorted(of))} epochs; this run has none")
+
+
 def check_static(args: argparse.Namespace, labels: LabelSet) -> None:
     """Raises UserError unless every image has a label of its own: unmixed, and none left out."""
     if args.slc_from == "random":
@@ -282,9 +294,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     labels = open_labels(args, dataset, folder, fingerprint)
 
     if args.temperature_end == args.temperature:
-        raise UserError(
-            f"--temperature-end {args.temperature_end:g} is --temperature: no annealing"
-        )
+        raise UserError(f"--temperature-end {args.temperature_end:g} is what --temperature is")
     passes, batch_numbers = choose_batches(args, labels)
     soft, hard = count_epochs(args, passes, dataset.num_classes)
     phases = schedule.phases(args.schedule, soft, hard, max(passes, 1))
@@ -292,6 +302,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     for kind in sorted({*kinds} - {"hard"}):
         if labels is None:
             raise UserError(f"schedule {args.schedule} has {kind} epochs: give --label-dir")
+    check_used(args, kinds)
     if "static" in kinds:
         check_static(args, labels)
     counts = set(folder.counts())
@@ -334,7 +345,9 @@ def make_plan(args: argparse.Namespace) -> Plan:
         "slc_from": args.slc_from if args.slc_from == "random" else None,
         "temperature_end": args.temperature_end,
         "reset_optimizer": args.reset_optimizer or None,
-        "hard_share": args.hard_share if "joint" in kinds else None,
+        "hard_share": (0.5 if args.hard_share is None else args.hard_share)
+        if "joint" in kinds
+        else None,
     }
     if machine.world > 1:
         optional["processes"] = machine.world
