@@ -88,6 +88,15 @@ def test_a_run_stopped_between_two_refills_draws_the_rest_of_the_pool(
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.fixture
+def heeded():
+    """Ctrl-C as in a terminal: what a shell starts in the background ignores it."""
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, earlier)
+
+
+@pytest.mark.usefixtures("heeded")
 @pytest.mark.parametrize(
     ("name", "batch", "where", "more"),
     [
@@ -204,6 +213,7 @@ def test_a_signal_to_the_whole_group_leaves_decoding_workers_alive(world, tmp_pa
     assert (tmp_path / "run" / "checkpoint.pt").exists()
 
 
+@pytest.mark.usefixtures("heeded")
 def test_the_same_signal_again_ends_at_once_but_not_within_a_second(
     world, tmp_path, command, monkeypatch
 ):
