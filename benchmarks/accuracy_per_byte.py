@@ -565,7 +565,7 @@ def plot(path: Path, rows: list[dict]) -> None:
             axes.set(title=f"{name}: {title}", xlabel="labels on disk (kB)", xlim=(0, None))
             axes.set_ylabel("top-1 (%)")
             if there:
-                axes.legend(loc="lower right")
+                axes.legend(loc="lower center")
     for axes in panels.flat:
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
