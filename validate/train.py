@@ -302,9 +302,9 @@ def make_plan(args: argparse.Namespace) -> Plan:
     for kind in sorted({*kinds} - {"hard"}):
         if labels is None:
             raise UserError(f"schedule {args.schedule} has {kind} epochs: give --label-dir")
-    check_used(args, kinds)
     if "static" in kinds:
         check_static(args, labels)
+    check_used(args, kinds)
     counts = set(folder.counts())
     lr, eta, source = published_hyper(
         dataset.name, args.model, counts.pop() if len(counts) == 1 else None
