@@ -14,12 +14,14 @@ from utils import cli, images, runlog
 from utils.cli import UserError
 from utils.files import load_tensors
 from utils.labels import first_difference
-from validate import engine, train
+from validate import engine
+from validate.plan import Plan, make_plan, parse_arguments
+from validate.session import EpochRunner, build_student
 
 _DESCRIBED_BY_NAME = ("num_classes", "input_size", "mean", "std")  # flags of custom data sets only
 
 
-def plan_of(run: Path) -> train.Plan:
+def plan_of(run: Path) -> Plan:
     """The plan of a run folder, its images and labels opened and checked again.
 
     Raises:
@@ -33,7 +35,7 @@ def plan_of(run: Path) -> train.Plan:
     values = {**record["others"], **record["settings"]}
     values["amp"] = values["precision"]
     arguments = []
-    for name in vars(train.parse_arguments(_required(values))):
+    for name in vars(parse_arguments(_required(values))):
         value = values.get(name)
         if str(value) in ("None", "False"):
             continue
@@ -42,7 +44,7 @@ def plan_of(run: Path) -> train.Plan:
         arguments.append("--" + name.replace("_", "-"))
         if str(value) != "True":
             arguments += map(str, value if isinstance(value, list) else [value])
-    plan = train.make_plan(train.parse_arguments(arguments))
+    plan = make_plan(parse_arguments(arguments))
     if difference := first_difference(record["settings"], plan.settings):
         raise UserError(f"{run} cannot be trained again as it was: {difference}")
     return plan
@@ -59,13 +61,13 @@ class Replay:
 
     Attributes:
         plan, model, optimizer: what is trained.
-        epochs: see train.EpochRunner; `epochs.run(epoch)` in order.
+        epochs: see validate.session.EpochRunner; `epochs.run(epoch)` in order.
         source: renders views of the distilled images.
     """
 
-    def __init__(self, plan: train.Plan, what: str):
+    def __init__(self, plan: Plan, what: str):
         self.plan = plan
-        self.model, self.optimizer = train.build_student(plan)
+        self.model, self.optimizer = build_student(plan)
         device = plan.machine.device
         self.source = images.open_images(plan.folder, plan.sizes, plan.dataset, device, 0)
         total = len(plan.kinds) * len(plan.folder.files)
@@ -74,11 +76,11 @@ class Replay:
         trainer = engine.Trainer(
             *(self.model, self.optimizer, scaler, plan.machine, accumulated, self.bar.update)
         )
-        self.epochs = train.EpochRunner(plan, trainer, self.source)
+        self.epochs = EpochRunner(plan, trainer, self.source)
 
 
 def two_losses(
-    plan: train.Plan, epochs: train.EpochRunner, number: int, logits: torch.Tensor
+    plan: Plan, epochs: EpochRunner, number: int, logits: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Hard loss, and soft loss without T^2, of logits [B, C] for stored label batch `number`."""
     labels, settings = epochs.labels, plan.settings

@@ -15,7 +15,7 @@ from PIL import Image
 from relabel import generate, teacher
 from utils import files, images
 from utils.cli import UserError
-from validate import evaluate, train
+from validate import engine, evaluate, train
 
 
 class Code:
@@ -347,14 +347,14 @@ def test_a_damaged_finished_pass_is_named_when_continuing(copied, command):
 
 
 def test_nan_loss_stops_and_keeps_the_checkpoint(world, tmp_path, command, monkeypatch):
-    original = train.engine.train_hard_epoch
+    original = engine.train_hard_epoch
 
     def broken(trainer, *rest):
         result = original(trainer, *rest)
         result.loss = float("nan")
         return result
 
-    monkeypatch.setattr(train.engine, "train_hard_epoch", broken)
+    monkeypatch.setattr(engine, "train_hard_epoch", broken)
     arguments = train_arguments(world, tmp_path / "run", "--eval-every", 1)
     done = command(train.main, *arguments)
     assert done.code == 2 and "the loss became nan in epoch 2 (hard labels)" in done.err

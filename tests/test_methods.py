@@ -14,6 +14,7 @@ from utils import images
 from utils.labels import LabelSet
 from utils.views import ViewSpec, draw, normalise
 from validate import engine, schedule, train
+from validate.plan import make_plan, parse_arguments
 
 
 class Flat(nn.Module):
@@ -143,21 +144,20 @@ def test_pruning_keeps_so_many_different_batches():
     assert kept != schedule.pruned(40, 10, seed=2) and kept == schedule.pruned(40, 10, seed=1)
 
 
-def plan_of(world, monkeypatch, tmp_path, *more):
-    arguments = map(str, train_arguments(world, tmp_path / "run", *more))
-    monkeypatch.setattr("sys.argv", ["train.py", *arguments])
-    return train.make_plan(train.parse_arguments())
+def plan_of(world, tmp_path, *more):
+    arguments = train_arguments(world, tmp_path / "run", *more)
+    return make_plan(parse_arguments([*map(str, arguments)]))
 
 
-def test_random_choice_takes_as_many_batches_from_all_passes(world, monkeypatch, tmp_path):
+def test_random_choice_takes_as_many_batches_from_all_passes(world, tmp_path):
     """Two passes of three batches; --slc 3 is one pass."""
     chosen = [
-        plan_of(world, monkeypatch, tmp_path, "--slc", 3, "--slc-from", "random", "--seed", seed)
+        plan_of(world, tmp_path, "--slc", 3, "--slc-from", "random", "--seed", seed)
         for seed in range(8)
     ]
     assert all(len(plan.batch_numbers) == 3 and plan.settings["passes"] == 1 for plan in chosen)
     assert set().union(*(plan.batch_numbers for plan in chosen)) == set(range(6))
-    first = plan_of(world, monkeypatch, tmp_path, "--slc", 3)
+    first = plan_of(world, tmp_path, "--slc", 3)
     assert first.batch_numbers == [0, 1, 2]
     assert chosen[0].settings["slc_from"] == "random" and "slc_from" not in first.settings
 
@@ -179,10 +179,10 @@ def test_a_run_of_every_new_kind_records_what_it_used(world, tmp_path, command):
 
 
 def test_the_static_method_trains_on_random_crops_of_labelled_whole_images(
-    world, whole_labels, tmp_path, command, monkeypatch
+    world, whole_labels, tmp_path, command
 ):
     static = ("--label-dir", whole_labels, "--schedule", "static", "--soft-loss-scale", "T2")
-    plan = plan_of(world, monkeypatch, tmp_path, *static)
+    plan = plan_of(world, tmp_path, *static)
     assert plan.spec.min_scale == 0.08 and plan.spec.mix == "cutmix"
     assert {*plan.kinds} == {"static"}
     done = command(train.main, *train_arguments(world, tmp_path / "run", *static))
@@ -208,7 +208,7 @@ def test_generate_labels_whole_images_at_min_scale_one(whole_labels):
 
 def test_the_optimiser_is_reset_at_each_switch(world, tmp_path, command, monkeypatch):
     resets = []
-    monkeypatch.setattr(train.engine, "forget", resets.append)
+    monkeypatch.setattr(engine, "forget", resets.append)
     more = ("--schedule", "soft:2,hard:1,soft:1", "--reset-optimizer")
     assert command(train.main, *train_arguments(world, tmp_path / "run", *more)).code == 0
     assert len(resets) == 2

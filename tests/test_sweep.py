@@ -18,7 +18,7 @@ from analysis import sweep
 from scripts import prepare_split
 from utils import images
 from utils.cli import UserError
-from validate import train
+from validate.plan import parse_arguments
 
 
 def settings(tmp_path, **more) -> sweep.Settings:
@@ -48,11 +48,10 @@ def test_a_plan_is_the_grid_but_for_what_does_not_depend_on_the_slc(tmp_path):
     ]
 
 
-def test_every_command_is_one_that_the_training_script_understands(tmp_path, monkeypatch):
+def test_every_command_is_one_that_the_training_script_understands(tmp_path):
     every = {f"my {name}": {"like": name, "flags": "--lr 0.5"} for name in sweep.METHODS}
     for task in sweep.run_tasks(settings(tmp_path, methods=every)):
-        monkeypatch.setattr("sys.argv", task.command)
-        args = train.parse_arguments()
+        args = parse_arguments(task.command[1:])
         assert args.lr == 0.5 and str(args.output_dir).endswith(task.name)
 
 

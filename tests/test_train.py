@@ -16,9 +16,10 @@ from conftest import ROOT, script, train_arguments, tree
 from PIL import Image
 
 import models
-from utils import cli, runlog
+from utils import cli, images, runlog
 from utils.images import StreamingImages
-from validate import evaluate, train
+from validate import engine, evaluate, session, train
+from validate.plan import published_hyper
 
 
 def weights(output):
@@ -48,18 +49,18 @@ def test_a_stopped_run_continues_to_the_same_weights(world, tmp_path, command, m
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert command(train.main, *train_arguments(world, whole)).code == 0
 
-    original = train.draw
+    original = session.draw
 
     def stop_in_the_fourth_epoch(spec, sizes, seed, epoch=0):
         if epoch == 3:
             raise KeyboardInterrupt
         return original(spec, sizes, seed, epoch)
 
-    monkeypatch.setattr(train, "draw", stop_in_the_fourth_epoch)
+    monkeypatch.setattr(session, "draw", stop_in_the_fourth_epoch)
     stopped = command(train.main, *train_arguments(world, parts))
     assert stopped.code == 130 and "the same command again continues" in stopped.err
     assert [line["epoch"] for line in log(parts)] == [1, 2]
-    monkeypatch.setattr(train, "draw", original)
+    monkeypatch.setattr(session, "draw", original)
     done = command(train.main, *train_arguments(world, parts))
     assert done.code == 0 and "continuing after epoch 2 of 4" in done.out
     assert accuracies(whole) == accuracies(parts) and same_weights(whole, parts)
@@ -72,7 +73,7 @@ def test_a_run_stopped_between_two_refills_draws_the_rest_of_the_pool(
     """Two passes of three batches: after three epochs of three, half the second shuffle is left."""
     more = ("--schedule", "soft:4", "--eval-every", 1)
     assert command(train.main, *train_arguments(world, tmp_path / "whole", *more)).code == 0
-    original, calls = train.engine.train_soft_epoch, []
+    original, calls = engine.train_soft_epoch, []
 
     def stop_at_the_fourth(*arguments):
         calls.append(arguments)
@@ -80,7 +81,7 @@ def test_a_run_stopped_between_two_refills_draws_the_rest_of_the_pool(
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(train.engine, "train_soft_epoch", stop_at_the_fourth)
+    monkeypatch.setattr(engine, "train_soft_epoch", stop_at_the_fourth)
     parts = train_arguments(world, tmp_path / "parts", *more)
     assert command(train.main, *parts).code == 130
     done = command(train.main, *parts)
@@ -115,7 +116,7 @@ def test_a_signal_saves_after_the_step_and_the_epoch_continues_there(
     )
     assert command(train.main, *train_arguments(world, tmp_path / "whole", *more)).code == 0
     parts = train_arguments(world, tmp_path / "parts", *more)
-    original, calls = train.engine.correct_top1_top5, []
+    original, calls = engine.correct_top1_top5, []
 
     def interrupting(*arguments):
         calls.append(arguments)
@@ -123,7 +124,7 @@ def test_a_signal_saves_after_the_step_and_the_epoch_continues_there(
             os.kill(os.getpid(), getattr(signal, name))
         return original(*arguments)
 
-    monkeypatch.setattr(train.engine, "correct_top1_top5", interrupting)
+    monkeypatch.setattr(engine, "correct_top1_top5", interrupting)
     stopped = command(train.main, *parts)
     assert stopped.code == {"SIGTERM": 143, "SIGINT": 130}[name]
     assert "the same command again continues" in stopped.err
@@ -139,20 +140,20 @@ def test_a_signal_saves_after_the_step_and_the_epoch_continues_there(
 def test_a_signal_in_an_evaluation_keeps_the_epoch(world, tmp_path, command, monkeypatch):
     whole, parts = (train_arguments(world, tmp_path / name) for name in ("whole", "parts"))
     assert command(train.main, *whole).code == 0
-    original = train.engine.evaluate
+    original = engine.evaluate
 
     def interrupted(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments)
 
-    monkeypatch.setattr(train.engine, "evaluate", interrupted)
+    monkeypatch.setattr(engine, "evaluate", interrupted)
     assert command(train.main, *parts).code == 143
     assert not (tmp_path / "parts" / "best.pt").exists()
-    monkeypatch.setattr(train.engine, "evaluate", original)
+    monkeypatch.setattr(engine, "evaluate", original)
     calls = []
-    original_epoch = train.engine.train_hard_epoch
+    original_epoch = engine.train_hard_epoch
     monkeypatch.setattr(
-        train.engine, "train_hard_epoch", lambda *a: calls.append(a) or original_epoch(*a)
+        engine, "train_hard_epoch", lambda *a: calls.append(a) or original_epoch(*a)
     )
     assert command(train.main, *parts).code == 0
     assert len(calls) == 1  # of two hard epochs, the first was trained before
@@ -168,11 +169,11 @@ def test_streamed_images_leave_the_random_state_alone(world, tmp_path, command, 
         models, "build", lambda *facts: torch.nn.Sequential(torch.nn.Dropout(0.1), build(*facts))
     )
     monkeypatch.setattr(
-        train.images, "open_images", lambda f, _, *facts: StreamingImages(f.files, *facts)
+        images, "open_images", lambda f, _, *facts: StreamingImages(f.files, *facts)
     )
     whole, parts = (train_arguments(world, tmp_path / name) for name in ("whole", "parts"))
     assert command(train.main, *whole).code == 0
-    original, calls = train.engine.correct_top1_top5, []
+    original, calls = engine.correct_top1_top5, []
 
     def interrupting(*arguments):
         calls.append(arguments)
@@ -180,7 +181,7 @@ def test_streamed_images_leave_the_random_state_alone(world, tmp_path, command, 
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments)
 
-    monkeypatch.setattr(train.engine, "correct_top1_top5", interrupting)
+    monkeypatch.setattr(engine, "correct_top1_top5", interrupting)
     assert command(train.main, *parts).code == 143
     assert "continuing 2 batches after epoch 0" in command(train.main, *parts).out
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
@@ -224,7 +225,7 @@ def test_the_same_signal_again_ends_at_once_but_not_within_a_second(
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("not reached")
 
-    monkeypatch.setattr(train.engine, "correct_top1_top5", interrupting_twice)
+    monkeypatch.setattr(engine, "correct_top1_top5", interrupting_twice)
     assert command(train.main, *train_arguments(world, tmp_path / "run")).code == 143
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
@@ -304,12 +305,12 @@ def test_hard_labels_alone_need_no_label_set(world, tmp_path, command):
     ],
 )
 def test_published_hyperparameters(dataset, model, ipc, expected):
-    assert train.published_hyper(dataset, model, ipc)[:2] == expected
+    assert published_hyper(dataset, model, ipc)[:2] == expected
 
 
 def test_the_entry_that_was_taken_is_named():
-    assert "IPC 10 (nearest to IPC 20)" in train.published_hyper("imagenet1k", "ResNet50", 20)[2]
-    assert "default, no entry" in train.published_hyper("digits", "ConvNet", 5)[2]
+    assert "IPC 10 (nearest to IPC 20)" in published_hyper("imagenet1k", "ResNet50", 20)[2]
+    assert "default, no entry" in published_hyper("digits", "ConvNet", 5)[2]
 
 
 def test_a_log_line_cut_off_by_a_kill_is_dropped(tmp_path):
