@@ -40,7 +40,7 @@ from relabel import compress, generate
 from scripts import prepare_distilled
 from utils import cli, datasets, images
 from utils.cli import UserError
-from utils.codecs import distortion
+from utils.codecs.base import distortion
 from utils.files import atomic_write, read_json, to_json
 from utils.labels import LabelSet
 from utils.runtime import Runtime

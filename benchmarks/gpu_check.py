@@ -25,7 +25,7 @@ from benchmarks.speed import Bench, Meter, OurTraining, describe_machine
 from relabel.teacher import Ensemble, Teacher
 from utils import cli, datasets, runtime
 from utils.cli import bounded
-from utils.codecs import distortion
+from utils.codecs.base import distortion
 from utils.files import atomic_write, read_json, to_json
 from utils.labels import centre
 from utils.runtime import Runtime

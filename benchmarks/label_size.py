@@ -34,9 +34,12 @@ import torch
 
 from benchmarks.efficientnet_lite0 import factory
 from relabel.teacher import use_batch_statistics
-from utils import cli, codecs, datasets, packing
+from utils import cli, datasets, packing
 from utils.cli import UserError
-from utils.codecs import Codec, Fp16, Klt, Mixture, Quant, TopK, distortion
+from utils.codecs import klt
+from utils.codecs.base import Codec, Mixture, distortion
+from utils.codecs.klt import Klt
+from utils.codecs.plain import Fp16, Quant, TopK
 from utils.images import decode, pixels_of
 from utils.labels import centre
 from utils.views import ViewSpec, draw, render
@@ -173,8 +176,8 @@ def fitted_bytes(codec: Codec, photos: int) -> float:
     """Bytes per label of the fitted part in a set of 1000 classes x 150 labels."""
     if not codec.fitted:
         return 0.0
-    means = codecs.split_fitted(codec.arrays()["fitted"])["class_means"].nbytes
-    rest = codecs.fitted_bytes(codec) - means
+    means = klt.split_fitted(codec.arrays()["fitted"])["class_means"].nbytes
+    rest = klt.fitted_bytes(codec) - means
     return rest / SET_LABELS + means / (photos * LABELS_PER_CLASS)
 
 
@@ -200,14 +203,14 @@ def measure(codec: Codec, labels: Labels, kind: str, basis: str, setting: str) -
     return Row(kind, basis, codec.name, setting, *numbers, round(agreement, 4), *rates)
 
 
-def fit(labels: Labels) -> codecs._Fit:
+def fit(labels: Labels) -> klt._Fit:
     """The statistics of klt for a set of 1000 classes x 150 labels, judged on the same labels."""
-    statistics = codecs._Fit(labels.logits, labels.mixture, CLASSES, len(labels.logits), None)
+    statistics = klt._Fit(labels.logits, labels.mixture, CLASSES, len(labels.logits), None)
     statistics.labels = SET_LABELS
     return statistics
 
 
-def fit_to_others(others: Labels, labels: Labels) -> codecs._Fit:
+def fit_to_others(others: Labels, labels: Labels) -> klt._Fit:
     """As `fit`, but mean and directions come from the labels of other photos.
 
     Which of those directions are kept, their deviations and the class means are the labels' own.
@@ -216,7 +219,7 @@ def fit_to_others(others: Labels, labels: Labels) -> codecs._Fit:
     statistics.probe, statistics.probe_mixture = labels.logits, labels.mixture
     statistics.values = (labels.logits - statistics.mean.float()) @ statistics.directions.T
     statistics.deviation = statistics.values.square().mean(0).sqrt().clamp(min=1e-6)
-    statistics.class_means = codecs._class_means(statistics.values, labels.mixture, CLASSES)
+    statistics.class_means = klt._class_means(statistics.values, labels.mixture, CLASSES)
     return statistics
 
 
@@ -251,7 +254,7 @@ def curves(labels: Labels, held_out: torch.Tensor, kind: str) -> list[Row]:
         fits["other"] = test, fit_to_others(others, test)
     for basis, (judged, statistics) in fits.items():
 
-        def size(step: float, judged: Labels = judged, by: codecs._Fit = statistics) -> float:
+        def size(step: float, judged: Labels = judged, by: klt._Fit = statistics) -> float:
             codec = by.codec(step, {})
             payload = len(codec.pack(judged.logits, judged.mixture))
             shown = len(judged.mixture.own.unique())
@@ -267,18 +270,18 @@ def curves(labels: Labels, held_out: torch.Tensor, kind: str) -> list[Row]:
 def truncated(codec: Klt, share: float) -> Klt:
     """The codec with only the leading components."""
     kept = max(1, round(share * len(codec.basis)))
-    parts = codecs.split_fitted(codec.arrays()["fitted"])
+    parts = klt.split_fitted(codec.arrays()["fitted"])
     for name in ("basis", "class_means"):
         whole = packing.unpack_integers(parts[name].tobytes(), len(codec.basis))[:, :kept]
-        parts[name] = codecs.packed(torch.from_numpy(whole.copy()))
+        parts[name] = klt.packed(torch.from_numpy(whole.copy()))
     parts["deviation"] = parts["deviation"][:kept]
-    return Klt(CLASSES, codec.target, {"fitted": codecs.join_fitted(parts)})
+    return Klt(CLASSES, codec.target, {"fitted": klt.join_fitted(parts)})
 
 
 def trial(codec: Klt, labels: Labels, idea: str) -> tuple[int, torch.Tensor]:
     """Bytes and decoded labels under an idea that changes rounding or reconstruction."""
     values = (labels.logits - codec.mean) @ codec.projection
-    predicted = codecs._blend(codec.class_means, labels.mixture)
+    predicted = klt._blend(codec.class_means, labels.mixture)
     scaled = (values - predicted) / codec.step
     codes, extra = scaled.round(), 0
     decoded = codes
@@ -319,7 +322,7 @@ def ideas(labels: Labels, kind: str) -> list[dict]:
     blind.class_means.zero_()
 
     def every(step: float) -> Klt:
-        with patch.object(codecs, "_entropy_bits", lambda values: torch.zeros(values.shape[1])):
+        with patch.object(klt, "_entropy_bits", lambda values: torch.zeros(values.shape[1])):
             return full.codec(step, {})
 
     makers = {

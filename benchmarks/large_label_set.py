@@ -28,7 +28,7 @@ from PIL import Image
 import models
 from benchmarks.label_size import find_photos
 from utils import cli, datasets
-from utils.codecs import distortion
+from utils.codecs.base import distortion
 from utils.files import whole_folder
 from utils.images import ResidentImages, decode
 from utils.labels import LabelSet

@@ -46,7 +46,7 @@ from relabel.generate import label_views
 from relabel.teacher import Ensemble, Teacher, use_batch_statistics
 from utils import cli, datasets, images, runtime
 from utils.cli import bounded
-from utils.codecs import distortion
+from utils.codecs.base import distortion
 from utils.files import atomic_write, to_json
 from utils.labels import LabelSet, LabelWriter, centre
 from utils.views import RATIO, ViewSpec, draw

@@ -16,7 +16,7 @@ import torch
 
 from utils import cli, codecs
 from utils.cli import UserError
-from utils.codecs import Codes, Mixture, distortion
+from utils.codecs.base import Codes, Mixture, distortion
 from utils.labels import LabelSet, LabelWriter
 from utils.views import Views
 

@@ -23,7 +23,8 @@ from relabel.background import BackgroundWriter
 from relabel.teacher import Ensemble, load_teacher, use_batch_statistics
 from utils import cli, codecs, datasets, images, runtime
 from utils.cli import UserError, bounded
-from utils.codecs import FIT_LABELS, Mixture
+from utils.codecs.base import Mixture
+from utils.codecs.klt import FIT_LABELS
 from utils.labels import LabelSet, LabelWriter
 from utils.metrics import near_chance
 from utils.views import MIXES, RATIO, Views, centre_views

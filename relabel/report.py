@@ -129,7 +129,7 @@ def check_reference(labels: LabelSet, reference: LabelSet) -> None:
 def lost(labels: LabelSet, reference: LabelSet) -> dict[str, float]:
     """Distortion at three temperatures, and the share of labels with the same first class.
 
-    See utils.codecs.distortion; all labels count, a chunk at a time.
+    See utils.codecs.base.distortion; all labels count, a chunk at a time.
     """
     told, missing = (dict.fromkeys(TEMPERATURES, 0.0) for _ in range(2))
     agree = count = 0

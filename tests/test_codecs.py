@@ -8,7 +8,10 @@ import torch
 
 from utils import codecs
 from utils.cli import UserError
-from utils.codecs import Fp16, Klt, Mixture, Quant, TopK, distortion
+from utils.codecs import base, klt
+from utils.codecs.base import Mixture, distortion
+from utils.codecs.klt import Klt
+from utils.codecs.plain import Fp16, Quant, TopK
 
 CLASSES = 40
 
@@ -151,14 +154,14 @@ def test_klt_meets_a_distortion_target(logits, mixture):
 
 
 def test_klt_without_a_target_is_near_lossless(logits, mixture):
-    assert fit(logits, mixture).parameters()["distortion"] == codecs.DEFAULT_DISTORTION
+    assert fit(logits, mixture).parameters()["distortion"] == klt.DEFAULT_DISTORTION
 
 
 def test_klt_keeps_a_byte_budget_fitted_part_included(logits, mixture):
     found = []
     for budget in (6, 12, 24):
         codec = fit(logits, mixture, bytes_per_label=budget)
-        size = len(codec.pack(logits, mixture)) + codecs.fitted_bytes(codec)
+        size = len(codec.pack(logits, mixture)) + klt.fitted_bytes(codec)
         assert 0.9 * budget < size / len(logits) <= budget
         found.append(distortion(logits, decoded(codec, logits, mixture)))
     assert found[0] > found[1] > found[2]
@@ -169,7 +172,7 @@ def test_klt_keeps_its_budget_on_labels_it_was_not_fitted_on(mixture):
     first = make_logits(mixture)
     codec = Klt.fit([(first, mixture)], CLASSES, labels * passes, bytes_per_label=10)
     used = sum(len(codec.pack(make_logits(mixture, seed), mixture)) for seed in range(passes))
-    size = (used + codecs.fitted_bytes(codec)) / (labels * passes)
+    size = (used + klt.fitted_bytes(codec)) / (labels * passes)
     assert 8.5 < size <= 10.2
 
 
@@ -197,16 +200,16 @@ def test_equal_labels_give_equal_bytes_however_they_arrive(logits, mixture):
     assert payload == again.pack(logits, mixture) == read.pack(logits, mixture)
     ends = [*range(0, 1200, 77), 1200]
     chunks = [logits[start:end] for start, end in itertools.pairwise(ends)]
-    parts = [codec.encode(block, mixture[rows]) for rows, block in codecs.blocks(chunks)]
-    assert codec.pack_codes(codecs.join(parts)) == payload
+    parts = [codec.encode(block, mixture[rows]) for rows, block in base.blocks(chunks)]
+    assert codec.pack_codes(base.join(parts)) == payload
 
 
 def test_blocks_cut_a_stream_at_fixed_places(monkeypatch):
-    monkeypatch.setattr(codecs, "_BLOCK", 4)
+    monkeypatch.setattr(base, "BLOCK", 4)
     stream = [torch.full((count, 1), float(count)) for count in (3, 6, 1, 0, 1)]
-    found = [(rows.start, rows.stop, len(block)) for rows, block in codecs.blocks(stream)]
+    found = [(rows.start, rows.stop, len(block)) for rows, block in base.blocks(stream)]
     assert found == [(0, 4, 4), (4, 8, 4), (8, 11, 3)]
-    assert list(codecs.blocks([])) == []
+    assert list(base.blocks([])) == []
 
 
 def test_batches_expand_like_the_whole_pass(logits, mixture):
@@ -230,7 +233,7 @@ def test_class_means_are_subtracted_where_that_saves_bytes(logits, mixture):
 
 
 def test_class_means_solve_the_least_squares_of_mixed_labels(logits, mixture):
-    found = codecs._class_means(logits, mixture, CLASSES)
+    found = klt._class_means(logits, mixture, CLASSES)
     rows = torch.arange(len(logits))
     weights = torch.zeros(len(logits), CLASSES, dtype=torch.float64)
     weights.index_put_((rows, mixture.own), mixture.lam.double(), accumulate=True)
@@ -241,8 +244,8 @@ def test_class_means_solve_the_least_squares_of_mixed_labels(logits, mixture):
 
 
 def test_a_numerous_class_list_is_fitted_by_subspace_iteration(logits):
-    exact = codecs._principal(logits)
-    few = codecs._principal(logits, rank=9)
+    exact = klt._principal(logits)
+    few = klt._principal(logits, rank=9)
     assert few.shape == (9, CLASSES)
     cosines = torch.linalg.svdvals(exact[:6] @ few.T)
     assert cosines.min() > 0.97

@@ -9,7 +9,7 @@ from conftest import generate_arguments, tree
 
 from relabel import compress, generate
 from utils.cli import UserError
-from utils.codecs import distortion
+from utils.codecs.base import distortion
 from utils.files import seal
 from utils.labels import LabelSet
 

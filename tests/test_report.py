@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from relabel import compress, drift, report
-from utils.codecs import distortion
+from utils.codecs.base import distortion
 from utils.labels import LabelSet
 
 CLASSES = 4

@@ -19,7 +19,7 @@ import torch
 
 from utils import codecs
 from utils.cli import UserError
-from utils.codecs import Codec, Codes, Mixture, blocks, join
+from utils.codecs.base import Codec, Codes, Mixture, blocks, join
 from utils.datasets import Dataset
 from utils.files import (
     LOCK,

@@ -1,284 +1,20 @@
-"""Codecs: how the logits of a label set become bytes and come back.
+"""The codec klt: a basis and class means fitted to the labels, one quantiser step."""
 
-A codec encodes centred logits to compact codes, a row of small integers per label; packs the
-codes of a pass to bytes and unpacks them again; and expands the codes of single batches to logits.
-Codes are what stays in memory, so the expanded labels of a whole set never need to. The payloads
-are described in the docstrings of the four codecs; all numbers are little-endian.
-
-  fp16   every logit as half precision: 2 bytes x classes per label
-  topk   the largest logits only
-  quant  a few bits per logit between the smallest and the largest of its label
-  klt    the difference from the class mean in a fitted basis, rounded, entropy coded
-"""
-
-import argparse
-import dataclasses
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
 
-from utils.cli import UserError, bounded
-from utils.packing import LARGEST, pack_bits, pack_integers, unpack_bits, unpack_integers
+from utils.cli import UserError
+from utils.codecs.base import BLOCK, Codec, Codes, Mixture, distortion, half
+from utils.packing import LARGEST, pack_integers, unpack_integers
 
-Codes = tuple[torch.Tensor, ...]
-
-TEMPERATURE = 20.0  # at which distortion is measured
 # What klt aims at without a target: near-lossless. Settled by the study of accuracy per byte.
 DEFAULT_DISTORTION = 0.01
 FIT_LABELS = 20_000
 _FIT_VALUES = 1 << 28  # logits kept for fitting: 1 GiB
-_BLOCK = 4096  # labels encoded at once
-
-
-@dataclasses.dataclass(frozen=True)
-class Mixture:
-    """What the reader of a label knows for free: the hard labels in its view.
-
-    Attributes:
-        own, partner: int64 [N], class of the view's own image and of its partner's.
-        lam: float32 [N], the share of the view that shows its own image.
-    """
-
-    own: torch.Tensor
-    partner: torch.Tensor
-    lam: torch.Tensor
-
-    def __getitem__(self, rows) -> "Mixture":
-        """The hard labels of some of the views."""
-        return Mixture(self.own[rows], self.partner[rows], self.lam[rows])
-
-
-def distortion(
-    teacher: torch.Tensor, decoded: torch.Tensor, temperature: float = TEMPERATURE
-) -> float:
-    """KL(teacher || decoded) / KL(teacher || uniform) of logits [N, C] at a temperature.
-
-    0: the labels are intact; 1: decoded labels say as much as none.
-    """
-    expected = (teacher.double() / temperature).log_softmax(1)
-    found = (decoded.double() / temperature).log_softmax(1)
-    lost = (expected.exp() * (expected - found)).sum()
-    told = (expected.exp() * (expected + math.log(teacher.shape[1]))).sum()
-    return float(lost / told) if told > 0 else 0.0
-
-
-class Codec:
-    """What all codecs share. `options` are the parameters that the manifest holds by name."""
-
-    name: ClassVar[str]
-    options: ClassVar[tuple[str, ...]] = ()
-    fitted: ClassVar[bool] = False  # whether codec.npz holds a part fitted on the labels
-
-    def __init__(self, num_classes: int):
-        self.num_classes = num_classes
-
-    def parameters(self) -> dict[str, Any]:
-        """What the manifest says of this codec."""
-        return {"name": self.name, **{option: getattr(self, option) for option in self.options}}
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The fitted part, for codec.npz; empty when nothing is fitted."""
-        return {}
-
-    def encode(self, logits: torch.Tensor, mixture: Mixture) -> Codes:
-        """Codes of float32 [N, C] centred logits, each tensor with one row per label."""
-        raise NotImplementedError
-
-    def pack_codes(self, codes: Codes) -> bytes:
-        """Bytes of the codes of one pass; the same codes give the same bytes."""
-        raise NotImplementedError
-
-    def unpack(self, payload: bytes) -> Codes:
-        """Codes of all labels of a payload, on the CPU; raises UserError when it is damaged."""
-        raise NotImplementedError
-
-    def expand(self, codes: Codes, mixture: Mixture) -> torch.Tensor:
-        """float32 [B, C] centred logits from the codes of B labels, on the codes' device."""
-        raise NotImplementedError
-
-    def pack(self, logits: torch.Tensor, mixture: Mixture) -> bytes:
-        """Bytes of float32 [N, C] centred logits."""
-        parts = [self.encode(block, mixture[rows]) for rows, block in blocks([logits])]
-        return self.pack_codes(join(parts))
-
-
-def blocks(chunks: Iterable[torch.Tensor]) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Rows of a stream [n, C], [m, C], ... in blocks of 4096, whatever sizes they come in.
-
-    The same labels then always go through the same matrix products, and become the same bytes.
-
-    Yields:
-        the place of each block in the stream, and the block.
-    """
-    start, waiting = 0, []
-
-    def block() -> tuple[slice, torch.Tensor]:
-        nonlocal start, waiting
-        rows = torch.cat(waiting)
-        rows, waiting = rows[:_BLOCK], [rows[_BLOCK:]]
-        start += len(rows)
-        return slice(start - len(rows), start), rows
-
-    for chunk in chunks:
-        waiting.append(chunk)
-        while sum(map(len, waiting)) >= _BLOCK:
-            yield block()
-    if sum(map(len, waiting)):
-        yield block()
-
-
-def join(chunks: list[Codes]) -> Codes:
-    """The codes of several blocks of labels as one."""
-    return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
-
-
-def _half(values: torch.Tensor, name: str) -> torch.Tensor:
-    """float16 values; raises UserError when one is too large for it."""
-    if values.abs().max() > torch.finfo(torch.float16).max:
-        raise UserError(f"a teacher's logit exceeds the range of codec {name} (65504)")
-    return values.half()
-
-
-def _bytes(tensor: torch.Tensor) -> bytes:
-    array = tensor.cpu().contiguous().numpy()
-    return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
-
-
-def _from_bytes(data: memoryview, kind: str, shape: tuple[int, ...]) -> torch.Tensor:
-    array = np.frombuffer(data, dtype="<" + kind).reshape(shape)
-    return torch.from_numpy(array.astype(kind))
-
-
-def _count_labels(payload: bytes, bits_per_label: int, size_of) -> int:
-    """How many labels of equal size a payload holds; raises UserError when it is no whole number.
-
-    Args:
-        bits_per_label: before rounding to whole bytes, at least 8.
-        size_of: labels -> bytes.
-    """
-    labels = len(payload) * 8 // bits_per_label
-    if size_of(labels) != len(payload):
-        raise UserError("a pass of the label set is damaged: its length is impossible")
-    return labels
-
-
-class Fp16(Codec):
-    """Every centred logit as half precision. Payload: float16 [N, C]."""
-
-    name = "fp16"
-
-    def encode(self, logits: torch.Tensor, mixture: Mixture) -> Codes:
-        return (_half(logits, self.name),)
-
-    def pack_codes(self, codes: Codes) -> bytes:
-        return _bytes(codes[0])
-
-    def unpack(self, payload: bytes) -> Codes:
-        labels = _count_labels(payload, 16 * self.num_classes, lambda n: 2 * n * self.num_classes)
-        return (_from_bytes(payload, "f2", (labels, self.num_classes)),)
-
-    def expand(self, codes: Codes, mixture: Mixture) -> torch.Tensor:
-        return codes[0].float()
-
-
-class TopK(Codec):
-    """The k largest logits; all others get one value, the mean of what remains.
-
-    That value follows from the kept ones because logits are centred, so it costs nothing and the
-    decoded label is exactly centred. Payload: float16 [N, k] logits in the order of their classes,
-    then N x k class indices of ceil(log2 C) bits, most significant bit first, padded to a byte.
-    """
-
-    name = "topk"
-    options = ("topk",)
-
-    def __init__(self, num_classes: int, topk: int):
-        super().__init__(num_classes)
-        if not 1 <= topk < num_classes:
-            raise UserError(f"--topk {topk} must be between 1 and classes - 1 = {num_classes - 1}")
-        self.topk = topk
-        self.index_bits = (num_classes - 1).bit_length()
-
-    def encode(self, logits: torch.Tensor, mixture: Mixture) -> Codes:
-        order = logits.sort(dim=1, descending=True, stable=True).indices
-        index = order[:, : self.topk].sort(dim=1).values
-        kept = _half(logits.gather(1, index), self.name)
-        return kept, index.to(torch.int16 if self.num_classes <= 1 << 15 else torch.int32)
-
-    def pack_codes(self, codes: Codes) -> bytes:
-        kept, index = codes
-        return _bytes(kept) + pack_bits(index.cpu().numpy().reshape(-1), self.index_bits)
-
-    def unpack(self, payload: bytes) -> Codes:
-        k, bits = self.topk, self.index_bits
-        labels = _count_labels(
-            payload, k * (16 + bits), lambda n: 2 * n * k + -(-n * k * bits // 8)
-        )
-        kept = _from_bytes(payload[: 2 * labels * k], "f2", (labels, k))
-        index = unpack_bits(payload[2 * labels * k :], bits, labels * k).reshape(labels, k)
-        kind = np.int16 if self.num_classes <= 1 << 15 else np.int32
-        return kept, torch.from_numpy(index.astype(kind))
-
-    def expand(self, codes: Codes, mixture: Mixture) -> torch.Tensor:
-        kept = codes[0].float()
-        rest = -kept.sum(1, keepdim=True) / (self.num_classes - self.topk)
-        return rest.repeat(1, self.num_classes).scatter_(1, codes[1].long(), kept)
-
-
-class Quant(Codec):
-    """n bits per logit: equal steps from the smallest to the largest logit of each label.
-
-    Payload: float16 [N] smallest logits, float16 [N] steps, then N rows of C x n bits, most
-    significant bit first, each row padded to a byte.
-    """
-
-    name = "quant"
-    options = ("bits",)
-
-    def __init__(self, num_classes: int, bits: int):
-        super().__init__(num_classes)
-        if not 1 <= bits <= 8:
-            raise UserError(f"--bits {bits} must be between 1 and 8")
-        self.bits = bits
-        self.width = -(-num_classes * bits // 8)
-
-    def encode(self, logits: torch.Tensor, mixture: Mixture) -> Codes:
-        levels = (1 << self.bits) - 1
-        offset = _half(logits.amin(1), self.name)
-        step = _half((logits.amax(1) - offset.float()) / levels, self.name)
-        divisor = torch.where(step == 0, 1, step.float())[:, None]
-        level = ((logits - offset.float()[:, None]) / divisor).round().clamp(0, levels)
-        return offset, step, self._rows_of_bits(level.to(torch.uint8))
-
-    def _rows_of_bits(self, level: torch.Tensor) -> torch.Tensor:
-        """uint8 [N, width] from uint8 [N, C]."""
-        place = torch.arange(self.bits - 1, -1, -1, device=level.device)
-        bits = (level[:, :, None] >> place & 1).flatten(1)
-        return torch.from_numpy(np.packbits(bits.cpu().numpy().astype(np.uint8), axis=1))
-
-    def pack_codes(self, codes: Codes) -> bytes:
-        return b"".join(_bytes(code) for code in codes)
-
-    def unpack(self, payload: bytes) -> Codes:
-        size = 4 + self.width
-        labels = _count_labels(payload, 8 * size, lambda n: n * size)
-        return (
-            _from_bytes(payload[: 2 * labels], "f2", (labels,)),
-            _from_bytes(payload[2 * labels : 4 * labels], "f2", (labels,)),
-            _from_bytes(payload[4 * labels :], "u1", (labels, self.width)),
-        )
-
-    def expand(self, codes: Codes, mixture: Mixture) -> torch.Tensor:
-        offset, step, rows = codes
-        place = torch.arange(7, -1, -1, device=rows.device)
-        bits = (rows[:, :, None] >> place & 1).flatten(1)[:, : self.num_classes * self.bits]
-        worth = 2.0 ** torch.arange(self.bits - 1, -1, -1, device=rows.device)
-        level = bits.unflatten(1, (self.num_classes, self.bits)).float() @ worth
-        logits = offset.float()[:, None] + step.float()[:, None] * level
-        return logits - logits.mean(1, keepdim=True)
 
 
 def _entropy_bits(values: torch.Tensor) -> torch.Tensor:
@@ -303,7 +39,7 @@ def _principal(centred: torch.Tensor, rank: int = 1024) -> torch.Tensor:
     classes = centred.shape[1]
     if classes <= 4 * rank:
         scatter = torch.zeros(classes, classes, dtype=torch.float64)
-        for chunk in centred.split(_BLOCK):
+        for chunk in centred.split(BLOCK):
             scatter += chunk.double().T @ chunk.double()
         return torch.linalg.eigh(scatter).eigenvectors.flip(1).T.float().contiguous()
     generator = torch.Generator().manual_seed(0)
@@ -524,7 +260,7 @@ class _Fit:
             train, probe = rows[rows % 5 != 4], rows[rows % 5 == 4]
         self.pass_labels = min(pass_labels or labels, len(probe))
         self.probe, self.probe_mixture = logits[probe], mixture[probe]
-        self.mean = _half(logits[train].mean(0), Klt.name)
+        self.mean = half(logits[train].mean(0), Klt.name)
         centred = logits[train] - self.mean.float()
         self.directions = _principal(centred)
         values = centred @ self.directions.T
@@ -628,78 +364,3 @@ def packed(whole: torch.Tensor) -> np.ndarray:
 def fitted_bytes(codec: Codec) -> int:
     """Bytes of codec.npz: its arrays and some 256 bytes of naming for each."""
     return sum(array.nbytes + 256 for array in codec.arrays().values())
-
-
-CODECS = {codec.name: codec for codec in (Fp16, TopK, Quant, Klt)}
-
-
-def from_manifest(parameters: dict, num_classes: int, arrays: dict[str, np.ndarray]) -> Codec:
-    """The codec that a manifest's "codec" entry and the arrays of codec.npz describe."""
-    name = parameters.get("name")
-    if name not in CODECS:
-        raise UserError(f"codec {name!r} is unknown to this version (known: {', '.join(CODECS)})")
-    options = {key: value for key, value in parameters.items() if key != "name"}
-    if not CODECS[name].fitted:
-        return CODECS[name](num_classes, **options)
-    if not arrays:
-        raise UserError(f"codec.npz, the fitted part of codec {name}, is missing")
-    return CODECS[name](num_classes, options, arrays)
-
-
-def needs_fit(parameters: dict) -> bool:
-    """Whether the codec of a manifest's "codec" entry has a part that is fitted to the labels."""
-    return parameters["name"] in CODECS and CODECS[parameters["name"]].fitted
-
-
-def fit(
-    parameters: dict,
-    chunks: Iterable[tuple[torch.Tensor, Mixture]],
-    num_classes: int,
-    labels: int,
-    pass_labels: int,
-) -> Codec:
-    """The codec of a manifest's "codec" entry, fitted to the first labels of a stream (Klt.fit)."""
-    options = {key: value for key, value in parameters.items() if key != "name"}
-    return CODECS[parameters["name"]].fit(
-        chunks, num_classes, labels, pass_labels=pass_labels, **options
-    )
-
-
-def add_arguments(parser: argparse._ActionsContainer, default: str | None = None) -> None:
-    """Adds --codec and the flags that belong to one codec each."""
-    required = {"required": True} if default is None else {"default": default}
-    parser.add_argument("--codec", choices=sorted(CODECS), help="how labels are stored", **required)
-    target = parser.add_mutually_exclusive_group()
-    target.add_argument(
-        "--bytes-per-label",
-        type=bounded(float, 0.1),
-        metavar="N",
-        help="klt: budget for the logits, basis and class means included",
-    )
-    target.add_argument(
-        "--distortion",
-        type=bounded(float, 1e-6, 1),
-        metavar="X",
-        help="klt: share of the label's information lost at temperature 20 "
-        f"(default without a budget: {DEFAULT_DISTORTION})",
-    )
-    parser.add_argument("--topk", type=bounded(int, 1), metavar="K", help="topk: logits kept")
-    parser.add_argument(
-        "--bits", type=bounded(int, 1, 8), metavar="N", help="quant: bits per class"
-    )
-
-
-def from_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """The manifest's "codec" entry that the flags ask for; raises UserError when they clash."""
-    owners = {"topk": "topk", "bits": "quant", "bytes_per_label": "klt", "distortion": "klt"}
-    given = {name: getattr(args, name) for name in owners if getattr(args, name) is not None}
-    for name in given:
-        if owners[name] != args.codec:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} belongs to codec {owners[name]}, not to {args.codec}")
-    for name in CODECS[args.codec].options:
-        if name not in given:
-            raise UserError(f"--codec {args.codec} needs --{name}")
-    if args.codec == "klt" and not given:
-        given = {"distortion": DEFAULT_DISTORTION}
-    return {"name": args.codec, **given}
