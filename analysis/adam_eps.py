@@ -23,7 +23,7 @@ import torch
 from matplotlib.figure import Figure
 
 from analysis.replay import Replay, gradients, plan_of, two_losses, weights_of
-from analysis.sweep import provenance, this_command, write_csv
+from analysis.tables import provenance, this_command, write_csv
 from utils import cli
 from utils.cli import UserError, bounded
 from utils.files import atomic_write

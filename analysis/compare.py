@@ -15,6 +15,7 @@ import statistics
 
 from matplotlib.figure import Figure
 
+from analysis.tables import mean_std
 from utils import cli, runlog
 from utils.cli import UserError
 from utils.files import atomic_write, read_json
@@ -46,12 +47,6 @@ def load_group(text: str) -> tuple[str, list[dict], list[list[dict]]]:
         lines = (folder / runlog.LOG).read_text().splitlines()
         curves.append([json.loads(line) for line in lines])
     return name, results, curves
-
-
-def mean_std(values: list[float]) -> str:
-    """ "81.2 ± 0.4": mean and sample standard deviation."""
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
 
 
 def table(groups: list[tuple[str, list[dict], list[list[dict]]]]) -> str:

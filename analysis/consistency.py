@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from analysis.compare import load_group, mean_std
+from analysis.compare import load_group
 from analysis.replay import plan_of
-from analysis.sweep import provenance, this_command, write_csv
+from analysis.tables import mean_std, provenance, this_command, write_csv
 from utils import cli, images, runlog
 from utils.cli import bounded
 from utils.datasets import Dataset

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from analysis.sweep import provenance, this_command, write_csv
+from analysis.tables import provenance, this_command, write_csv
 from utils import cli, images, runlog
 from utils.cli import UserError, bounded
 from utils.datasets import Dataset

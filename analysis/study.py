@@ -18,7 +18,7 @@ import argparse
 import re
 import statistics
 
-from analysis import sweep
+from analysis import sweep, tables
 from utils import cli
 from utils.cli import UserError
 from utils.files import atomic_write
@@ -46,8 +46,8 @@ def collect(plan: str) -> None:
     rows = sweep.collect(tasks)
     if len(rows) < len(tasks):
         raise UserError(f"{plan}: {len(tasks) - len(rows)} of {len(tasks)} runs are not finished")
-    about = sweep.provenance(f"bash scripts/run_sweep.sh --plan analysis/plans/{plan}.yaml")
-    sweep.write_csv(rows, RESULTS / f"{plan}.csv", about)
+    about = tables.provenance(f"bash scripts/run_sweep.sh --plan analysis/plans/{plan}.yaml")
+    tables.write_csv(rows, RESULTS / f"{plan}.csv", about)
 
 
 def read(name: str) -> list[dict]:
@@ -55,7 +55,7 @@ def read(name: str) -> list[dict]:
     path = RESULTS / f"{name}.csv"
     if not path.exists():
         raise UserError(f"{path} is missing: run the sweep, then --collect {name}")
-    return sweep.read_csv(path)
+    return tables.read_csv(path)
 
 
 def scores(rows: list[dict]) -> dict[str, dict[int | None, float]]:
@@ -102,7 +102,7 @@ def choice_table(rows: list[dict]) -> str:
 
 def fill(text: str) -> str:
     """study.md with every table made again; raises UserError for an unknown kind of table."""
-    kinds = {"results": sweep.markdown, "choice": choice_table}
+    kinds = {"results": tables.markdown, "choice": choice_table}
 
     def table(found: re.Match) -> str:
         kind, name = found[1], found[2]
@@ -120,7 +120,7 @@ def main() -> None:
         collect(plan)
     text = fill(STUDY.read_text())
     for name in re.findall(r"\(results/(\w+)_slc\.png\)", text):
-        sweep.plot(read(name), "slc", RESULTS / f"{name}_slc.png")
+        tables.plot(read(name), "slc", RESULTS / f"{name}_slc.png")
     atomic_write(STUDY, text.encode())
     print(f"{STUDY} and the plots in {RESULTS} are made again")
 

@@ -19,32 +19,18 @@ if not __package__:  # run as a plain script: imports start at the repository ro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-import csv
-import ctypes
 import dataclasses
-import datetime
-import io
-import itertools
-import os
-import platform
 import re
 import shlex
-import signal
-import statistics
-import subprocess
-import time
-from collections.abc import Callable
 
-import torch
 import yaml
-from matplotlib.figure import Figure
 
-from analysis.compare import mean_std
+from analysis.runner import Task, machine_slots, run_all
+from analysis.tables import markdown, plot, write_csv
 from utils import cli, runlog
 from utils.cli import UserError, bounded, did_you_mean
 from utils.files import atomic_write, read_json
 
-_POLL_SECONDS = 0.2
 ROOT = Path(__file__).resolve().parents[1]
 CSV, TABLE, BY_SLC, BY_BYTES = "results.csv", "table.md", "top1_slc.png", "top1_bytes.png"
 
@@ -96,34 +82,6 @@ class Settings:
     topk: int | None = None
     relabel: str = ""
     flags: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """A command of the plan: a label set or a run.
-
-    Attributes:
-        name: of its log, and of its run folder.
-        command: arguments after `python`.
-        done: a file that is there once it has been done.
-        record: keeps the command that did it.
-        facts: method, slc, ipc, student and seed of a run.
-    """
-
-    name: str
-    command: list[str]
-    done: Path
-    record: Path
-    facts: dict
-
-    def is_done(self) -> bool:
-        """Whether it has been done with these flags; with others, its command is to say so."""
-        recorded = self.record.read_text() if self.record.exists() else self.text()
-        return self.done.exists() and recorded == self.text()
-
-    def text(self) -> str:
-        """The command, but for the place of this repository."""
-        return shlex.join(self.command[1:]) + "\n"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -338,103 +296,6 @@ def run_tasks(settings: Settings) -> list[Task]:
     return list(tasks.values())
 
 
-def machine_slots(jobs: int | None) -> list[dict[str, str]]:
-    """Environments of the runs side by side: a GPU each in turn, or a share of the cores each."""
-    gpus = torch.cuda.device_count()
-    if gpus:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus))))
-        names = itertools.cycle(visible.split(","))
-        return [{"CUDA_VISIBLE_DEVICES": next(names)} for _ in range(jobs or gpus)]
-    if "OMP_NUM_THREADS" in os.environ or not jobs:
-        return [{}] * (jobs or 1)
-    return [{"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // jobs))}] * jobs
-
-
-def _die_with_parent() -> None:
-    """In a new process: SIGTERM when the planner ends, however it ends (Linux)."""
-    set_parent_death_signal = 1
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
-
-
-class Worker:
-    """Starts tasks in one slot of the machine, one at a time."""
-
-    def __init__(self, environment: dict[str, str], logs: Path):
-        self.environment, self.logs = environment, logs
-        self.task: Task | None = None
-
-    def start(self, task: Task) -> None:
-        """Starts a task; what it prints goes to its log."""
-        self.task = task
-        with (self.logs / f"{task.name}.log").open("a") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, *task.command],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **self.environment},
-                preexec_fn=_die_with_parent,
-            )
-
-    def finished(self) -> bool:
-        """Whether it has ended."""
-        return self.process.poll() is not None
-
-    def last_words(self) -> str:
-        """The last line of the task's log."""
-        text = (self.logs / f"{self.task.name}.log").read_text(errors="replace")
-        lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
-        return lines[-1] if lines else "no output"
-
-    def stop(self) -> None:
-        """Ends the task, which saves first; the same command continues."""
-        self.process.terminate()
-        self.process.wait()
-
-
-def run_all(tasks: list[Task], slots: list[dict[str, str]], logs: Path, what: str) -> list[str]:
-    """Runs the tasks that are not done, as many at a time as there are slots.
-
-    Returns:
-        A line for each task that failed; the others were not kept from running.
-    """
-    logs.mkdir(parents=True, exist_ok=True)
-    waiting = [task for task in tasks if not task.is_done()]
-    workers = [Worker(slot, logs) for slot in slots]
-    failed = []
-    bar = cli.progress(total=len(tasks), initial=len(tasks) - len(waiting), desc=what, unit="run")
-    try:
-        while waiting or any(worker.task for worker in workers):
-            for worker in workers:
-                if worker.task and worker.finished():
-                    if worker.process.returncode:
-                        failed.append(f"{worker.task.name}: {worker.last_words()}")
-                    else:
-                        atomic_write(worker.task.record, worker.task.text().encode())
-                    bar.update()
-                    worker.task = None
-                if not worker.task and waiting:
-                    worker.start(waiting.pop(0))
-            running = [describe(worker.task) for worker in workers if worker.task]
-            text = ", ".join(running) + f", {len(failed)} failed" * bool(failed)
-            bar.set_postfix_str(text, refresh=False)
-            bar.update(0)
-            time.sleep(_POLL_SECONDS)
-    finally:
-        for worker in workers:
-            if worker.task:
-                worker.stop()
-        bar.close()
-    return failed
-
-
-def describe(task: Task) -> str:
-    """Its name, and the epoch that a run has reached."""
-    log = task.done.with_name(runlog.LOG)
-    epoch = log.read_bytes().count(b"\n") if log.exists() else 0
-    return f"{task.name} (epoch {epoch})" if task.facts else task.name
-
-
 def collect(tasks: list[Task]) -> list[dict]:
     """A row of results for each finished run: top-1 in percent, bytes, seconds."""
     rows = []
@@ -455,135 +316,6 @@ def collect(tasks: list[Task]) -> list[dict]:
             }
         )
     return rows
-
-
-def provenance(command: str) -> str:
-    """When, on what machine and by which command something is measured; for `write_csv`."""
-    machine = f"{len(os.sched_getaffinity(0))}-core {platform.machine()}"
-    if torch.cuda.is_available():
-        machine = torch.cuda.get_device_name()
-    return f"{datetime.date.today()}; {machine}; torch {torch.__version__}; {command}"
-
-
-def this_command() -> str:
-    """The command line of the running entry script."""
-    return shlex.join(["python", f"analysis/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-
-
-def write_csv(rows: list[dict], path: Path, about: str = "") -> None:
-    """The rows as comma-separated values under a header, and under a comment where there is one."""
-    text = io.StringIO()
-    if about:
-        text.write(f"# {about}\n")
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    atomic_write(path, text.getvalue().encode())
-
-
-def read_csv(path: Path) -> list[dict]:
-    """Rows that `write_csv` wrote; numbers as numbers, an empty SLC as None."""
-    kinds: dict[str, Callable] = dict.fromkeys(("best_top1", "last_top1", "seconds"), float)
-    kinds |= dict.fromkeys(("ipc", "seed", "best_epoch", "label_bytes", "epochs"), int)
-    kinds["slc"] = lambda text: int(text) if text else None
-    with path.open(newline="") as file:
-        return [
-            {name: kinds.get(name, str)(value) for name, value in row.items()}
-            for row in csv.DictReader(line for line in file if not line.startswith("#"))
-        ]
-
-
-def grouped(rows: list[dict]) -> dict[tuple, list[dict]]:
-    """Rows by (student, ipc, method, slc): what differs within a group is the seed."""
-    groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        key = (row["student"], row["ipc"], row["method"], row["slc"])
-        groups.setdefault(key, []).append(row)
-    return groups
-
-
-def markdown(rows: list[dict]) -> str:
-    """The table: mean ± sample standard deviation over seeds of best and last top-1."""
-    lines = [
-        "| student | IPC | method | SLC | label bytes | best top-1 (%) | last top-1 (%) | seeds |",
-        "|---|---:|---|---:|---:|---:|---:|---:|",
-    ]
-    for (student, ipc, method, slc), group in grouped(rows).items():
-        best, last = (mean_std([row[name] for row in group]) for name in ("best_top1", "last_top1"))
-        size = round(statistics.mean(row["label_bytes"] for row in group))
-        lines.append(
-            f"| {student} | {ipc} | {method} | {slc or '–'} | {size:,} | {best} | {last} "
-            f"| {len(group)} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def _point(group: list[dict]) -> tuple[float, float]:
-    """Mean and sample standard deviation of a group's last top-1."""
-    values = [row["last_top1"] for row in group]
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def plot(rows: list[dict], against: str, path: Path) -> None:
-    """Last top-1 against "slc" or "label_bytes": a panel per student and IPC, a line per method.
-
-    Methods whose labels do not depend on the SLC are level lines with their spread shaded when
-    drawn against SLC; so is, against bytes, what needs none.
-    """
-    groups = grouped(rows)
-    panels = list(dict.fromkeys(key[:2] for key in groups))
-    methods = list(dict.fromkeys(key[2] for key in groups))
-    figure = Figure(figsize=(max(7.5, 6.2 * len(panels)), 5.2), layout="constrained")
-    for axes, panel in zip(
-        figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True
-    ):
-        for place, method in enumerate(methods):
-            style = {"color": f"C{place % 10}", "marker": "osD^vP*X<>"[place % 10]}
-            points = [
-                (group[0][against] or 0, *_point(group))
-                for key, group in groups.items()
-                if key[:2] == panel and key[2] == method
-            ]
-            if not points:
-                continue
-            if all(x == 0 for x, _, _ in points):
-                _, mean, spread = points[0]
-                stores = any(row["label_bytes"] for row in rows if row["method"] == method)
-                note = "one label per image" if stores else "no soft label"
-                axes.axhline(mean, color=style["color"], ls="--", label=f"{method} ({note})")
-                axes.axhspan(mean - spread, mean + spread, color=style["color"], alpha=0.1, lw=0)
-                continue
-            # Side by side, so that error bars of neighbours can be told apart.
-            shift = 1.012 ** (place - len(methods) / 2)
-            xs, means, spreads = zip(*sorted(points), strict=True)
-            shifted = [x * shift for x in xs]
-            axes.errorbar(shifted, means, spreads, capsize=3, lw=1.2, ms=5, label=method, **style)
-        axes.set_xscale("log", base=2 if against == "slc" else 10)
-        amounts = sorted({row[against] for row in rows if row[against]})
-        if against == "slc":
-            axes.set_xticks(amounts, [str(amount) for amount in amounts])
-            axes.set_xlabel("soft labels per class (SLC; storage of so many fp16 labels)")
-        else:
-            low, high = min(amounts, default=1), max(amounts, default=1)
-            axes.set_xlim(low / 1.3, high * 1.3)
-            ticks = _round_ticks(low, high)
-            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-            axes.set_xlabel("soft labels on disk (bytes)")
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.set_title(f"{panel[0]}, {panel[1]} images per class", fontsize=10)
-    seeds = max(len(group) for group in groups.values())
-    figure.axes[0].set_ylabel("last validation top-1 (%)")
-    note = "points at the same place are drawn side by side"
-    figure.suptitle(f"mean ± standard deviation over {seeds} seeds; {note}", fontsize=10)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right", fontsize=8)
-    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
-
-
-def _round_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten, around the range."""
-    ticks = [digit * 10**power for power in range(16) for digit in (1, 2, 5)]
-    return [tick for tick in ticks if low / 1.3 <= tick <= high * 1.3] or [low]
 
 
 def report(tasks: list[Task], rows: list[dict], out: Path) -> None:

@@ -19,7 +19,7 @@ import torch
 from matplotlib.figure import Figure
 
 from analysis.replay import Replay, plan_of
-from analysis.sweep import provenance, this_command, write_csv
+from analysis.tables import provenance, this_command, write_csv
 from utils import cli
 from utils.cli import UserError, bounded
 from utils.files import atomic_write

@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import CUSTOM, ROOT, TINY, tree, write_images
 from PIL import Image
 
-from analysis import sweep
+from analysis import runner, sweep, tables
 from scripts import prepare_split
 from utils import images
 from utils.cli import UserError
@@ -99,10 +100,10 @@ def test_a_plan_file_is_overridden_by_flags_and_checked(tmp_path, monkeypatch):
             read(wrong)
 
 
-def task(tmp_path, name, code) -> sweep.Task:
+def task(tmp_path, name, code) -> runner.Task:
     done = tmp_path / name
     record = tmp_path / f"{name}.command"
-    return sweep.Task(name, ["-c", code.format(done=str(done))], done, record, {})
+    return runner.Task(name, ["-c", code.format(done=str(done))], done, record, {})
 
 
 WRITE = "open({done!r}, 'a').write('x')"
@@ -113,7 +114,7 @@ def test_finished_tasks_are_skipped_and_failures_do_not_stop_the_others(tmp_path
     done.done.write_text("before")
     tasks = [done, task(tmp_path, "bad", "print('why'); raise SystemExit(2)")]
     tasks += [task(tmp_path, f"new{number}", WRITE) for number in range(3)]
-    failed = sweep.run_all(tasks, [{}, {}], tmp_path / "logs", "runs")
+    failed = runner.run_all(tasks, [{}, {}], tmp_path / "logs", "runs")
     assert failed == ["bad: why"]
     assert done.done.read_text() == "before"
     assert all(task.done.read_text() == "x" for task in tasks[2:])
@@ -122,10 +123,10 @@ def test_finished_tasks_are_skipped_and_failures_do_not_stop_the_others(tmp_path
 def test_a_task_with_other_flags_is_not_done(tmp_path):
     """Its command is started again, and refuses what it finds; the result is not collected."""
     first = task(tmp_path, "a", WRITE)
-    assert sweep.run_all([first], [{}], tmp_path / "logs", "runs") == []
+    assert runner.run_all([first], [{}], tmp_path / "logs", "runs") == []
     other = task(tmp_path, "a", "print('other settings'); raise SystemExit(2)")
     assert first.is_done() and not other.is_done()
-    failed = sweep.run_all([other], [{}], tmp_path / "logs", "runs")
+    failed = runner.run_all([other], [{}], tmp_path / "logs", "runs")
     assert failed == ["a: other settings"]
     assert sweep.collect([other]) == []
 
@@ -140,9 +141,9 @@ def test_methods_whose_folders_would_be_the_same_are_refused(tmp_path):
 
 
 def test_more_jobs_than_gpus_share_them(monkeypatch):
-    monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    names = [slot["CUDA_VISIBLE_DEVICES"] for slot in sweep.machine_slots(3)]
+    names = [slot["CUDA_VISIBLE_DEVICES"] for slot in runner.machine_slots(3)]
     assert names == ["3", "5", "3"]
 
 
@@ -155,9 +156,9 @@ def test_a_killed_sweep_takes_its_run_along_and_continues(tmp_path):
     )
     code = (
         "import sys; sys.path.insert(0, {root!r})\n"
-        "from pathlib import Path\nfrom analysis import sweep\n"
-        "tasks = [sweep.Task('a', ['-c', {code!r}], *[Path('/nowhere')] * 2, {{}})]\n"
-        "sweep.run_all(tasks, [{{}}], Path({logs!r}), 'runs')\n"
+        "from pathlib import Path\nfrom analysis import runner\n"
+        "tasks = [runner.Task('a', ['-c', {code!r}], *[Path('/nowhere')] * 2, {{}})]\n"
+        "runner.run_all(tasks, [{{}}], Path({logs!r}), 'runs')\n"
     ).format(root=str(ROOT), code=forever, logs=str(tmp_path / "logs"))
     planner = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     while not (started.exists() and started.read_text()):
@@ -170,7 +171,7 @@ def test_a_killed_sweep_takes_its_run_along_and_continues(tmp_path):
         time.sleep(0.05)
     assert not alive(child)
     again = task(tmp_path, "a", WRITE)
-    assert sweep.run_all([again], [{}], tmp_path / "logs", "runs") == []
+    assert runner.run_all([again], [{}], tmp_path / "logs", "runs") == []
 
 
 def alive(process: int) -> bool:
@@ -195,7 +196,7 @@ def test_results_become_csv_table_and_plots(tmp_path):
         one.done.write_text(result(50.0 + place, size))
     out = tmp_path / "out"
     sweep.report(tasks, sweep.collect(tasks), out)
-    rows = sweep.read_csv(out / "results.csv")
+    rows = tables.read_csv(out / "results.csv")
     assert rows == sweep.collect(tasks)
     table = (out / "table.md").read_text().splitlines()
     assert len(table) == 5
