@@ -34,6 +34,8 @@ def plan_of(run: Path) -> Plan:
     record = yaml.safe_load(path.read_text())
     values = {**record["others"], **record["settings"]}
     values["amp"] = values["precision"]
+    values["schedule"] = ",".join(f"{kind}:{epochs}" for kind, epochs in values["phases"])
+    values["soft_epochs"] = values["hard_epochs"] = None
     arguments = []
     for name in vars(parse_arguments(_required(values))):
         value = values.get(name)

@@ -92,10 +92,12 @@ run_pipeline() { # DATASET [-- FLAG ...]: the flags go to validate/train.py
             --dataset "$dataset" --slc "$SLC" --batch-size "$BATCH_SIZE" --codec "$CODEC" \
             --workers "$WORKERS" "${teacher[@]}"
     fi
+    local epochs=()
+    [[ -z "$SOFT_EPOCHS" ]] || epochs+=(--soft-epochs "$SOFT_EPOCHS")
+    [[ -z "$HARD_EPOCHS" ]] || epochs+=(--hard-epochs "$HARD_EPOCHS")
     echo "== 2/2 student: $run"
     mkdir -p "$(dirname "$run")"
     in_processes "$TRAIN_GPUS" "$ROOT/validate/train.py" --data-dir "$images" --label-dir "$labels" \
         --val-dir "$val_dir/$dataset" --output-dir "$run" --dataset "$dataset" --model "$MODEL" \
-        --schedule "$SCHEDULE" --soft-epochs "$SOFT_EPOCHS" --hard-epochs "$HARD_EPOCHS" \
-        --seed "$SEED" --workers "$WORKERS" "$@"
+        --schedule "$SCHEDULE" "${epochs[@]}" --seed "$SEED" --workers "$WORKERS" "$@"
 }

@@ -1,5 +1,6 @@
 """Shared fixtures: a tiny data set, a teacher that knows it, and commands run in this process."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import models
 from utils import cli
 from utils.datasets import Dataset
 from utils.runtime import Runtime
+from validate.schedule import KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = Runtime(torch.device("cpu"), None)
@@ -106,11 +108,16 @@ def generate_arguments(data: Path, labels: Path, weights: Path, *more: object) -
 
 
 def train_arguments(world: SimpleNamespace, output: Path, *more: object) -> list[object]:
-    """Arguments of validate/train.py for the tiny data set and its label set."""
+    """Arguments of validate/train.py for the tiny data set and its label set.
+
+    Two soft and two hard epochs, unless a schedule among the arguments names its epochs itself.
+    """
+    named = any(re.match(f"({'|'.join(KINDS)}):", str(word)) for word in more)
     return [
         *("--data-dir", world.data, "--label-dir", world.labels, "--val-dir", world.val),
-        *("--output-dir", output, "--model", "ConvNetW32", "--soft-epochs", 2),
-        *("--hard-epochs", 2, "--eval-every", 2, "--device", "cpu", "--workers", 0),
+        *("--output-dir", output, "--model", "ConvNetW32"),
+        *(() if named else ("--soft-epochs", 2, "--hard-epochs", 2)),
+        *("--eval-every", 2, "--device", "cpu", "--workers", 0),
         *(*CUSTOM, *more),
     ]
 

@@ -214,6 +214,12 @@ TRAIN = {
     "unknown schedule": (None, ["--schedule", "hadl"], "unknown schedule 'hadl'"),
     "schedule does not parse": (None, ["--schedule", "soft:x"], "not of the form"),
     "no epochs": (None, ["--soft-epochs", 0, "--hard-epochs", 0], "has no epochs"),
+    "soft epochs twice": (
+        None,
+        ["--schedule", "soft:1,hard:1", "--soft-epochs", 2],
+        "--soft-epochs 2: schedule soft:1,hard:1 names its epochs itself",
+    ),
+    "hard epochs twice": (None, ["--schedule", "hard:1", "--hard-epochs", 0], "--hard-epochs 0: "),
     "schedule with a negative number": (None, ["--schedule", "soft:-1"], "not of the form"),
     "negative rate": (None, ["--lr", -1], "must be at least 0"),
     "no temperature": (None, ["--temperature", 0], "must be at least 0.01"),

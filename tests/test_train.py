@@ -19,7 +19,7 @@ import models
 from utils import cli, images, runlog
 from utils.images import StreamingImages
 from validate import engine, evaluate, session, train
-from validate.plan import published_hyper
+from validate.plan import count_epochs, published_hyper
 
 
 def weights(output):
@@ -340,6 +340,11 @@ def test_soft_epochs_by_themselves(world, tmp_path, command):
     assert done.code == 0 and "--soft-epochs auto: 2 soft and 2 hard epochs, for 2" in done.out
     assert [line["kind"] for line in log(tmp_path / "run")] == ["soft", "hard", "hard", "soft"]
     refused = command(train.main, *arguments, "--schedule", "soft:1")
-    assert refused.code == 2 and "names its epochs itself" in refused.err
+    assert refused.code == 2 and "--soft-epochs auto: schedule soft:1 names its" in refused.err
     refused = command(train.main, *arguments, "--soft-epochs", "many")
     assert refused.code == 2 and "'many' is not a number" in refused.err
+
+
+def test_one_kind_of_label_takes_all_epochs_however_they_would_be_shared():
+    args = SimpleNamespace(schedule="hard", soft_epochs="auto", hard_epochs=3)
+    assert sum(count_epochs(args, passes=0, classes=4)) == 6

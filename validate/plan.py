@@ -15,6 +15,7 @@ from utils.labels import LabelSet
 from utils.views import MIXES, ViewSpec
 from validate import schedule
 
+_DEFAULT_EPOCHS = 150
 _DEFAULT_HYPER = (0.001, 2.0)
 
 
@@ -42,16 +43,21 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--schedule",
         default="hald",
         help=f'{", ".join(schedule.NAMES)}, or a form like "soft:75,hard:150,soft:75"; '
-        f"{', '.join(schedule.KINDS)} train all epochs on that kind",
+        f"{', '.join(schedule.KINDS)} train soft + hard epochs on that kind alone",
     )
     recipe.add_argument(
         "--soft-epochs",
         type=_auto_or_count,
-        default=150,
         metavar="N",
-        help="or auto: shares 2 x --hard-epochs between both kinds by labels per image and classes",
+        help=f"of a schedule given by name (default: {_DEFAULT_EPOCHS}); auto: shares 2 x "
+        "--hard-epochs between both kinds by labels per image and classes",
     )
-    recipe.add_argument("--hard-epochs", type=bounded(int, 0), default=150, metavar="N")
+    recipe.add_argument(
+        "--hard-epochs",
+        type=bounded(int, 0),
+        metavar="N",
+        help=f"of a schedule given by name (default: {_DEFAULT_EPOCHS})",
+    )
     recipe.add_argument(
         "--slc", type=bounded(int, 1), metavar="N", help="use only so many soft labels per class"
     )
@@ -134,18 +140,28 @@ def _auto_or_count(text: str) -> int | str:
 
 
 def count_epochs(args: argparse.Namespace, passes: int, classes: int) -> tuple[int, int]:
-    """Soft and hard epochs; says what "auto" means here.
+    """Soft and hard epochs of a schedule given by name; says what "auto" means here.
 
     Raises:
-        UserError: auto without a label set, or with a schedule that names its own epochs.
+        UserError: a number of epochs beside a schedule that names its own, or auto without labels.
     """
-    if args.soft_epochs != "auto":
-        return args.soft_epochs, args.hard_epochs
+    if ":" in args.schedule:
+        for flag, given in (("soft", args.soft_epochs), ("hard", args.hard_epochs)):
+            if given is not None:
+                raise UserError(
+                    f"--{flag}-epochs {given}: schedule {args.schedule} names its epochs itself"
+                )
+    soft, hard = (
+        _DEFAULT_EPOCHS if given is None else given
+        for given in (args.soft_epochs, args.hard_epochs)
+    )
+    if soft != "auto":
+        return soft, hard
+    total = 2 * hard
+    if args.schedule in schedule.KINDS:  # which trains all of them, however they are shared
+        return total, 0
     if not passes:
         raise UserError("--soft-epochs auto needs --label-dir: it looks at the labels per image")
-    if ":" in args.schedule:
-        raise UserError(f"--soft-epochs auto: schedule {args.schedule} names its epochs itself")
-    total = 2 * args.hard_epochs
     soft = schedule.auto_soft_epochs(total, passes, classes)
     print(
         f"--soft-epochs auto: {soft} soft and {total - soft} hard epochs, for {passes} labels per "
