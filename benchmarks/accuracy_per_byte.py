@@ -9,9 +9,10 @@ python benchmarks/accuracy_per_byte.py --glyphs glyphs --fashion fashion --work-
 
 Teacher, distilled images (IPC 10), labels and students are made by the project's own commands; what
 is finished is skipped. Temperature, learning rate and label smoothing are chosen with fp16 labels
-on images that are neither trained nor tested on. Then two questions, three seeds each:
+on images that are neither trained nor tested on. Then three questions, three seeds each:
   near-lossless  at one label per image, how much distortion costs no accuracy?
   equal bytes    what do the labels teach that a budget of bytes buys?
+  equal labels   what does a codec cost in accuracy, and save in bytes, at as many labels?
 Bytes are those of the label set on disk, everything included.
 """
 
@@ -105,7 +106,8 @@ class Study:
         distortions: of klt in the first question.
         budgets: bytes: those of one fp16 label for each of so many images per class.
         hald_budgets: those of them that the HALD schedule is trained with, too.
-        rivals: codecs with settings in the second question, as flags of relabel/compress.py.
+        labels_per_image: in the third question, the same for all codecs.
+        rivals: codecs with settings in the last two questions, as flags of relabel/compress.py.
         temperatures, rates, smoothings: to choose from.
     """
 
@@ -120,6 +122,7 @@ class Study:
     distortions: tuple[float, ...]
     budgets: tuple[int, ...]
     hald_budgets: tuple[int, ...]
+    labels_per_image: tuple[int, ...]
     rivals: tuple[str, ...]
     temperatures: tuple[float, ...]
     rates: tuple[float, ...]
@@ -141,7 +144,8 @@ STUDIES = {
         min_scale=0.5,
         distortions=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1),
         budgets=(3, 5, 7, 10),
-        hald_budgets=(5,),
+        hald_budgets=(3, 5, 7),
+        labels_per_image=(1, 3, 10),
         rivals=("topk --topk 10", "quant --bits 4", "klt --distortion 0.01"),
         temperatures=(2, 4, 10, 20),
         rates=(0.001, 0.003),
@@ -159,6 +163,7 @@ STUDIES = {
         distortions=(0.005, 0.02, 0.05),
         budgets=(5, 10),
         hald_budgets=(5, 10),
+        labels_per_image=(1, 3, 10),
         rivals=("topk --topk 2", "quant --bits 4", "klt --distortion 0.01"),
         temperatures=(2, 4, 10, 20),
         rates=(0.001, 0.003),
@@ -172,7 +177,7 @@ class Run:
     """One student.
 
     Attributes:
-        question: "choice", "near-lossless" or "equal bytes".
+        question: "choice", "near-lossless", "equal bytes" or "equal labels".
         codec: flags of relabel/compress.py, beginning with the codec's name; "fp16" as made.
         passes: labels per image.
         schedule: "soft" or "hald".
@@ -395,6 +400,7 @@ def grid(place: Workplace, finish: Callable[[list[Run]], list[dict]]) -> None:
     finish(
         [dataclasses.replace(near, codec=codec, seed=seed) for seed in SEEDS for codec in settings]
     )
+    schedules = ("soft", study.budgets), ("hald", study.hald_budgets)
     finish(
         [
             dataclasses.replace(
@@ -408,9 +414,26 @@ def grid(place: Workplace, finish: Callable[[list[Run]], list[dict]]) -> None:
                 seed=seed,
                 epochs=study.long,
             )
-            for schedule, budgets in (("soft", study.budgets), ("hald", study.hald_budgets))
+            for schedule, budgets in schedules
             for seed in SEEDS
             for budget in budgets
+            for codec in ("fp16", *study.rivals)
+        ]
+    )
+    finish(
+        [
+            dataclasses.replace(
+                chosen,
+                question="equal labels",
+                codec=codec,
+                passes=passes,
+                schedule=schedule,
+                seed=seed,
+                epochs=study.long,
+            )
+            for schedule, _ in schedules
+            for seed in SEEDS
+            for passes in study.labels_per_image
             for codec in ("fp16", *study.rivals)
         ]
     )
