@@ -44,14 +44,12 @@ from utils.cli import UserError
 from utils.codecs.base import distortion
 from utils.files import atomic_write, read_json, to_json
 from utils.labels import LabelSet
-from utils.runtime import Runtime
-from utils.views import Views, draw
-from validate import engine, schedule, train
+from utils.views import Views
+from validate import engine, train
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2)
 IPC = 10
-MACHINE = Runtime(torch.device("cpu"), None)
 
 
 class Grey(nn.Module):
@@ -311,7 +309,7 @@ class Workplace:
         """The distilled images."""
         folder = images.scan(self.distilled)
         sizes, _ = images.inspect(folder)
-        whole = images.open_images(folder, sizes, self.dataset(), MACHINE.device, 0)
+        whole = images.open_images(folder, sizes, self.dataset(), torch.device("cpu"), 0)
         return Remembered(whole)
 
     @functools.cache  # noqa: B019 - one workplace per process
@@ -327,31 +325,38 @@ class Workplace:
         return datasets.Dataset(*facts)
 
     def train(self, run: Run, labels: LabelSet) -> float:
-        """Top-1 of a student after its last epoch, in percent; AdamW, cosine to zero, T^2."""
-        torch.manual_seed(run.seed)
-        source = self.source
-        model = student(labels.manifest["num_classes"]).to(memory_format=torch.channels_last)
-        groups = engine.parameter_groups(model, 0.01)
-        optimizer = torch.optim.AdamW(groups, lr=run.rate, fused=True)
-        trainer = engine.Trainer(model, optimizer, MACHINE.scaler(), MACHINE, 1, lambda views: None)
-        soft = run.epochs // 2
-        kinds = schedule.epoch_kinds(schedule.phases(run.schedule, soft, run.epochs - soft, 1))
-        spec = dataclasses.replace(labels.spec, mix="cutmix")
-        pool = schedule.BatchPool(len(labels), run.seed)
-        for epoch, kind in enumerate(kinds):
-            for group in optimizer.param_groups:
-                group["lr"] = schedule.learning_rate(epoch, len(kinds), run.rate, eta=1)
-            if kind == "soft":
-                if epoch == 0 or kinds[epoch - 1] == "hard":
-                    pool.refill()
-                numbers = pool.take(labels.batches_per_pass)
-                engine.train_soft_epoch(trainer, source, labels, numbers, run.temperature, "T2")
-            else:
-                views = list(draw(spec, labels.sizes, run.seed, epoch + 1))
-                engine.train_hard_epoch(trainer, source, views, labels.hard_labels, run.smoothing)
-        pixels, targets = self.evaluation("val" if run.question == "choice" else "test")
-        found = engine.evaluate(model, pixels, targets, source.mean, source.std, MACHINE)
-        return found[0]
+        """Top-1 of a student after its last epoch, in percent.
+
+        As validate/train.py trains, but with views that are remembered, and nothing on disk.
+        """
+        soft, split = run.epochs // 2, "val" if run.question == "choice" else "test"
+        with quietly():
+            plan = train.make_plan(
+                train.parse_arguments(
+                    [
+                        *("--data-dir", str(self.distilled), "--label-dir", str(labels.path)),
+                        *("--slc", str(self.ipc * run.passes)),
+                        *("--val-dir", str(self.images / split), "--output-dir", str(self.root)),
+                        *("--model", "benchmarks.accuracy_per_byte:student"),
+                        *("--schedule", run.schedule, "--soft-loss-scale", "T2", "--eta", "1"),
+                        *("--soft-epochs", str(soft), "--hard-epochs", str(run.epochs - soft)),
+                        *("--temperature", str(run.temperature), "--lr", str(run.rate)),
+                        *("--label-smoothing", str(run.smoothing), "--seed", str(run.seed)),
+                        *self.common,
+                    ]
+                )
+            )
+        model, optimizer = train.build_student(plan)
+        machine = plan.machine
+        trainer = engine.Trainer(
+            *(model, optimizer, machine.scaler(), machine, 1, lambda views: None)
+        )
+        epochs = train.EpochRunner(plan, trainer, self.source)
+        for epoch in range(run.epochs):
+            epochs.run(epoch)
+        pixels, targets = self.evaluation(split)
+        mean, std = self.source.mean, self.source.std
+        return engine.evaluate(model, pixels, targets, mean, std, machine)[0]
 
     def distortion(self, codec: str, passes: int) -> float:
         """Distortion at temperature 20 of the first pass, against fp16."""
@@ -369,9 +374,15 @@ class Workplace:
 def call(main: Callable[[], None], *arguments: object) -> None:
     """Runs an entry script's main in this process, quietly."""
     words = [str(word) for word in arguments]
-    silence = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
-    with patch.object(sys, "argv", [main.__module__, *words]), silence[0], silence[1]:
+    with patch.object(sys, "argv", [main.__module__, *words]), quietly():
         main()
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """What is printed goes nowhere."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 def best(rows: list[dict], key: str) -> float:
