@@ -38,14 +38,17 @@ import torch
 from torch import nn
 
 from relabel import compress, generate
+from relabel.lost import compare
 from scripts import prepare_distilled
 from utils import cli, datasets, images
 from utils.cli import UserError
-from utils.codecs.base import distortion
 from utils.files import atomic_write, read_json, to_json
 from utils.labels import LabelSet
 from utils.views import Views
 from validate import engine, train
+from validate.plan import make_plan
+from validate.plan import parse_arguments as training_arguments
+from validate.session import EpochRunner, build_student
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2)
@@ -331,8 +334,8 @@ class Workplace:
         """
         soft, split = run.epochs // 2, "val" if run.question == "choice" else "test"
         with quietly():
-            plan = train.make_plan(
-                train.parse_arguments(
+            plan = make_plan(
+                training_arguments(
                     [
                         *("--data-dir", str(self.distilled), "--label-dir", str(labels.path)),
                         *("--slc", str(self.ipc * run.passes)),
@@ -346,12 +349,12 @@ class Workplace:
                     ]
                 )
             )
-        model, optimizer = train.build_student(plan)
+        model, optimizer = build_student(plan)
         machine = plan.machine
         trainer = engine.Trainer(
             *(model, optimizer, machine.scaler(), machine, 1, lambda views: None)
         )
-        epochs = train.EpochRunner(plan, trainer, self.source)
+        epochs = EpochRunner(plan, trainer, self.source)
         for epoch in range(run.epochs):
             epochs.run(epoch)
         pixels, targets = self.evaluation(split)
@@ -362,13 +365,8 @@ class Workplace:
         """Distortion at temperature 20 of the first pass, against fp16."""
         if codec == "fp16":
             return 0.0
-        pairs = zip(self.first_pass("fp16", passes), self.first_pass(codec, passes), strict=True)
-        before, after = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-        return distortion(before, after)
-
-    def first_pass(self, codec: str, passes: int) -> Iterator[torch.Tensor]:
-        labels = self.recode(codec, passes)
-        return (labels[batch].logits for batch in range(labels.batches_per_pass))
+        labels, reference = self.recode(codec, passes), self.recode("fp16", passes)
+        return compare(labels, reference, [0], (20.0,))[0][0]
 
 
 def call(main: Callable[[], None], *arguments: object) -> None:

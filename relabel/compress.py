@@ -14,13 +14,11 @@ from collections.abc import Iterator
 
 import torch
 
+from relabel.lost import compare
 from utils import cli, codecs
 from utils.cli import UserError
-from utils.codecs.base import Codes, Mixture, distortion
+from utils.codecs.base import Mixture
 from utils.labels import LabelSet, LabelWriter
-from utils.views import Views
-
-_ROWS = 1024  # labels expanded at once
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -35,27 +33,10 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def expanded(
-    source: LabelSet, views: Views, codes: Codes
-) -> Iterator[tuple[torch.Tensor, Mixture]]:
-    """The labels of a pass as float32 [n, C] centred logits and mixtures, a chunk at a time."""
-    mixture = source.mixture(views)
-    for start in range(0, len(views.index), _ROWS):
-        rows = slice(start, start + _ROWS)
-        yield source.codec.expand(tuple(code[rows] for code in codes), mixture[rows]), mixture[rows]
-
-
 def all_passes(source: LabelSet) -> Iterator[tuple[torch.Tensor, Mixture]]:
     """The labels of all passes, a chunk at a time."""
     for number in range(source.passes):
-        yield from expanded(source, *source.load_pass(number))
-
-
-def lost(source: LabelSet, result: LabelSet) -> float:
-    """Distortion at temperature 20 of the first labels, against those they were made from."""
-    before, _ = next(all_passes(source))
-    after, _ = next(all_passes(result))
-    return distortion(before, after)
+        yield from source.expanded(*source.load_pass(number))
 
 
 def main() -> None:
@@ -82,17 +63,18 @@ def main() -> None:
         for number in cli.progress(range(source.passes), desc="compress", unit="pass"):
             if not writer.verified(number):
                 views, codes = source.load_pass(number)
-                logits = (chunk for chunk, _ in expanded(source, views, codes))
+                logits = (chunk for chunk, _ in source.expanded(views, codes))
                 correct = source.teacher_correct(number)
                 writer.write_pass(number, logits, views, source.hard_labels, correct)
         writer.finish()
     result = LabelSet.open(args.out_dir)
     labels = source.passes * source.manifest["images"]["count"]
+    (lost,), _ = compare(result, source, [0], (20.0,))
     before, after = source.bytes_on_disk(), result.bytes_on_disk()
     print(
         f"{labels} soft labels in {args.out_dir}: {after:,} bytes, {after / labels:.1f} per label "
         f"(before: {before / labels:.1f}, a factor of {before / after:.1f}); distortion at "
-        f"temperature 20 of the first labels {lost(source, result):.4f}"
+        f"temperature 20 of the first labels {lost:.4f}"
     )
 
 

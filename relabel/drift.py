@@ -2,7 +2,6 @@
 
 import dataclasses
 import heapq
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -11,7 +10,6 @@ from utils import cli
 from utils.labels import LabelSet
 from utils.views import Views
 
-CHUNK = 1024  # labels expanded at once
 AREA_EDGES = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
@@ -96,15 +94,6 @@ def shown(labels: LabelSet, views: Views) -> Shown:
     return Shown(image, area, classes)
 
 
-def probabilities(labels: LabelSet, number: int, views: Views, codes) -> Iterator[torch.Tensor]:
-    """float32 [n, C] soft labels of a pass at temperature 1, a chunk at a time."""
-    mixture = labels.mixture(views)
-    for start in range(0, len(views.index), CHUNK):
-        rows = slice(start, start + CHUNK)
-        logits = labels.codec.expand(tuple(code[rows] for code in codes), mixture[rows])
-        yield logits.softmax(1)
-
-
 def measure(labels: LabelSet, worst: int) -> Drift:
     """Reads a label set once, two passes in memory as codes, and a chunk of labels expanded.
 
@@ -126,7 +115,8 @@ def measure(labels: LabelSet, worst: int) -> Drift:
         seen = shown(labels, views)
         bins = (seen.area * 10).long().clamp(0, 9)
         start = 0
-        for soft in probabilities(labels, number, views, codes):
+        for logits, _ in labels.expanded(views, codes):
+            soft = logits.softmax(1)
             rows = slice(start, start + len(soft))
             start += len(soft)
             first, classes = soft.argmax(1), seen.classes[rows]

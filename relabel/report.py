@@ -16,13 +16,13 @@ if not __package__:  # run as a plain script: imports start at the repository ro
 import argparse
 import csv
 import io
-import math
 
 import numpy as np
 from matplotlib.figure import Figure
 from torchvision.models import ResNet18_Weights
 
 from relabel import drift
+from relabel.lost import compare
 from utils import cli, images
 from utils.cli import UserError
 from utils.files import atomic_write, to_json
@@ -126,44 +126,17 @@ def check_reference(labels: LabelSet, reference: LabelSet) -> None:
         raise UserError(f"--reference {reference.path} is not in codec fp16")
 
 
-def lost(labels: LabelSet, reference: LabelSet) -> dict[str, float]:
-    """Distortion at three temperatures, and the share of labels with the same first class.
-
-    See utils.codecs.base.distortion; all labels count, a chunk at a time.
-    """
-    told, missing = (dict.fromkeys(TEMPERATURES, 0.0) for _ in range(2))
-    agree = count = 0
-    for number in cli.progress(range(labels.passes), desc="compare", unit="pass"):
-        views, codes = labels.load_pass(number)
-        other_views, other_codes = reference.load_pass(number)
-        if views.checksum() != other_views.checksum():
-            raise UserError(f"--reference {reference.path}: views of pass {number} differ")
-        mixture = labels.mixture(views)
-        for start in range(0, len(views.index), drift.CHUNK):
-            rows = slice(start, start + drift.CHUNK)
-            found, expected = (
-                each.codec.expand(tuple(code[rows] for code in coded), mixture[rows]).double()
-                for each, coded in ((labels, codes), (reference, other_codes))
-            )
-            agree += int((found.argmax(1) == expected.argmax(1)).sum())
-            count += len(found)
-            for t in TEMPERATURES:
-                teacher, decoded = ((each / t).log_softmax(1) for each in (expected, found))
-                uniform = -math.log(found.shape[1])
-                missing[t] += float((teacher.exp() * (teacher - decoded)).sum())
-                told[t] += float((teacher.exp() * (teacher - uniform)).sum())
-    return {
-        **{f"distortion at T = {t:g}": missing[t] / max(told[t], 1e-30) for t in TEMPERATURES},
-        "same first class": agree / count,
-    }
-
-
 def loss_table(labels: LabelSet, reference: LabelSet | None) -> tuple[str, dict]:
     """What the codec lost, or why that is not known."""
     codec = labels.manifest["codec"]
     if reference is not None:
         check_reference(labels, reference)
-        measured = lost(labels, reference)
+        passes = cli.progress(range(labels.passes), desc="compare", unit="pass")
+        distortions, same = compare(labels, reference, passes, TEMPERATURES)
+        measured = {
+            f"distortion at T = {t:g}": value
+            for t, value in zip(TEMPERATURES, distortions, strict=True)
+        } | {"same first class": same}
         lines = [f"{name:36}{value:>15.5f}" for name, value in measured.items()]
         return f"against {reference.path} (fp16)\n" + "\n".join(lines), measured
     if codec["name"] == "fp16":

@@ -34,6 +34,7 @@ from utils.files import (
 from utils.views import Views, ViewSpec, draw
 
 FORMAT, VERSION = "hald-labels", 1
+_ROWS = 1024  # labels expanded at once where a whole pass is read
 _MANIFEST, _PARTIAL = "manifest.json", "manifest.partial.json"
 _SIZES, _CODEC = "sizes.npz", "codec.npz"
 # Recorded, but free to differ when an interrupted set is continued.
@@ -396,6 +397,14 @@ class LabelSet:
     def mixture(self, views: Views) -> Mixture:
         """The hard labels in these views."""
         return Mixture(*views.classes(self.hard_labels), views.lam(self.spec.input_size))
+
+    def expanded(self, views: Views, codes: Codes) -> Iterator[tuple[torch.Tensor, Mixture]]:
+        """A pass (see `load_pass`) as float32 [n, C] logits and their mixtures, in chunks."""
+        mixture = self.mixture(views)
+        for start in range(0, len(views.index), _ROWS):
+            rows = slice(start, start + _ROWS)
+            known = mixture[rows]
+            yield self.codec.expand(tuple(code[rows] for code in codes), known), known
 
     def use_slc(self, slc: int) -> None:
         """Keeps only the first passes: `slc` labels per class; raises UserError if impossible."""

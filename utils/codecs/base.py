@@ -41,11 +41,19 @@ def distortion(
 
     0: the labels are intact; 1: decoded labels say as much as none.
     """
+    lost, told = information(teacher, decoded, temperature)
+    return lost / told if told > 0 else 0.0
+
+
+def information(
+    teacher: torch.Tensor, decoded: torch.Tensor, temperature: float
+) -> tuple[float, float]:
+    """KL(teacher || decoded) and KL(teacher || uniform) of logits [N, C], summed over labels."""
     expected = (teacher.double() / temperature).log_softmax(1)
     found = (decoded.double() / temperature).log_softmax(1)
     lost = (expected.exp() * (expected - found)).sum()
     told = (expected.exp() * (expected + math.log(teacher.shape[1]))).sum()
-    return float(lost / told) if told > 0 else 0.0
+    return float(lost), float(told)
 
 
 class Codec:
