@@ -105,7 +105,7 @@ class Study:
         passes: labels per image in the fp16 set that all others are made from.
         min_scale: smallest crop.
         distortions: of klt in the first question.
-        budgets: bytes: those of one fp16 label for each of so many images per class.
+        budgets: bytes: those of so many fp16 labels per class; below IPC, of fewer images.
         hald_budgets: those of them that the HALD schedule is trained with, too.
         labels_per_image: in the third question, the same for all codecs.
         rivals: codecs with settings in the last two questions, as flags of relabel/compress.py.
@@ -157,13 +157,13 @@ STUDIES = {
         data=("--dataset", "fashion_mnist"),
         teacher=("--schedule", "hard:2", "--batch-size", "64", "--lr", "0.002"),
         batch_size=20,
-        epochs=200,
-        long=300,
+        epochs=100,
+        long=200,
         passes=60,
         min_scale=0.3,
         distortions=(0.005, 0.02, 0.05),
-        budgets=(5, 10),
-        hald_budgets=(5, 10),
+        budgets=(10, 30, 100),
+        hald_budgets=(10, 30, 100),
         labels_per_image=(1, 3, 10),
         rivals=("topk --topk 2", "quant --bits 4", "klt --distortion 0.01"),
         temperatures=(2, 4, 10, 20),
@@ -183,7 +183,7 @@ class Run:
         passes: labels per image.
         schedule: "soft" or "hald".
         temperature, rate, smoothing, seed, epochs: of the training.
-        budget: of the second question.
+        budget: of the second question, in fp16 labels per class.
         ipc: images per class that are labelled: all, where the codec can afford it.
     """
 
@@ -218,6 +218,8 @@ class Workplace:
         self.root = home / f"ipc{ipc}"
         self.root.mkdir(parents=True, exist_ok=True)
         self.common = (*study.data, "--device", "cpu", "--workers", "0")
+        weights = home / "teacher" / "checkpoint.pt"
+        self.named_teacher = ("--teacher", "ConvNetW32", "--teacher-weights", weights)
         self.passes = study.passes if ipc == IPC else 1
 
     @functools.cache  # noqa: B019 - one workplace per process
@@ -229,7 +231,7 @@ class Workplace:
 
     def prepare(self) -> None:
         """Teacher, distilled images and their fp16 labels."""
-        study, teacher = self.study, self.home / "teacher" / "checkpoint.pt"
+        study = self.study
         if not (self.home / "teacher" / "result.json").exists():
             call(
                 train.main,
@@ -238,21 +240,14 @@ class Workplace:
                 *("--hard-mix", "none", "--label-smoothing", 0, "--eta", 1, "--eval-every", 2),
                 *("--min-scale", study.min_scale, *study.teacher, *self.common),
             )
-        named = ("--teacher", "ConvNetW32", "--teacher-weights", teacher)
         if not self.distilled.exists():
             call(
                 prepare_distilled.main,
-                *("--data-dir", self.images / "train", "--out-dir", self.distilled, *named),
+                *("--data-dir", self.images / "train", "--out-dir", self.distilled),
+                *self.named_teacher,
                 *("--ipc", self.ipc, "--crops", 0, *self.common),
             )
-        whole = self.labels("fp16", self.passes)
-        if not (whole / "manifest.json").exists():
-            call(
-                generate.main,
-                *("--data-dir", self.distilled, "--label-dir", whole),
-                *(*named, "--no-bssl", "--slc", self.ipc * self.passes, "--codec", "fp16"),
-                *("--batch-size", study.batch_size, "--min-scale", study.min_scale, *self.common),
-            )
+        self.recode("fp16", self.passes)
 
     @property
     def distilled(self) -> Path:
@@ -263,14 +258,22 @@ class Workplace:
         return self.root / f"labels_{codec.replace(' --', '_').replace(' ', '')}_{passes}"
 
     def recode(self, codec: str, passes: int) -> LabelSet:
-        """The first passes of the fp16 labels in a codec, made where they are missing."""
-        whole = self.labels("fp16", self.passes)
+        """So many passes of the teacher's labels in a codec, made where they are missing.
+
+        A set of its own, also in fp16: the manifest of all passes would weigh in a small one.
+        """
+        path, study = self.labels(codec, passes), self.study
+        if (path / "manifest.json").exists():
+            return LabelSet.open(path)
         if codec == "fp16":
-            labels = LabelSet.open(whole)
-            labels.use_slc(self.ipc * passes)
-            return labels
-        path = self.labels(codec, passes)
-        if not (path / "manifest.json").exists():
+            call(
+                generate.main,
+                *("--data-dir", self.distilled, "--label-dir", path, *self.named_teacher),
+                *("--no-bssl", "--slc", self.ipc * passes, "--codec", "fp16"),
+                *("--batch-size", study.batch_size, "--min-scale", study.min_scale, *self.common),
+            )
+        else:
+            whole = self.labels("fp16", self.passes)
             call(
                 compress.main,
                 *("--label-dir", whole, "--out-dir", path, "--slc", self.ipc * passes),
@@ -280,7 +283,9 @@ class Workplace:
 
     def passes_for(self, codec: str, budget: int) -> int:
         """Labels per image, at most all there are, whose set is no larger than the budget."""
-        size, passes = self.at(budget).recode("fp16", 1).bytes_on_disk(), self.passes
+        ipc, fp16_passes = afforded(budget)
+        size = self.at(ipc).recode("fp16", fp16_passes).bytes_on_disk()
+        passes = self.passes
         while (found := self.recode(codec, passes).bytes_on_disk()) > size and passes > 1:
             passes = max(1, min(passes - 1, int(passes * size / found)))
         return passes
@@ -369,6 +374,11 @@ class Workplace:
         return compare(labels, reference, [0], (20.0,))[0][0]
 
 
+def afforded(budget: int) -> tuple[int, int]:
+    """Images per class and labels per image of the fp16 set that is a budget."""
+    return min(budget, IPC), max(1, budget // IPC)
+
+
 def call(main: Callable[[], None], *arguments: object) -> None:
     """Runs an entry script's main in this process, quietly."""
     words = [str(word) for word in arguments]
@@ -409,43 +419,36 @@ def grid(place: Workplace, finish: Callable[[list[Run]], list[dict]]) -> None:
     finish(
         [dataclasses.replace(near, codec=codec, seed=seed) for seed in SEEDS for codec in settings]
     )
-    schedules = ("soft", study.budgets), ("hald", study.hald_budgets)
-    finish(
-        [
+
+    def equal_bytes(schedule: str, budgets: tuple[int, ...]) -> list[Run]:
+        return [
             dataclasses.replace(
                 chosen,
                 question="equal bytes",
                 codec=codec,
-                passes=1 if codec == "fp16" else place.passes_for(codec, budget),
-                ipc=budget if codec == "fp16" else IPC,
+                passes=afforded(budget)[1] if codec == "fp16" else place.passes_for(codec, budget),
+                ipc=afforded(budget)[0] if codec == "fp16" else IPC,
                 budget=budget,
                 schedule=schedule,
                 seed=seed,
                 epochs=study.long,
             )
-            for schedule, budgets in schedules
             for seed in SEEDS
             for budget in budgets
             for codec in ("fp16", *study.rivals)
         ]
-    )
+
+    finish(equal_bytes("soft", study.budgets))
+    long = dataclasses.replace(chosen, question="equal labels", schedule="soft", epochs=study.long)
     finish(
         [
-            dataclasses.replace(
-                chosen,
-                question="equal labels",
-                codec=codec,
-                passes=passes,
-                schedule=schedule,
-                seed=seed,
-                epochs=study.long,
-            )
-            for schedule, _ in schedules
+            dataclasses.replace(long, codec=codec, passes=passes, seed=seed)
             for seed in SEEDS
             for passes in study.labels_per_image
             for codec in ("fp16", *study.rivals)
         ]
     )
+    finish(equal_bytes("hald", study.hald_budgets))
 
 
 class OutOfTime(Exception):
