@@ -4,8 +4,8 @@ python analysis/study.py                    tables and plots again, from the com
 python analysis/study.py --collect PLAN …   first takes over the results of finished sweeps
 
 A table stands in study.md between `<!-- KIND NAME -->` and `<!-- end -->`, KIND one of `results`
-(the sweep's table of NAME.csv) and `choice` (how settings of one method compare on held-out
-training images).
+(the sweep's table of NAME.csv), `choice` (how settings of one method compare on held-out
+training images) and `pivot` (methods named "ROW / COLUMN": a cell for each).
 """
 
 import sys
@@ -100,9 +100,25 @@ def choice_table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def pivot_table(rows: list[dict]) -> str:
+    """Last top-1, mean ± standard deviation over seeds, of methods "ROW / COLUMN"."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        line, _, column = row["method"].partition(" / ")
+        found.setdefault(line, {}).setdefault(column, []).append(row["last_top1"])
+    columns = list(dict.fromkeys(column for cells in found.values() for column in cells))
+    lines = [
+        "| last top-1 (%) | " + " | ".join(columns) + " |",
+        "|---|" + "---:|" * len(columns),
+    ]
+    for line, cells in found.items():
+        lines.append(f"| {line} | " + " | ".join(tables.mean_std(cells[c]) for c in columns) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def fill(text: str) -> str:
     """study.md with every table made again; raises UserError for an unknown kind of table."""
-    kinds = {"results": tables.markdown, "choice": choice_table}
+    kinds = {"results": tables.markdown, "choice": choice_table, "pivot": pivot_table}
 
     def table(found: re.Match) -> str:
         kind, name = found[1], found[2]

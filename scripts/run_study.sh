@@ -1,59 +1,93 @@
 #!/usr/bin/env bash
 # Everything behind analysis/study.md: data, teachers, labels, sweeps, tables and plots.
-#   bash scripts/run_study.sh [FOLDER WITH FASHION-MNIST'S FOUR IDX FILES]
-# Without the folder torchvision downloads them (Debian has them too: dataset-fashion-mnist, in
-# /usr/share/datasets/fashion-mnist). About two hours on two CPU cores; may be stopped and repeated.
+#   bash scripts/run_study.sh [FOLDER WITH FASHION-MNIST'S FOUR IDX FILES] [FOLDER WITH TYPEFACES]
+# Without the first (or with "") torchvision downloads Fashion-MNIST; Debian has it too
+# (dataset-fashion-mnist, in /usr/share/datasets/fashion-mnist). benchmarks/glyphs.py says how to
+# get the typefaces; without them the part on 200 characters is left out. About two and a half hours
+# on two CPU cores; may be stopped and repeated.
 set -euo pipefail
 
 # shellcheck source=scripts/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 use_environment requirements.txt
 source_dir=()
-[[ $# -eq 0 ]] || source_dir=(--source-dir "$(realpath "$1")")
+[[ -z "${1:-}" ]] || source_dir=(--source-dir "$(realpath "$1")")
+fonts=""
+[[ -z "${2:-}" ]] || fonts="$(realpath "$2")"
 cd "$ROOT"
 study=runs/study
 mkdir -p "$study"
 export OMP_NUM_THREADS=1
 train=("$PYTHON" validate/train.py --model ConvNetW32 --workers 0)
 
+# The teacher beside is not to outlive this script.
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+teacher() { # NAME IMAGES HELD_OUT FLAG ...: trains NAME_teacher; replaces the shell it runs in
+    exec "${train[@]}" --data-dir "$study/$2" --val-dir "$study/$3" --output-dir "$study/$1_teacher" \
+        --label-smoothing 0 --eta 1 "${@:4}"
+}
+
+distil() { # NAME TEACHER IMAGES IPC FLAG ...: the images of each class it is surest of
+    [[ -d "$study/$1_ipc$4" ]] || "$PYTHON" scripts/prepare_distilled.py \
+        --data-dir "$study/$3" --out-dir "$study/$1_ipc$4" --ipc "$4" --teacher ConvNetW32 \
+        --teacher-weights "$study/$2_teacher/checkpoint.pt" --crops 0 --workers 0 "${@:5}"
+}
+
+label() { # IMAGES SLC TEACHER LABELS FLAG ...
+    "$PYTHON" relabel/generate.py --data-dir "$study/$1" --slc "$2" --teacher ConvNetW32 \
+        --teacher-weights "$study/$3_teacher/checkpoint.pt" --label-dir "$study/$4" --no-bssl \
+        --workers 0 "${@:5}"
+}
+
+fashion=(--dataset fashion_mnist)
 "$PYTHON" scripts/prepare_torchvision.py --dataset fashion_mnist --size 32 \
     --out-dir "$study/fashion_mnist" "${source_dir[@]}"
 "$PYTHON" scripts/prepare_split.py --data-dir "$study/fashion_mnist/train" \
     --out-dir "$study/fashion_split" --held-out 300
+teacher fashion fashion_split/rest fashion_split/held_out "${fashion[@]}" --schedule hard:8 \
+    --hard-mix none --min-scale 0.25 --batch-size 64 --lr 0.003 --eval-every 2 &
+(teacher fashion_cutmix fashion_split/rest fashion_split/held_out "${fashion[@]}" \
+    --schedule hard:6 --hard-mix cutmix --min-scale 0.08 --batch-size 64 --lr 0.003 --eval-every 2)
+wait $!
+distil fashion fashion fashion_split/rest 10 "${fashion[@]}" --candidates 300
+label fashion_ipc10 50 fashion fashion_plain_labels "${fashion[@]}"
+label fashion_ipc10 50 fashion_cutmix fashion_labels "${fashion[@]}"
+
+digits=(--dataset digits)
 "$PYTHON" scripts/prepare_digits.py --out-dir "$study/digits"
 "$PYTHON" scripts/prepare_split.py --data-dir "$study/digits/train" \
     --out-dir "$study/digits_split" --held-out 30
+(teacher digits digits_split/rest digits_split/held_out "${digits[@]}" --schedule hard:60 \
+    --hard-mix none --min-scale 0.5 --lr 0.001 --eval-every 20)
+distil digits digits digits_split/rest 5 "${digits[@]}" --candidates 5
+label digits_ipc5 25 digits digits_labels "${digits[@]}"
+for batch in 10 50; do
+    label digits_ipc5 15 digits "digits_labels_bs$batch" "${digits[@]}" --batch-size "$batch"
+done
 
-teacher() { # NAME DATASET FLAG ...: trains runs/study/NAME_teacher on the images not held out
-    local images="$study/${1%%_*}_split"
-    "${train[@]}" --data-dir "$images/rest" --val-dir "$images/held_out" \
-        --output-dir "$study/$1_teacher" --dataset "$2" --label-smoothing 0 --eta 1 "${@:3}"
-}
-fashion=(--batch-size 64 --lr 0.003 --eval-every 2)
-teacher fashion fashion_mnist --schedule hard:8 --hard-mix none --min-scale 0.25 "${fashion[@]}"
-teacher fashion_cutmix fashion_mnist --schedule hard:6 --hard-mix cutmix --min-scale 0.08 \
-    "${fashion[@]}"
-teacher digits digits --schedule hard:60 --hard-mix none --min-scale 0.5 --lr 0.001 --eval-every 20
-
-distil() { # NAME DATASET IPC CANDIDATES: the images of each class that NAME_teacher is surest of
-    [[ -d "$study/$1_ipc$3" ]] || "$PYTHON" scripts/prepare_distilled.py \
-        --data-dir "$study/$1_split/rest" --out-dir "$study/$1_ipc$3" --dataset "$2" --ipc "$3" \
-        --teacher ConvNetW32 --teacher-weights "$study/$1_teacher/checkpoint.pt" --crops 0 \
-        --candidates "$4" --workers 0
-}
-distil fashion fashion_mnist 10 300
-distil digits digits 5 5
-
-label() { # IMAGES DATASET SLC TEACHER LABELS
-    "$PYTHON" relabel/generate.py --data-dir "$study/$1" --label-dir "$study/$5" --dataset "$2" \
-        --slc "$3" --teacher ConvNetW32 --teacher-weights "$study/$4/checkpoint.pt" --no-bssl \
-        --workers 0
-}
-label fashion_ipc10 fashion_mnist 50 fashion_teacher fashion_plain_labels
-label fashion_ipc10 fashion_mnist 50 fashion_cutmix_teacher fashion_labels
-label digits_ipc5 digits 25 digits_teacher digits_labels
-
-plans=(fashion_tune fashion fashion_share fashion_plain_tune digits_tune digits digits_share resnet18)
+plans=(fashion_tune fashion digits_tune digits)
+if [[ -n "$fonts" ]]; then
+    glyphs=(--dataset custom --input-size 32 --mean 0.062 0.062 0.062 --std 0.219 0.219 0.219)
+    [[ -d "$study/glyphs" ]] ||
+        "$PYTHON" benchmarks/glyphs.py --fonts "$fonts" --out-dir "$study/glyphs"
+    glyphs_teacher=(glyphs/train glyphs/val "${glyphs[@]}" --schedule hard:12 --min-scale 0.5
+        --batch-size 64 --lr 0.002 --eval-every 2)
+    teacher glyphs "${glyphs_teacher[@]}" --hard-mix none & # both, to see which knows the views
+    (teacher glyphs_cutmix "${glyphs_teacher[@]}" --hard-mix cutmix)
+    wait $!
+    distil glyphs glyphs_cutmix glyphs/train 5 "${glyphs[@]}"
+    glyphs+=(--min-scale 0.5 --batch-size 25)
+    label glyphs_ipc5 25 glyphs glyphs_plain_labels "${glyphs[@]}"
+    label glyphs_ipc5 25 glyphs_cutmix glyphs_labels "${glyphs[@]}"
+    plans+=(glyphs_tune glyphs balance glyphs_share)
+else
+    echo "run_study: no folder with typefaces was given: the 200 characters are left out"
+    plans+=(balance)
+fi
+plans+=(fashion_share digits_share fashion_plain_tune resnet18)
 for plan in "${plans[@]}"; do
     "$PYTHON" analysis/sweep.py --plan "analysis/plans/$plan.yaml" --jobs 2
 done
