@@ -22,10 +22,17 @@ import dataclasses
 import torch
 from matplotlib.figure import Figure
 
-from analysis.replay import Replay, gradients, plan_of, two_losses, weights_of
+from analysis.replay import (
+    Replay,
+    add_arguments,
+    gradients,
+    soft_plan_of,
+    two_losses,
+    weights_of,
+)
 from analysis.tables import provenance, this_command, write_csv
 from utils import cli
-from utils.cli import UserError, bounded
+from utils.cli import bounded
 from utils.files import atomic_write
 
 EPS = 1e-8  # torch.optim.AdamW's default, which training uses
@@ -34,8 +41,7 @@ EPS = 1e-8  # torch.optim.AdamW's default, which training uses
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = cli.Parser(description="Gradients of the soft loss beside Adam's eps.")
-    parser.add_argument("--run", type=Path, required=True, help="finished run with a label set")
-    parser.add_argument("--out", type=Path, required=True, help="PNG and CSV, without the ending")
+    add_arguments(parser)
     parser.add_argument("--batches", type=bounded(int, 1), default=4, metavar="N")
     return parser.parse_args()
 
@@ -82,9 +88,7 @@ def draw(found: dict[tuple[str, str], torch.Tensor], scale: float, title: str, p
 
 def main() -> None:
     args = parse_arguments()
-    plan = plan_of(args.run)
-    if plan.labels is None:
-        raise UserError(f"{args.run} was trained without a label set: it has no soft gradient")
+    plan = soft_plan_of(args.run)
     replay = Replay(plan, "adam_eps")
     trained = copy.deepcopy(replay.model)
     trained.load_state_dict(weights_of(args.run))

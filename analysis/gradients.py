@@ -20,18 +20,17 @@ import statistics
 import torch
 from matplotlib.figure import Figure
 
-from analysis.replay import Replay, gradients, plan_of, two_losses
+from analysis.replay import Replay, add_arguments, gradients, soft_plan_of, two_losses
 from analysis.tables import provenance, this_command, write_csv
 from utils import cli, runlog
-from utils.cli import UserError, bounded
+from utils.cli import bounded
 from utils.files import atomic_write
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = cli.Parser(description="Cosine of hard-label and soft-label gradients along a run.")
-    parser.add_argument("--run", type=Path, required=True, help="run folder with a label set")
-    parser.add_argument("--out", type=Path, required=True, help="PNG and CSV, without the ending")
+    add_arguments(parser)
     parser.add_argument("--every", type=bounded(int, 1), default=10, metavar="N", help="epochs")
     parser.add_argument(
         "--batches", type=bounded(int, 2), default=8, metavar="N", help="stored batches to look at"
@@ -95,9 +94,7 @@ def draw(rows: list[dict], kinds: list[str], temperature: float, path: Path) -> 
 
 def main() -> None:
     args = parse_arguments()
-    plan = plan_of(args.run)
-    if plan.labels is None:
-        raise UserError(f"{args.run} was trained without a label set: it has no soft gradient")
+    plan = soft_plan_of(args.run)
     replay = Replay(plan, "gradients")
     rows = []
     for epoch in range(len(plan.kinds)):

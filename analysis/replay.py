@@ -4,6 +4,7 @@ Training is a function of its settings, so what a study wants to see on the way 
 recorded: the run is trained again, and nothing in its folder changes.
 """
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -49,6 +50,20 @@ def plan_of(run: Path) -> Plan:
     plan = make_plan(parse_arguments(arguments))
     if difference := first_difference(record["settings"], plan.settings):
         raise UserError(f"{run} cannot be trained again as it was: {difference}")
+    return plan
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of a study of one run's gradients: --run and --out."""
+    parser.add_argument("--run", type=Path, required=True, help="run folder with a label set")
+    parser.add_argument("--out", type=Path, required=True, help="PNG and CSV, without the ending")
+
+
+def soft_plan_of(run: Path) -> Plan:
+    """The plan of a run that has soft gradients; raises UserError for one without a label set."""
+    plan = plan_of(run)
+    if plan.labels is None:
+        raise UserError(f"{run} was trained without a label set: it has no soft gradient")
     return plan
 
 

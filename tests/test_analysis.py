@@ -186,6 +186,14 @@ def test_the_study_chooses_the_settings_with_the_highest_mean():
     assert table[5] == "| soft | T20 | 58.0 | 62.0 | 60.0 |"
 
 
+def test_a_pivot_has_a_cell_for_each_pair_of_names():
+    top1 = {"a / x": (70, 72), "b / x": (50, 50), "a / y": (81, 81), "b / y": (9, 9)}
+    rows = [{"method": name, "last_top1": value} for name in top1 for value in top1[name]]
+    table = study.pivot_table(rows).splitlines()
+    assert table[0] == "| last top-1 (%) | x | y |"
+    assert table[2] == "| a | 71.0 ± 1.4 | 81.0 ± 0.0 |"
+
+
 def test_the_tables_of_the_study_are_those_of_its_numbers(tmp_path, monkeypatch):
     row = {"student": "S", "ipc": 10, "method": "soft T4", "slc": 10, "seed": 0}
     row |= {"best_top1": 52.0, "best_epoch": 3, "last_top1": 51.0, "label_bytes": 1234}
