@@ -42,19 +42,14 @@ label() { # IMAGES SLC TEACHER LABELS FLAG ...
         --workers 0 "${@:5}"
 }
 
-fashion=(--dataset fashion_mnist)
-"$PYTHON" scripts/prepare_torchvision.py --dataset fashion_mnist --size 32 \
-    --out-dir "$study/fashion_mnist" "${source_dir[@]}"
-"$PYTHON" scripts/prepare_split.py --data-dir "$study/fashion_mnist/train" \
-    --out-dir "$study/fashion_split" --held-out 300
-teacher fashion fashion_split/rest fashion_split/held_out "${fashion[@]}" --schedule hard:8 \
-    --hard-mix none --min-scale 0.25 --batch-size 64 --lr 0.003 --eval-every 2 &
-(teacher fashion_cutmix fashion_split/rest fashion_split/held_out "${fashion[@]}" \
-    --schedule hard:6 --hard-mix cutmix --min-scale 0.08 --batch-size 64 --lr 0.003 --eval-every 2)
-wait $!
-distil fashion fashion fashion_split/rest 10 "${fashion[@]}" --candidates 300
-label fashion_ipc10 50 fashion fashion_plain_labels "${fashion[@]}"
-label fashion_ipc10 50 fashion_cutmix fashion_labels "${fashion[@]}"
+plans=()
+sweep() { # PLAN ...: makes all runs of these plans of analysis/plans
+    local plan
+    for plan in "$@"; do
+        "$PYTHON" analysis/sweep.py --plan "analysis/plans/$plan.yaml" --jobs 2
+        plans+=("$plan")
+    done
+}
 
 digits=(--dataset digits)
 "$PYTHON" scripts/prepare_digits.py --out-dir "$study/digits"
@@ -67,8 +62,8 @@ label digits_ipc5 25 digits digits_labels "${digits[@]}"
 for batch in 10 50; do
     label digits_ipc5 15 digits "digits_labels_bs$batch" "${digits[@]}" --batch-size "$batch"
 done
+sweep digits_tune digits balance
 
-plans=(fashion_tune fashion digits_tune digits)
 if [[ -n "$fonts" ]]; then
     glyphs=(--dataset custom --input-size 32 --mean 0.062 0.062 0.062 --std 0.219 0.219 0.219)
     [[ -d "$study/glyphs" ]] ||
@@ -82,15 +77,27 @@ if [[ -n "$fonts" ]]; then
     glyphs+=(--min-scale 0.5 --batch-size 25)
     label glyphs_ipc5 25 glyphs glyphs_plain_labels "${glyphs[@]}"
     label glyphs_ipc5 25 glyphs_cutmix glyphs_labels "${glyphs[@]}"
-    plans+=(glyphs_tune glyphs balance glyphs_share)
+    sweep glyphs_tune glyphs glyphs_share
 else
     echo "run_study: no folder with typefaces was given: the 200 characters are left out"
-    plans+=(balance)
 fi
-plans+=(fashion_share digits_share fashion_plain_tune resnet18)
-for plan in "${plans[@]}"; do
-    "$PYTHON" analysis/sweep.py --plan "analysis/plans/$plan.yaml" --jobs 2
-done
+
+fashion=(--dataset fashion_mnist)
+"$PYTHON" scripts/prepare_torchvision.py --dataset fashion_mnist --size 32 \
+    --out-dir "$study/fashion_mnist" "${source_dir[@]}"
+"$PYTHON" scripts/prepare_split.py --data-dir "$study/fashion_mnist/train" \
+    --out-dir "$study/fashion_split" --held-out 300
+teacher fashion fashion_split/rest fashion_split/held_out "${fashion[@]}" --schedule hard:8 \
+    --hard-mix none --min-scale 0.25 --batch-size 64 --lr 0.003 --eval-every 2 &
+(teacher fashion_cutmix fashion_split/rest fashion_split/held_out "${fashion[@]}" \
+    --schedule hard:6 --hard-mix cutmix --min-scale 0.08 --batch-size 64 --lr 0.003 --eval-every 2)
+wait $!
+distil fashion fashion fashion_split/rest 10 "${fashion[@]}" --candidates 300
+label fashion_ipc10 50 fashion fashion_plain_labels "${fashion[@]}"
+label fashion_ipc10 50 fashion_cutmix fashion_labels "${fashion[@]}"
+sweep fashion_tune fashion fashion_share
+
+sweep digits_share fashion_plain_tune resnet18
 # For the figure of the stall: published at the T of the balanced run.
 "${train[@]}" --data-dir "$study/digits_ipc5" --label-dir "$study/digits_labels" \
     --val-dir "$study/digits_split/held_out" --output-dir "$study/stall_published" \
