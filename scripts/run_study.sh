@@ -69,7 +69,7 @@ if [[ -n "$fonts" ]]; then
     [[ -d "$study/glyphs" ]] ||
         "$PYTHON" benchmarks/glyphs.py --fonts "$fonts" --out-dir "$study/glyphs"
     glyphs_teacher=(glyphs/train glyphs/val "${glyphs[@]}" --schedule hard:12 --min-scale 0.5
-        --batch-size 64 --lr 0.002 --eval-every 2)
+        --batch-size 64 --lr 0.002 --eval-every 4)
     teacher glyphs "${glyphs_teacher[@]}" --hard-mix none & # both, to see which knows the views
     (teacher glyphs_cutmix "${glyphs_teacher[@]}" --hard-mix cutmix)
     wait $!
