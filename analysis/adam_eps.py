@@ -30,10 +30,11 @@ from analysis.replay import (
     two_losses,
     weights_of,
 )
-from analysis.tables import provenance, this_command, write_csv
+from analysis.tables import this_command
 from utils import cli
 from utils.cli import bounded
 from utils.files import atomic_write
+from utils.results import provenance, write_csv
 
 EPS = 1e-8  # torch.optim.AdamW's default, which training uses
 

@@ -23,11 +23,12 @@ from matplotlib.figure import Figure
 
 from analysis.compare import load_group
 from analysis.replay import plan_of
-from analysis.tables import mean_std, provenance, this_command, write_csv
+from analysis.tables import mean_std, this_command
 from utils import cli, images, runlog
 from utils.cli import bounded
 from utils.datasets import Dataset
 from utils.files import atomic_write
+from utils.results import provenance, write_csv
 from utils.views import ORDER, ViewSpec, draw, shuffle
 from validate.evaluate import load_student
 

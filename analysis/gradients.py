@@ -21,10 +21,11 @@ import torch
 from matplotlib.figure import Figure
 
 from analysis.replay import Replay, add_arguments, gradients, soft_plan_of, two_losses
-from analysis.tables import provenance, this_command, write_csv
+from analysis.tables import this_command
 from utils import cli, runlog
 from utils.cli import bounded
 from utils.files import atomic_write
+from utils.results import provenance, write_csv
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -22,11 +22,12 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from analysis.tables import provenance, this_command, write_csv
+from analysis.tables import this_command
 from utils import cli, images, runlog
 from utils.cli import UserError, bounded
 from utils.datasets import Dataset
 from utils.files import atomic_write
+from utils.results import provenance, write_csv
 from utils.views import ORDER, normalise, shuffle
 from validate.evaluate import load_student
 

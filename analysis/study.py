@@ -22,6 +22,7 @@ from analysis import sweep, tables
 from utils import cli
 from utils.cli import UserError
 from utils.files import atomic_write
+from utils.results import provenance, write_csv
 
 HERE = Path(__file__).resolve().parent
 RESULTS, PLANS, STUDY = HERE / "results", HERE / "plans", HERE / "study.md"
@@ -46,8 +47,8 @@ def collect(plan: str) -> None:
     rows = sweep.collect(tasks)
     if len(rows) < len(tasks):
         raise UserError(f"{plan}: {len(tasks) - len(rows)} of {len(tasks)} runs are not finished")
-    about = tables.provenance(f"bash scripts/run_sweep.sh --plan analysis/plans/{plan}.yaml")
-    tables.write_csv(rows, RESULTS / f"{plan}.csv", about)
+    about = provenance(f"bash scripts/run_sweep.sh --plan analysis/plans/{plan}.yaml")
+    write_csv(rows, RESULTS / f"{plan}.csv", about)
 
 
 def read(name: str) -> list[dict]:

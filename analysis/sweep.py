@@ -26,10 +26,11 @@ import shlex
 import yaml
 
 from analysis.runner import Task, machine_slots, run_all
-from analysis.tables import markdown, plot, write_csv
+from analysis.tables import markdown, plot
 from utils import cli, runlog
 from utils.cli import UserError, bounded, did_you_mean
 from utils.files import atomic_write, read_json
+from utils.results import write_csv
 
 ROOT = Path(__file__).resolve().parents[1]
 CSV, TABLE, BY_SLC, BY_BYTES = "results.csv", "table.md", "top1_slc.png", "top1_bytes.png"

@@ -1,17 +1,12 @@
 """Results of runs as CSV files that say where they came from, as a table, and as a plot."""
 
 import csv
-import datetime
-import io
-import os
-import platform
 import shlex
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
 
 from utils.files import atomic_write
@@ -23,28 +18,9 @@ def mean_std(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f}{spread}"
 
 
-def provenance(command: str) -> str:
-    """When, on what machine and by which command something is measured; for `write_csv`."""
-    machine = f"{len(os.sched_getaffinity(0))}-core {platform.machine()}"
-    if torch.cuda.is_available():
-        machine = torch.cuda.get_device_name()
-    return f"{datetime.date.today()}; {machine}; torch {torch.__version__}; {command}"
-
-
 def this_command() -> str:
     """The command line of the running entry script."""
     return shlex.join(["python", f"analysis/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-
-
-def write_csv(rows: list[dict], path: Path, about: str = "") -> None:
-    """The rows as comma-separated values under a header, and under a comment where there is one."""
-    text = io.StringIO()
-    if about:
-        text.write(f"# {about}\n")
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    atomic_write(path, text.getvalue().encode())
 
 
 def read_csv(path: Path) -> list[dict]:

@@ -19,10 +19,11 @@ import torch
 from matplotlib.figure import Figure
 
 from analysis.replay import Replay, plan_of
-from analysis.tables import provenance, this_command, write_csv
+from analysis.tables import this_command
 from utils import cli
 from utils.cli import UserError, bounded
 from utils.files import atomic_write
+from utils.results import provenance, write_csv
 
 
 def parse_arguments() -> argparse.Namespace:

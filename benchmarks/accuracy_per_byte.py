@@ -31,12 +31,12 @@ import io
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from datetime import date
 from unittest.mock import patch
 
 import torch
 from torch import nn
 
+from benchmarks.accuracy_tables import plot, tables
 from relabel import compress, generate
 from relabel.lost import compare
 from scripts import prepare_distilled
@@ -44,6 +44,7 @@ from utils import cli, datasets, images
 from utils.cli import UserError
 from utils.files import atomic_write, read_json, to_json
 from utils.labels import LabelSet
+from utils.results import provenance, write_csv
 from utils.views import Views
 from validate import engine, train
 from validate.plan import make_plan
@@ -478,132 +479,14 @@ def work(place: Workplace, minutes: float, share: tuple[int, int]) -> list[dict]
     return rows
 
 
-def mean_std(rows: list[dict]) -> tuple[float, float]:
-    """Mean and sample standard deviation of top-1 over seeds."""
-    values = [float(row["top1"]) for row in rows]
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def accuracy(rows: list[dict]) -> str:
-    """ "81.2 ± 0.4 (3)": mean, standard deviation and number of seeds; "81.2 (1)" of one seed."""
-    mean, std = mean_std(rows)
-    return f"{mean:.1f} ± {std:.1f} ({len(rows)})" if len(rows) > 1 else f"{mean:.1f} (1)"
-
-
-def groups(rows: list[dict], *keys: str) -> dict[tuple[str, ...], list[dict]]:
-    """Rows by the values of some columns, in the order of their first appearance."""
-    found: dict[tuple[str, ...], list[dict]] = {}
-    for row in rows:
-        found.setdefault(tuple(str(row[key]) for key in keys), []).append(row)
-    return found
-
-
-def write_csv(path: Path, rows: list[dict]) -> None:
-    """The runs, with date, machine, versions and command above them."""
-    with path.open("w", newline="") as file:
-        file.write(
-            f"# {date.today()}; 2-core CPU, one thread per run; torch {torch.__version__}; "
-            f"top1: of the last epoch, in percent\n"
-            "# python benchmarks/accuracy_per_byte.py --glyphs G --fashion F --work-dir W\n"
-        )
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def read_csv(path: Path) -> list[dict]:
-    """The lines of a result file; numbers stay text."""
+def read_csv(path: Path) -> tuple[list[dict], dict[str, str]]:
+    """The lines of a result file, numbers as text; and by data set, where they come from."""
     if not path.exists():
         raise UserError(f"{path} is missing: run the study first")
-    with path.open() as file:
-        return list(csv.DictReader(line for line in file if not line.startswith("#")))
-
-
-def short(codec: str) -> str:
-    """ "klt 0.01" for "klt --distortion 0.01"."""
-    words = codec.split()
-    return f"{words[0]} {words[-1]}" if len(words) > 1 else codec
-
-
-def tables(rows: list[dict]) -> str:
-    """The README's tables, in Markdown."""
-    lines = []
-    near = groups([row for row in rows if row["question"] == "near-lossless"], "data", "codec")
-    lines += [
-        "| data | labels | bytes per label | factor | distortion at T = 20 | top-1 (%), seeds |"
-    ]
-    lines += ["|---|---|---|---|---|---|"]
-    within: dict[str, float] = {}
-    for (data, codec), found in near.items():
-        whole = near[data, "fp16"]
-        size = float(found[0]["bytes_per_label"])
-        factor = float(whole[0]["bytes_per_label"]) / size
-        if mean_std(found)[0] >= mean_std(whole)[0] - mean_std(whole)[1]:
-            within[data] = max(factor, within.get(data, 1))
-        lines.append(
-            f"| {data} | {codec.split()[0]} | {size:.1f} | {factor:.1f} | "
-            f"{float(found[0]['distortion_t20']):.4f} | {accuracy(found)} |"
-        )
-    for data, factor in within.items():
-        lines.append(
-            f"\n{data}: no more than one standard deviation below fp16: {factor:.1f} times"
-        )
-    equal = [row for row in rows if row["question"] == "equal bytes"]
-    codecs = sorted(groups(equal, "codec"))
-    names = " | ".join(short(codec) for (codec,) in codecs)
-    lines += ["", f"| data | schedule | bytes | {names} |", "|---" * (3 + len(codecs)) + "|"]
-    for (data, kind, _), found in groups(equal, "data", "schedule", "budget").items():
-        by_codec = groups(found, "codec")
-        cells = [f"{int(by_codec['fp16',][0]['label_bytes']):,}"]
-        for codec in codecs:
-            there = by_codec.get(codec)
-            cells.append(f"{accuracy(there)}, {there[0]['passes']}" if there else "–")
-        lines.append(f"| {data} | {kind} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def plot(path: Path, rows: list[dict]) -> None:
-    """Per data set: accuracy against distortion at one label per image, and against bytes."""
-    from matplotlib.figure import Figure
-
-    data = list(groups(rows, "data"))
-    kinds = list(dict.fromkeys(r["schedule"] for r in rows if r["question"] == "equal bytes"))
-    columns = 1 + len(kinds)
-    figure = Figure(figsize=(4.5 * columns, 4 * len(data)), layout="constrained")
-    panels = figure.subplots(len(data), columns, squeeze=False)
-    for (left, *others), (name,) in zip(panels, data, strict=True):
-        chosen = [row for row in rows if row["data"] == name]
-        near = groups([row for row in chosen if row["question"] == "near-lossless"], "codec")
-        points = [(float(f[0]["bytes_per_label"]), *mean_std(f)) for f in near.values()]
-        if points:
-            sizes, means, stds = zip(*points[1:], strict=True)
-            left.errorbar(sizes, means, stds, fmt="C0o-", capsize=3, label="klt")
-            _, mean, std = points[0]
-            left.axhspan(mean - std, mean + std, color="grey", alpha=0.3)
-            left.axhline(mean, color="grey", label=f"fp16, {points[0][0]:.0f} bytes: mean, std")
-            left.set(xlabel="bytes on disk per label", ylabel="top-1 (%)", xlim=(0, None))
-            left.set_title(f"{name}: one label per image, soft only")
-            left.legend()
-        equal = [row for row in chosen if row["question"] == "equal bytes"]
-        for axes, kind in zip(others, kinds, strict=True):
-            there = [row for row in equal if row["schedule"] == kind]
-            axes.set_visible(bool(there))
-            for place, ((codec,), found) in enumerate(groups(there, "codec").items()):
-                points = [
-                    (int(f[0]["label_bytes"]) / 1000, *mean_std(f))
-                    for f in groups(found, "budget").values()
-                ]
-                sizes, means, stds = zip(*points, strict=True)
-                style = {"fmt": f"C{place}o-", "capsize": 3, "label": short(codec)}
-                axes.errorbar(sizes, means, stds, **style)
-            title = "soft only" if kind == "soft" else "HALD (T2)"
-            axes.set(title=f"{name}: {title}", xlabel="labels on disk (kB)", xlim=(0, None))
-            axes.set_ylabel("top-1 (%)")
-            if there:
-                axes.legend(loc="lower center")
-    for axes in panels.flat:
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    lines = path.read_text().splitlines()
+    about = (line[2:].partition(": ") for line in lines if line.startswith("#"))
+    rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+    return rows, {name: source for name, _, source in about if name in STUDIES}
 
 
 def share_of(text: str) -> tuple[int, int]:
@@ -642,19 +525,22 @@ def main() -> None:
         if args.work_dir is None:
             raise UserError("--work-dir is needed to run a study")
         torch.set_num_threads(1)
-        rows = []
+        rows, about = read_csv(result) if result.exists() else ([], {})
+        rows = [row for row in rows if row["data"] not in chosen]
         for name, folder in chosen.items():
             place = Workplace(STUDIES[name], folder, args.work_dir / name)
             rows += work(place, args.minutes, args.share)
-        others = read_csv(result) if result.exists() else []
-        rows += [row for row in others if row["data"] not in chosen]
+            about[name] = provenance(
+                f"python benchmarks/accuracy_per_byte.py --{name} D --work-dir W"
+            )
         if not rows:
             print("prepared; no run is finished yet")
             return
         rows.sort(key=lambda row: list(STUDIES).index(row["data"]))
-        write_csv(result, rows)
+        sources = (f"{name}: {about[name]}" for name in STUDIES if name in about)
+        write_csv(rows, result, "top1: of the last epoch, in percent", *sources)
         plot(result.with_suffix(".png"), rows)
-    print(tables(read_csv(result)))
+    print(tables(read_csv(result)[0]))
 
 
 if __name__ == "__main__":

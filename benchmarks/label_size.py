@@ -19,14 +19,11 @@ if not __package__:  # run as a plain script: imports start at the repository ro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-import csv
 import dataclasses
 import math
-import platform
 import re
 import time
 from collections.abc import Callable
-from datetime import date
 from unittest.mock import patch
 
 import numpy as np
@@ -42,6 +39,7 @@ from utils.codecs.klt import Klt
 from utils.codecs.plain import Fp16, Quant, TopK
 from utils.images import decode, pixels_of
 from utils.labels import centre
+from utils.results import provenance, write_csv
 from utils.views import ViewSpec, draw, render
 
 CLASSES = 1000
@@ -352,20 +350,6 @@ def ideas(labels: Labels, kind: str) -> list[dict]:
     return rows
 
 
-def write_csv(path: Path, rows: list[dict], photos: int, crops: int) -> None:
-    """A table with the machine, versions, date and command above it."""
-    with path.open("w", newline="") as file:
-        file.write(
-            f"# {date.today()}; {platform.machine()} CPU, 1 thread; torch {torch.__version__}; "
-            f"{photos} photos x {crops} crops; teacher EfficientNet-Lite0\n"
-            "# python benchmarks/label_size.py --photos photos\n"
-        )
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    print(path)
-
-
 def plot(path: Path, rows: list[Row]) -> None:
     """Distortion against bytes per label, one panel per kind of labels."""
     import matplotlib
@@ -420,8 +404,11 @@ def main() -> None:
     trials = ideas(sets["recipe"].of(shown), "recipe")
     args.out.mkdir(parents=True, exist_ok=True)
     tables = {"label_size.csv": [vars(row) for row in rows], "label_size_ideas.csv": trials}
+    about = f"{len(shown)} photos x {args.crops} crops, 1 thread; teacher EfficientNet-Lite0"
     for name, table in tables.items():
-        write_csv(args.out / name, table, len(shown), args.crops)
+        command = provenance("python benchmarks/label_size.py --photos photos")
+        write_csv(table, args.out / name, command, about)
+        print(args.out / name)
     plot(args.out / "label_size.png", rows)
 
 

@@ -15,12 +15,10 @@ if not __package__:  # run as a plain script: imports start at the repository ro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-import csv
 import os
 import re
 import subprocess
 import time
-from datetime import date
 
 import torch
 from PIL import Image
@@ -32,6 +30,7 @@ from utils import cli, datasets
 from utils.files import whole_folder
 from utils.images import ResidentImages, decode
 from utils.labels import LabelSet
+from utils.results import provenance, write_csv
 from utils.runtime import Runtime
 from validate import engine
 
@@ -157,15 +156,11 @@ def main() -> None:
             }
         )
         print(rows[-1], flush=True)
-    with (args.out / "large_label_set.csv").open("w", newline="") as file:
-        file.write(
-            f"# {date.today()}; 2-core CPU, one thread; torch {torch.__version__}; epoch of "
-            f"{STUDENT} at {INPUT} pixels, batch 16\n"
-            "# python benchmarks/large_label_set.py --photos photos --work-dir W\n"
-        )
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(
+        *(rows, args.out / "large_label_set.csv"),
+        provenance("python benchmarks/large_label_set.py --photos photos --work-dir W"),
+        f"one thread; epoch of {STUDENT} at {INPUT} pixels, batch 16",
+    )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from torch import nn
 from analysis import adam_eps, consistency, gradients, landscape, replay, study, tables, updates
 from utils.cli import UserError
 from utils.files import load_tensors, save_tensors
+from utils.results import write_csv
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +147,7 @@ def test_the_landscape_holds_the_three_students(world, run, tmp_path, command):
 
 
 def test_numbers_of_plots_are_read_back(tmp_path):
-    tables.write_csv([{"ipc": 5, "slc": None, "seed": 0}], tmp_path / "a.csv")
+    write_csv([{"ipc": 5, "slc": None, "seed": 0}], tmp_path / "a.csv")
     assert tables.read_csv(tmp_path / "a.csv") == [{"ipc": 5, "slc": None, "seed": 0}]
 
 
@@ -198,7 +199,7 @@ def test_the_tables_of_the_study_are_those_of_its_numbers(tmp_path, monkeypatch)
     row = {"student": "S", "ipc": 10, "method": "soft T4", "slc": 10, "seed": 0}
     row |= {"best_top1": 52.0, "best_epoch": 3, "last_top1": 51.0, "label_bytes": 1234}
     row |= {"epochs": 300, "seconds": 1.0, "device": "cpu"}
-    tables.write_csv([row], tmp_path / "mine.csv", "made by hand")
+    write_csv([row], tmp_path / "mine.csv", "made by hand")
     monkeypatch.setattr(study, "RESULTS", tmp_path)
     text = "a\n<!-- results mine -->\nold\n<!-- end -->\nb\n<!-- choice mine -->\n<!-- end -->\n"
     filled = study.fill(text)

@@ -1,0 +1,30 @@
+"""Result files: rows of numbers as CSV that says where they came from."""
+
+import csv
+import datetime
+import io
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from utils.files import atomic_write
+
+
+def provenance(command: str) -> str:
+    """When, on what machine and by which command something is measured; for `write_csv`."""
+    machine = f"{len(os.sched_getaffinity(0))}-core {platform.machine()}"
+    if torch.cuda.is_available():
+        machine = torch.cuda.get_device_name()
+    return f"{datetime.date.today()}; {machine}; torch {torch.__version__}; {command}"
+
+
+def write_csv(rows: list[dict], path: Path, *about: str) -> None:
+    """The rows as comma-separated values under a header, and under comments where there are any."""
+    text = io.StringIO()
+    text.writelines(f"# {line}\n" for line in about)
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic_write(path, text.getvalue().encode())
