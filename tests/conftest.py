@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import models
 from utils import cli
 from utils.datasets import Dataset
 from utils.runtime import Runtime
+from validate import engine
 from validate.schedule import KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,6 +139,26 @@ def _train_teacher(data: Path, path: Path) -> None:
         torch.nn.functional.cross_entropy(model(inputs), folder.labels).backward()
         optimizer.step()
     torch.save(model.state_dict(), path)
+
+
+class Linear(nn.Module):
+    """A linear student: its gradient is easily worked out, and batches do not interact in it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(3 * 32 * 32, 4)
+
+    def forward(self, pixels):
+        return self.layer(pixels.flatten(1))
+
+
+def sgd(
+    model: nn.Module, grad_accum: int = 1, progress: Callable[[int], None] = lambda views: None
+) -> engine.Trainer:
+    """What trains a model by plain gradient steps at rate 0.01."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    return engine.Trainer(model, optimizer, CPU.scaler(), CPU, grad_accum, progress)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, TINY
+from conftest import CPU, TINY, Linear, sgd
 from torch import nn
 
 from utils.images import ResidentImages
@@ -58,27 +58,14 @@ def test_top1_and_top5():
     assert correct_top1_top5(logits[:, :3], torch.tensor([0, 1, 2])).tolist() == [1, 3]
 
 
-class Linear(nn.Module):
-    """A tiny differentiable student without BatchNorm, so that batches do not interact."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = nn.Linear(3 * 32 * 32, 4)
-
-    def forward(self, pixels):
-        return self.layer(pixels.flatten(1))
-
-
 def hard_epoch(batch_size: int, grad_accum: int) -> tuple[Linear, engine.EpochResult, list[int]]:
     model, seen = Linear(), []
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    trainer = engine.Trainer(model, optimizer, CPU.scaler(), CPU, grad_accum, seen.append)
     numbers = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8, generator=numbers)
     views = draw(ViewSpec(32, batch_size, mix="none"), np.full((8, 2), 32), 0)
     labels = torch.arange(8) // 2
     source = ResidentImages(pixels, TINY, CPU.device)
+    trainer = sgd(model, grad_accum, seen.append)
     return model, engine.train_hard_epoch(trainer, source, list(views), labels, 0.1), seen
 
 

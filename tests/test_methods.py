@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, ROOT, TINY, generate_arguments, script, train_arguments
+from conftest import CPU, ROOT, TINY, Linear, generate_arguments, script, sgd, train_arguments
 from torch import nn
 
 from relabel.teacher import load_teacher
@@ -15,18 +15,6 @@ from utils.labels import LabelSet
 from utils.views import ViewSpec, draw, normalise
 from validate import engine, schedule, train
 from validate.plan import make_plan, parse_arguments
-
-
-class Flat(nn.Module):
-    """A linear student: its gradient is easily worked out by other means."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = nn.Linear(3 * 32 * 32, 4)
-
-    def forward(self, pixels):
-        return self.layer(pixels.flatten(1))
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +34,6 @@ def whole_labels(world):
     return path
 
 
-def sgd(model: nn.Module) -> engine.Trainer:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    return engine.Trainer(model, optimizer, CPU.scaler(), CPU, 1, lambda views: None)
-
-
 def probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     return (logits / temperature).exp() / (logits / temperature).exp().sum(1, keepdim=True)
 
@@ -61,10 +44,10 @@ def one_hot_smoothed(classes: torch.Tensor, smoothing: float) -> torch.Tensor:
 
 def test_a_joint_epoch_descends_both_losses_on_the_same_stored_views(world, resident):
     labels = LabelSet.open(world.labels)
-    stepped = Flat()
+    stepped = Linear()
     engine.train_joint_epoch(sgd(stepped), resident, labels, [4], 3.0, "T2", 0.2, 0.7)
 
-    expected, batch = Flat(), labels[4]
+    expected, batch = Linear(), labels[4]
     log_student = expected(next(resident.render([batch.views]))).log_softmax(1)
     own, partner = batch.views.classes(labels.hard_labels)
     lam = batch.views.lam(32)[:, None]
@@ -82,10 +65,10 @@ def test_a_static_epoch_mixes_the_labels_of_the_two_images(world, resident, whol
     labels = LabelSet.open(whole_labels)
     of_image = engine.static_labels(labels)
     views = draw(ViewSpec(32, 5), np.full((12, 2), 32), seed=3, epoch=1)
-    stepped = Flat()
+    stepped = Linear()
     engine.train_static_epoch(sgd(stepped), resident, [views[0]], labels, of_image, 2.0, "none")
 
-    expected, one = Flat(), views[0]
+    expected, one = Linear(), views[0]
     student = probabilities(expected(next(resident.render([one]))), 2.0)
     lam = 1 - (one.mix_box[0, 2] * one.mix_box[0, 3]).item() / 32**2
     teacher = lam * probabilities(of_image[one.index], 2.0)
