@@ -33,7 +33,7 @@ from analysis.replay import (
 from analysis.tables import this_command
 from utils import cli
 from utils.cli import bounded
-from utils.files import atomic_write
+from utils.files import save_png
 from utils.results import provenance, write_csv
 
 EPS = 1e-8  # torch.optim.AdamW's default, which training uses
@@ -84,7 +84,7 @@ def draw(found: dict[tuple[str, str], torch.Tensor], scale: float, title: str, p
     panels[0].set_ylabel("share of the elements (%)")
     panels[0].legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
-    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    save_png(figure, path)
 
 
 def main() -> None:

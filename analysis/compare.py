@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from analysis.tables import mean_std
 from utils import cli, runlog
 from utils.cli import UserError
-from utils.files import atomic_write, read_json
+from utils.files import read_json, save_png
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -26,23 +26,30 @@ def parse_arguments() -> argparse.Namespace:
     parser = cli.Parser(description="Compare finished runs: a table and a picture of the curves.")
     parser.add_argument("--out", type=Path, required=True, help="PNG to write")
     parser.add_argument(
-        "groups", nargs="+", metavar="NAME=PATTERN", help="run folders that differ in seed only"
+        "groups",
+        nargs="+",
+        type=cli.named("NAME=PATTERN"),
+        metavar="NAME=PATTERN",
+        help="run folders that differ in seed only",
     )
     return parser.parse_args()
 
 
-def load_group(text: str) -> tuple[str, list[dict], list[list[dict]]]:
-    """Name, results and epoch lines of the runs of one NAME=PATTERN argument."""
-    name, separator, pattern = text.partition("=")
-    if not separator:
-        raise UserError(f"{text!r} is not of the form NAME=PATTERN")
+def finished_runs(pattern: str) -> list[Path]:
+    """The run folders that fit a pattern; raises UserError for none, or an unfinished one."""
     folders = sorted(Path(pattern).parent.glob(Path(pattern).name))
     if not folders:
-        raise UserError(f"{name}: no run folder fits {pattern}")
-    results, curves = [], []
+        raise UserError(f"no run folder fits {pattern}")
     for folder in folders:
         if not (folder / runlog.RESULT).exists():
             raise UserError(f"{folder} has no {runlog.RESULT}: the run is not finished")
+    return folders
+
+
+def load_group(name: str, pattern: str) -> tuple[str, list[dict], list[list[dict]]]:
+    """Name, results and epoch lines of the runs that fit a pattern."""
+    results, curves = [], []
+    for folder in finished_runs(pattern):
         results.append(read_json(folder / runlog.RESULT))
         lines = (folder / runlog.LOG).read_text().splitlines()
         curves.append([json.loads(line) for line in lines])
@@ -92,12 +99,12 @@ def draw_curves(groups: list[tuple[str, list[dict], list[list[dict]]]], path: Pa
         axes.set_xlabel("epoch")
     for axes in panels[:, 0]:
         axes.set_ylabel("validation top-1 (%)")
-    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    save_png(figure, path)
 
 
 def main() -> None:
     args = parse_arguments()
-    groups = [load_group(text) for text in args.groups]
+    groups = [load_group(*group) for group in args.groups]
     draw_curves(groups, args.out)
     print(table(groups))
     print(f"curves: {args.out}")

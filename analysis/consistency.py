@@ -17,19 +17,18 @@ if not __package__:  # run as a plain script: imports start at the repository ro
 import argparse
 import statistics
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from analysis.compare import load_group
+from analysis.compare import finished_runs
 from analysis.replay import plan_of
 from analysis.tables import mean_std, this_command
 from utils import cli, images, runlog
 from utils.cli import bounded
 from utils.datasets import Dataset
-from utils.files import atomic_write
+from utils.files import save_png
 from utils.results import provenance, write_csv
-from utils.views import ORDER, ViewSpec, draw, shuffle
+from utils.views import ViewSpec, draw
 from validate.evaluate import load_student
 
 _BATCH = 128
@@ -40,7 +39,11 @@ def parse_arguments() -> argparse.Namespace:
     parser = cli.Parser(description="Agreement of students with themselves between two crops.")
     parser.add_argument("--out", type=Path, required=True, help="PNG and CSV, without the ending")
     parser.add_argument(
-        "groups", nargs="+", metavar="NAME=PATTERN", help="run folders that differ in seed only"
+        "groups",
+        nargs="+",
+        type=cli.named("NAME=PATTERN"),
+        metavar="NAME=PATTERN",
+        help="run folders that differ in seed only",
     )
     parser.add_argument("--val-dir", type=Path, help="images (default: those of the runs)")
     parser.add_argument("--images", type=bounded(int, 1), default=1000, metavar="N")
@@ -77,13 +80,9 @@ def measure(run: Path, val_dir: Path, count: int, min_scale: float) -> dict[str,
     dataset = Dataset(**saved["dataset"])
     folder = images.scan(val_dir)
     images.check_same_classes(folder, saved["classes"], str(run))
-    chosen = np.sort(shuffle(0, ORDER, 0, len(folder.files))[:count])
-    source = images.StreamingImages(
-        [folder.files[row] for row in chosen], dataset, torch.device("cpu"), 0
-    )
-    sizes, _ = images.inspect(
-        images.ImageFolder(val_dir, folder.classes, source.files, folder.labels[chosen], 0)
-    )
+    sample = folder.sample(count)
+    source = images.StreamingImages(sample.files, dataset, torch.device("cpu"), 0)
+    sizes, _ = images.inspect(sample)
     spec = ViewSpec(dataset.input_size, _BATCH, min_scale, mix="none")
     one, other = (predictions(model.eval(), source, draw(spec, sizes, seed)) for seed in (0, 1))
     return {
@@ -112,17 +111,15 @@ def draw_bars(rows: list[dict], names: list[str], path: Path) -> None:
         axes.set_axisbelow(True)
     runs = max(sum(row["group"] == name for row in rows) for name in names)
     figure.suptitle(f"two random crops of each image; mean ± std over {runs} runs", fontsize=10)
-    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    save_png(figure, path)
 
 
 def main() -> None:
     args = parse_arguments()
     rows, names = [], []
-    for text in args.groups:
-        name, pattern = load_group(text)[0], Path(text.partition("=")[2])
-        folders = sorted(pattern.parent.glob(pattern.name))
+    for name, pattern in args.groups:
         names.append(name)
-        for run in folders:
+        for run in finished_runs(pattern):
             val_dir = args.val_dir or plan_of(run).validation.root
             found = measure(run, val_dir, args.images, args.min_scale)
             rows.append({"group": name, "run": run.name, **found})

@@ -24,7 +24,7 @@ from analysis.replay import Replay, add_arguments, gradients, soft_plan_of, two_
 from analysis.tables import this_command
 from utils import cli, runlog
 from utils.cli import bounded
-from utils.files import atomic_write
+from utils.files import save_png
 from utils.results import provenance, write_csv
 
 
@@ -90,7 +90,7 @@ def draw(rows: list[dict], kinds: list[str], temperature: float, path: Path) -> 
     for axes in (upper, lower):
         runlog.shade_phases(axes, kinds)
         axes.legend(fontsize=8, ncols=2)
-    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    save_png(figure, path)
 
 
 def main() -> None:

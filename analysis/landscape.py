@@ -26,9 +26,9 @@ from analysis.tables import this_command
 from utils import cli, images, runlog
 from utils.cli import UserError, bounded
 from utils.datasets import Dataset
-from utils.files import atomic_write
+from utils.files import save_png
 from utils.results import provenance, write_csv
-from utils.views import ORDER, normalise, shuffle
+from utils.views import normalise
 from validate.evaluate import load_student
 
 _MARGIN = 0.25  # of the plane around the three students, as a share of their extent
@@ -38,7 +38,13 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = cli.Parser(description="Loss on the plane through three students.")
     parser.add_argument("--out", type=Path, required=True, help="PNG and CSV, without the ending")
-    parser.add_argument("runs", nargs=3, metavar="NAME=RUN", help="three runs of one network")
+    parser.add_argument(
+        "runs",
+        nargs=3,
+        type=cli.named("NAME=RUN"),
+        metavar="NAME=RUN",
+        help="three runs of one network",
+    )
     parser.add_argument("--val-dir", type=Path, required=True, help="images")
     parser.add_argument("--images", type=bounded(int, 2), default=500, metavar="N")
     parser.add_argument("--points", type=bounded(int, 3), default=15, metavar="N", help="per side")
@@ -116,16 +122,13 @@ def draw(
     axes.set_xlabel(f"distance of the weights from {names[0]} towards {names[1]} (L2 norm)")
     axes.set_ylabel("distance at right angles (L2 norm)")
     axes.set_aspect("equal")
-    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    save_png(figure, path)
 
 
 def main() -> None:
     args = parse_arguments()
     names, vectors, students = [], [], []
-    for text in args.runs:
-        name, separator, folder = text.partition("=")
-        if not separator:
-            raise UserError(f"{text!r} is not of the form NAME=RUN")
+    for name, folder in args.runs:
         model, saved = load_student(Path(folder) / runlog.CHECKPOINT)
         if students and saved["network"] != students[0][1]["network"]:
             raise UserError(f"{folder} is another network than the runs before it")
@@ -135,15 +138,8 @@ def main() -> None:
     model, saved = students[0]
     dataset = Dataset(**saved["dataset"])
     folder = images.scan(args.val_dir)
-    images.check_same_classes(folder, saved["classes"], args.runs[0])
-    chosen = np.sort(shuffle(0, ORDER, 0, len(folder.files))[: args.images])
-    picked = images.ImageFolder(
-        folder.root,
-        folder.classes,
-        [folder.files[row] for row in chosen],
-        folder.labels[chosen],
-        0,
-    )
+    images.check_same_classes(folder, saved["classes"], args.runs[0][1])
+    picked = folder.sample(args.images)
     pixels = images.load_evaluation(picked, dataset).float()
     inputs = normalise(pixels, torch.tensor(dataset.mean), torch.tensor(dataset.std))
     across, up, places = plane(vectors)

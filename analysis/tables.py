@@ -1,4 +1,4 @@
-"""Results of runs as CSV files that say where they came from, as a table, and as a plot."""
+"""Results of runs: read from CSV files, as a table, and as a plot."""
 
 import csv
 import shlex
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from utils.files import atomic_write
+from utils.files import save_png
 
 
 def mean_std(values: list[float]) -> str:
@@ -24,7 +24,7 @@ def this_command() -> str:
 
 
 def read_csv(path: Path) -> list[dict]:
-    """Rows that `write_csv` wrote; numbers as numbers, an empty SLC as None."""
+    """Rows that utils.results.write_csv wrote; numbers as numbers, an empty SLC as None."""
     kinds: dict[str, Callable] = dict.fromkeys(("best_top1", "last_top1", "seconds"), float)
     kinds |= dict.fromkeys(("ipc", "seed", "best_epoch", "label_bytes", "epochs"), int)
     kinds["slc"] = lambda text: int(text) if text else None
@@ -119,7 +119,7 @@ def plot(rows: list[dict], against: str, path: Path) -> None:
     note = "points at the same place are drawn side by side"
     figure.suptitle(f"mean ± standard deviation over {seeds} seeds; {note}", fontsize=10)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right", fontsize=8)
-    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    save_png(figure, path)
 
 
 def _round_ticks(low: float, high: float) -> list[float]:

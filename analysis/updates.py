@@ -22,7 +22,7 @@ from analysis.replay import Replay, plan_of
 from analysis.tables import this_command
 from utils import cli
 from utils.cli import UserError, bounded
-from utils.files import atomic_write
+from utils.files import save_png
 from utils.results import provenance, write_csv
 
 
@@ -30,7 +30,13 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = cli.Parser(description="Length of each update around the switches of phase.")
     parser.add_argument("--out", type=Path, required=True, help="PNG and CSV, without the ending")
-    parser.add_argument("runs", nargs="+", metavar="NAME=RUN", help="runs of the same schedule")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=cli.named("NAME=RUN"),
+        metavar="NAME=RUN",
+        help="runs of the same schedule",
+    )
     parser.add_argument(
         "--before", type=bounded(int, 1), default=100, metavar="N", help="steps before a switch"
     )
@@ -96,16 +102,13 @@ def draw(rows: list[dict], names: list[str], titles: list[str], path: Path) -> N
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("length of one update /\nlength of the weights")
     figure.axes[-1].legend(fontsize=9, title="thick: mean of 15 steps", title_fontsize=8)
-    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    save_png(figure, path)
 
 
 def main() -> None:
     args = parse_arguments()
     rows, names, schedules = [], [], set()
-    for text in args.runs:
-        name, separator, folder = text.partition("=")
-        if not separator:
-            raise UserError(f"{text!r} is not of the form NAME=RUN")
+    for name, folder in args.runs:
         plan = plan_of(Path(folder))
         schedules.add(tuple(plan.kinds))
         if len(schedules) > 1:

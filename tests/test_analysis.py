@@ -144,6 +144,8 @@ def test_the_landscape_holds_the_three_students(world, run, tmp_path, command):
     assert len((tmp_path / "l.csv").read_text().splitlines()) == 11
     same = command(landscape.main, "--out", tmp_path / "l", *[f"a={run}"] * 3, *arguments[5:])
     assert same.code == 2 and "the same" in same.err
+    nameless = command(landscape.main, *arguments[:2], run, *arguments[3:])
+    assert nameless.code == 2 and "is not of the form NAME=RUN" in nameless.err
 
 
 def test_numbers_of_plots_are_read_back(tmp_path):

@@ -76,6 +76,18 @@ def bounded(kind: type, low: float | None = None, high: float | None = None) -> 
     return parse
 
 
+def named(form: str) -> Callable[[str], tuple[str, str]]:
+    """Returns an argparse type: name and value of an argument of a form like "NAME=RUN"."""
+
+    def parse(text: str) -> tuple[str, str]:
+        name, separator, value = text.partition("=")
+        if not separator:
+            raise argparse.ArgumentTypeError(f"{text!r} is not of the form {form}")
+        return name, value
+
+    return parse
+
+
 def progress(iterable=None, **options) -> tqdm:
     """A progress bar with rate and remaining time; in a log file, a line every ten seconds.
 

@@ -145,6 +145,11 @@ def _umask() -> int:
     return mask
 
 
+def save_png(figure, path: Path) -> None:
+    """Writes a matplotlib Figure as PNG, 120 dots per inch."""
+    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
 def to_json(value: Any) -> bytes:
     """Returns `value` as indented UTF-8 JSON with a final newline: equal values, equal bytes."""
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
@@ -238,9 +243,7 @@ def load_tensors(path: Path, what: str) -> Any:
         ) from None
     except OSError:
         raise
-    except (
-        Exception
-    ) as error:  # whatever the reader stumbles over in a file that is none of its own
+    except Exception as error:  # whatever the reader stumbles over in somebody else's file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{what} {path} is damaged: {reason}") from None
     checksum = content.pop(_SEAL, None) if isinstance(content, dict) else None

@@ -27,7 +27,7 @@ from torchvision.transforms import functional as transforms
 from utils.cli import UserError, progress
 from utils.datasets import Dataset
 from utils.runtime import usable_cores
-from utils.views import Views, crop_resize, mix, normalise, render
+from utils.views import ORDER, Views, crop_resize, mix, normalise, render, shuffle
 
 # What IMG_EXTENSIONS can hold; never formats like EPS, which PIL hands to an interpreter.
 _FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF", "WEBP")
@@ -42,18 +42,23 @@ class ImageFolder:
         classes: names of the class folders, sorted as text; the position is the class index.
         files: all image files, class by class, sorted by name within a class.
         labels: int64 [images], the class index of every file.
-        ignored: number of files that are not images (by their ending).
     """
 
     root: Path
     classes: list[str]
     files: list[Path]
     labels: torch.Tensor
-    ignored: int
 
     def counts(self) -> list[int]:
         """Images per class."""
         return torch.bincount(self.labels, minlength=len(self.classes)).tolist()
+
+    def sample(self, count: int) -> "ImageFolder":
+        """The folder with at most `count` of its images, chosen at random but always the same."""
+        rows = np.sort(shuffle(0, ORDER, 0, len(self.files))[:count])
+        return dataclasses.replace(
+            self, files=[self.files[row] for row in rows], labels=self.labels[rows]
+        )
 
     def listing_sha256(self) -> str:
         """Hex SHA-256 over names and sizes of all files: cheap, and other images differ in it."""
@@ -114,7 +119,7 @@ def scan(root: Path, num_classes: int | None = None) -> ImageFolder:
         labels += [label] * len(images)
     if ignored:
         print(f"{root}: {ignored} files that are not images are ignored")
-    return ImageFolder(root, classes, files, torch.tensor(labels), ignored)
+    return ImageFolder(root, classes, files, torch.tensor(labels))
 
 
 def _check_order(root: Path, classes: list[str]) -> None:

@@ -14,6 +14,7 @@ from utils.files import (
     load_tensors,
     lock,
     read_json,
+    save_png,
     save_tensors,
     to_json,
 )
@@ -181,4 +182,4 @@ def plot_curves(lines: list[dict], result: dict, path: Path) -> None:
     lower.set_xlabel("epoch")
     for axes in (upper, lower):
         shade_phases(axes, kinds)
-    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    save_png(figure, path)

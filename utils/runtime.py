@@ -62,10 +62,6 @@ class Runtime:
             dist.all_reduce(tensor)
         return tensor
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank."""
-        return any(self.gather(flag)) if self.world > 1 else flag
-
     def gather(self, value: Any) -> list:
         """The values of all ranks, in their order, on every rank."""
         values = [value] * self.world

@@ -260,10 +260,10 @@ class Plan:
         dataset, machine: see utils.datasets.Dataset and utils.runtime.Runtime.
         folder, sizes: the distilled images, and int [images, 2] their heights and widths.
         validation: the validation images.
-        labels: the label set, or None when every epoch is hard.
+        labels: the label set, or None without --label-dir.
         batch_numbers: the stored label batches that soft and joint epochs draw from.
         kinds: one of schedule.KINDS for every epoch.
-        spec: what the views of hard epochs are drawn from.
+        spec: what the views of hard and static epochs are drawn from.
         settings: all that decides the result, for the run folder.
     """
 
