@@ -43,7 +43,9 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = cli.Parser(description="Gradients of the soft loss beside Adam's eps.")
     add_arguments(parser)
-    parser.add_argument("--batches", type=bounded(int, 1), default=4, metavar="N")
+    parser.add_argument(
+        "--batches", type=bounded(int, 1), default=4, metavar="N", help="stored batches looked at"
+    )
     return parser.parse_args()
 
 

@@ -46,7 +46,9 @@ def parse_arguments() -> argparse.Namespace:
         help="run folders that differ in seed only",
     )
     parser.add_argument("--val-dir", type=Path, help="images (default: those of the runs)")
-    parser.add_argument("--images", type=bounded(int, 1), default=1000, metavar="N")
+    parser.add_argument(
+        "--images", type=bounded(int, 1), default=1000, metavar="N", help="how many of them"
+    )
     parser.add_argument(
         "--min-scale",
         type=bounded(float, 0.0001, 1),

@@ -46,7 +46,9 @@ def parse_arguments() -> argparse.Namespace:
         help="three runs of one network",
     )
     parser.add_argument("--val-dir", type=Path, required=True, help="images")
-    parser.add_argument("--images", type=bounded(int, 2), default=500, metavar="N")
+    parser.add_argument(
+        "--images", type=bounded(int, 2), default=500, metavar="N", help="how many of them"
+    )
     parser.add_argument("--points", type=bounded(int, 3), default=15, metavar="N", help="per side")
     return parser.parse_args()
 

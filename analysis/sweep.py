@@ -90,18 +90,28 @@ def parse_arguments() -> argparse.Namespace:
     parser = cli.Parser(description="Run a comparison of methods, then table and plots.")
     parser.add_argument("--plan", type=Path, help="YAML with the settings below; flags override it")
     plan = parser.add_argument_group("plan")
-    plan.add_argument("--dataset")
+    plan.add_argument("--dataset", help="as for validate/train.py")
     plan.add_argument("--data-dir", help="distilled images; {ipc} stands for the IPC")
-    plan.add_argument("--val-dir")
+    plan.add_argument("--val-dir", help="validation images")
     plan.add_argument("--out-dir", help="gets runs, logs, results.csv, table.md and plots")
     plan.add_argument(
         "--label-dir", help="label sets, {ipc} as above (default: labels/ipc{ipc} in --out-dir)"
     )
     plan.add_argument("--methods", nargs="+", help=", ".join(METHODS))
-    plan.add_argument("--slc", nargs="+", type=bounded(int, 1), metavar="N")
-    plan.add_argument("--ipc", nargs="+", type=bounded(int, 1), metavar="N")
-    plan.add_argument("--students", nargs="+", metavar="NAME")
-    plan.add_argument("--seeds", nargs="+", type=bounded(int, 0), metavar="N")
+    plan.add_argument(
+        "--slc", nargs="+", type=bounded(int, 1), metavar="N", help="soft labels per class"
+    )
+    plan.add_argument(
+        "--ipc", nargs="+", type=bounded(int, 1), metavar="N", help="distilled images per class"
+    )
+    plan.add_argument("--students", nargs="+", metavar="NAME", help="networks to train")
+    plan.add_argument(
+        "--seeds",
+        nargs="+",
+        type=bounded(int, 0),
+        metavar="N",
+        help="of the students (default: 0 1 2)",
+    )
     plan.add_argument(
         "--label-slc",
         type=bounded(int, 1),

@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = cli.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--fonts", type=Path, required=True, help="folder, searched recursively")
-    parser.add_argument("--out-dir", type=Path, required=True)
+    parser.add_argument("--out-dir", type=Path, required=True, help="folder to make")
     return parser.parse_args()
 
 

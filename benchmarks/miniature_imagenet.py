@@ -72,7 +72,7 @@ def fit_teacher(out: Path) -> None:
 def main() -> None:
     parser = cli.Parser(description="Make a miniature of ImageNet-1K's layout from real photos.")
     parser.add_argument("--photos", type=Path, required=True, help="folder of photos")
-    parser.add_argument("--out-dir", type=Path, required=True)
+    parser.add_argument("--out-dir", type=Path, required=True, help="folder to make")
     args = parser.parse_args()
     with whole_folder(args.out_dir) as out:
         cut_images(args.photos, out)

@@ -76,8 +76,17 @@ def parse_arguments() -> argparse.Namespace:
         metavar="N",
         help="soft labels per image, for folders whose classes differ in size",
     )
-    labels.add_argument("--batch-size", type=bounded(int, 1), default=16, metavar="N")
-    labels.add_argument("--mix", choices=MIXES, default="cutmix")
+    labels.add_argument(
+        "--batch-size",
+        type=bounded(int, 1),
+        default=16,
+        metavar="N",
+        help="views that are mixed with each other, and that BSSL takes its statistics from; the "
+        "student's batch size, too",
+    )
+    labels.add_argument(
+        "--mix", choices=MIXES, default="cutmix", help="how views of a batch are mixed"
+    )
     labels.add_argument(
         "--min-scale",
         type=bounded(float, 0.0001, 1),
@@ -86,7 +95,9 @@ def parse_arguments() -> argparse.Namespace:
         help="smallest crop as a share of the image's area",
     )
     codecs.add_arguments(labels, default="fp16")
-    labels.add_argument("--seed", type=bounded(int, 0, 2**62), default=42, metavar="N")
+    labels.add_argument(
+        "--seed", type=bounded(int, 0, 2**62), default=42, metavar="N", help="of the views"
+    )
     labels.add_argument(
         "--force", action="store_true", help="go on although the class order looks scrambled"
     )

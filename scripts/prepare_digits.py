@@ -22,7 +22,7 @@ _TEST_IMAGES = 898
 
 def main() -> None:
     parser = cli.Parser(description="Write scikit-learn's digits as train/ and test/ folders.")
-    parser.add_argument("--out-dir", type=Path, required=True)
+    parser.add_argument("--out-dir", type=Path, required=True, help="gets train/ and test/")
     args = parser.parse_args()
     if args.out_dir.exists():
         print(f"{args.out_dir} is there already: nothing to do")

@@ -39,9 +39,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, required=True, help="training images")
     parser.add_argument("--out-dir", type=Path, required=True, help="distilled images to make")
     datasets.add_arguments(parser)
-    parser.add_argument("--teacher", required=True, metavar="NAME")
-    parser.add_argument("--teacher-weights", type=Path, metavar="FILE")
-    parser.add_argument("--ipc", type=bounded(int, 1), required=True, metavar="N")
+    parser.add_argument(
+        "--teacher", required=True, metavar="NAME", help="the network that scores the crops"
+    )
+    parser.add_argument(
+        "--teacher-weights",
+        type=Path,
+        metavar="FILE",
+        help="a state dict; default: $Main_Data_Path/NAME.pth, else torchvision's",
+    )
+    parser.add_argument(
+        "--ipc", type=bounded(int, 1), required=True, metavar="N", help="images per class to make"
+    )
     parser.add_argument(
         "--crops",
         type=bounded(int, 0),
@@ -49,7 +58,13 @@ def parse_arguments() -> argparse.Namespace:
         metavar="N",
         help="random crops scored per image; 0: the largest central square",
     )
-    parser.add_argument("--min-scale", type=bounded(float, 0.0001, 1), default=0.5, metavar="X")
+    parser.add_argument(
+        "--min-scale",
+        type=bounded(float, 0.0001, 1),
+        default=0.5,
+        metavar="X",
+        help="smallest crop as a share of the image's area",
+    )
     parser.add_argument(
         "--collage",
         type=bounded(int, 1, 4),
@@ -64,8 +79,16 @@ def parse_arguments() -> argparse.Namespace:
         metavar="N",
         help="images per class that are looked at, chosen at random",
     )
-    parser.add_argument("--format", choices=("png", "jpg"), default="png")
-    parser.add_argument("--seed", type=bounded(int, 0, 2**62), default=0, metavar="N")
+    parser.add_argument(
+        "--format", choices=("png", "jpg"), default="png", help="of the images written"
+    )
+    parser.add_argument(
+        "--seed",
+        type=bounded(int, 0, 2**62),
+        default=0,
+        metavar="N",
+        help="of candidates and crops",
+    )
     runtime.add_arguments(parser)
     return parser.parse_args()
 

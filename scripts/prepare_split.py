@@ -31,7 +31,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--held-out", type=bounded(int, 1), required=True, metavar="N", help="images per class"
     )
-    parser.add_argument("--seed", type=bounded(int, 0, 2**62), default=0, metavar="N")
+    parser.add_argument(
+        "--seed", type=bounded(int, 0, 2**62), default=0, metavar="N", help="of the choice"
+    )
     return parser.parse_args()
 
 

@@ -55,8 +55,8 @@ Splits = dict[str, tuple[np.ndarray, np.ndarray]]
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = cli.Parser(description="Write CIFAR or Fashion-MNIST as train/ and val/ folders.")
-    parser.add_argument("--dataset", choices=list(_SOURCES), required=True)
-    parser.add_argument("--out-dir", type=Path, required=True)
+    parser.add_argument("--dataset", choices=list(_SOURCES), required=True, help="to write")
+    parser.add_argument("--out-dir", type=Path, required=True, help="gets train/ and val/")
     parser.add_argument(
         "--source-dir", type=Path, metavar="S", help="a copy that is there already; else download"
     )

@@ -56,7 +56,9 @@ _KNOWN = (
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = cli.Parser(description="Sort flat validation images into class folders, by links.")
-    parser.add_argument("--kind", choices=("tiny_imagenet", "imagenet1k"), required=True)
+    parser.add_argument(
+        "--kind", choices=("tiny_imagenet", "imagenet1k"), required=True, help="whose images"
+    )
     parser.add_argument("--data-dir", type=Path, required=True, help="the images as they came")
     parser.add_argument("--out-dir", type=Path, required=True, help="class folders to make")
     parser.add_argument("--labels", type=Path, metavar="FILE", help="imagenet1k: list of labels")

@@ -49,9 +49,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="custom only; counted from the class folders when left out",
     )
-    group.add_argument("--input-size", type=bounded(int, 8), metavar="S", help="custom only")
-    group.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="custom only")
-    group.add_argument("--std", type=float, nargs=3, metavar=("R", "G", "B"), help="custom only")
+    group.add_argument(
+        "--input-size", type=bounded(int, 8), metavar="S", help="custom only: pixels a side"
+    )
+    for flag in ("--mean", "--std"):
+        group.add_argument(
+            flag,
+            type=float,
+            nargs=3,
+            metavar=("R", "G", "B"),
+            help="custom only: of pixel values between 0 and 1",
+        )
 
 
 def from_arguments(args: argparse.Namespace) -> Dataset:

@@ -37,7 +37,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     datasets.add_arguments(parser)
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument(
-        "--model", required=True, help="a network of models/, or a torchvision name"
+        "--model",
+        required=True,
+        help="a network of models/, a torchvision name, timm:NAME or package.module:factory",
     )
     recipe.add_argument(
         "--schedule",
@@ -80,7 +82,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         metavar="N",
         help="batches per optimiser step",
     )
-    recipe.add_argument("--temperature", type=bounded(float, 0.01), default=20.0, metavar="T")
+    recipe.add_argument(
+        "--temperature",
+        type=bounded(float, 0.01),
+        default=20.0,
+        metavar="T",
+        help="of teacher and student in the soft loss",
+    )
     recipe.add_argument(
         "--temperature-end",
         type=bounded(float, 0.01),
@@ -98,7 +106,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         action="store_true",
         help="forget Adam's moments at each switch to another kind of epoch",
     )
-    recipe.add_argument("--label-smoothing", type=bounded(float, 0, 1), default=0.8, metavar="S")
+    recipe.add_argument(
+        "--label-smoothing",
+        type=bounded(float, 0, 1),
+        default=0.8,
+        metavar="S",
+        help="of the hard labels; 0.8 suits 1000 classes, ten want less",
+    )
     recipe.add_argument(
         "--hard-share",
         type=bounded(float, 0, 1),
@@ -118,11 +132,36 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default="cutmix",
         help="mixing in hard epochs; none suits training a teacher",
     )
-    recipe.add_argument("--lr", type=bounded(float, 0), help="default: hyper.yaml")
-    recipe.add_argument("--eta", type=bounded(float, 0.01), help="default: hyper.yaml")
-    recipe.add_argument("--weight-decay", type=bounded(float, 0), default=0.01)
-    recipe.add_argument("--seed", type=bounded(int, 0, 2**62), default=0, metavar="N")
-    recipe.add_argument("--eval-every", type=bounded(int, 1), default=10, metavar="N")
+    recipe.add_argument(
+        "--lr", type=bounded(float, 0), help="of the first epoch (default: validate/hyper.yaml)"
+    )
+    recipe.add_argument(
+        "--eta",
+        type=bounded(float, 0.01),
+        help="length of the rate's cosine in runs: 1 ends at zero, 2 at half the rate (default: "
+        "validate/hyper.yaml)",
+    )
+    recipe.add_argument(
+        "--weight-decay",
+        type=bounded(float, 0),
+        default=0.01,
+        metavar="X",
+        help="AdamW's, of tensors with more than one dimension",
+    )
+    recipe.add_argument(
+        "--seed",
+        type=bounded(int, 0, 2**62),
+        default=0,
+        metavar="N",
+        help="of the student's weights, the fresh views and the order of stored batches",
+    )
+    recipe.add_argument(
+        "--eval-every",
+        type=bounded(int, 1),
+        default=10,
+        metavar="N",
+        help="epochs between evaluations; the last epoch is always evaluated",
+    )
     runtime.add_arguments(parser)
     evaluation.add_arguments(parser)
     loggers.add_arguments(parser)
