@@ -369,17 +369,25 @@ def _crop_resize_each(images, box: torch.Tensor, flip: torch.Tensor, size: int) 
 def normalise(pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """(pixels / 255 - mean) / std for grey levels 0..255; mean and std float32 [3]."""
     scale = 1 / (255 * std)
-    return pixels * scale[:, None, None] - (mean / std)[:, None, None]
+    return (pixels * scale[:, None, None]).sub_((mean / std)[:, None, None])
 
 
 def mix(pixels: torch.Tensor, views: Views) -> torch.Tensor:
     """Applies the views' CutMix or MixUp to rendered crops, float [N, 3, S, S].
 
-    CutMix pastes the box of the partner's crop into each crop of the batch; MixUp averages.
+    CutMix pastes the box of the partner's crop into each crop of the batch; MixUp averages. A GPU
+    pastes all boxes at once, as reading them from there would wait for it.
     """
     partner = views.partner()
     if partner is None:
         return pixels
+    if views.mix_box is not None and pixels.device.type == "cpu":
+        mixed = pixels.clone()
+        for batch, (top, left, height, width) in enumerate(views.mix_box.tolist()):
+            rows = slice(batch * views.batch_size, (batch + 1) * views.batch_size)
+            box = (..., slice(top, top + height), slice(left, left + width))
+            mixed[rows][box] = pixels[box][partner[rows]]
+        return mixed
     if views.mix_box is not None:
         box = views.mix_box.repeat_interleave(views.batch_size, dim=0)[: len(pixels)]
         place = torch.arange(pixels.shape[-1], device=pixels.device)
