@@ -35,133 +35,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="auto: continue the run in the output folder; off: refuse if there is one",
     )
     datasets.add_arguments(parser)
-    recipe = parser.add_argument_group("recipe")
-    recipe.add_argument(
-        "--model",
-        required=True,
-        help="a network of models/, a torchvision name, timm:NAME or package.module:factory",
-    )
-    recipe.add_argument(
-        "--schedule",
-        default="hald",
-        help=f'{", ".join(schedule.NAMES)}, or a form like "soft:75,hard:150,soft:75"; '
-        f"{', '.join(schedule.KINDS)} train soft + hard epochs on that kind alone",
-    )
-    recipe.add_argument(
-        "--soft-epochs",
-        type=_auto_or_count,
-        metavar="N",
-        help=f"of a schedule given by name (default: {_DEFAULT_EPOCHS}); auto: shares 2 x "
-        "--hard-epochs between both kinds by labels per image and classes",
-    )
-    recipe.add_argument(
-        "--hard-epochs",
-        type=bounded(int, 0),
-        metavar="N",
-        help=f"of a schedule given by name (default: {_DEFAULT_EPOCHS})",
-    )
-    recipe.add_argument(
-        "--slc", type=bounded(int, 1), metavar="N", help="use only so many soft labels per class"
-    )
-    recipe.add_argument(
-        "--slc-from",
-        choices=("first", "random"),
-        default="first",
-        help="which ones: the first passes, or batches chosen at random from all passes",
-    )
-    recipe.add_argument(
-        "--batch-size",
-        type=bounded(int, 1),
-        metavar="N",
-        help="must be the label set's (default: that, or 16 without labels)",
-    )
-    recipe.add_argument(
-        "--grad-accum",
-        type=bounded(int, 1),
-        default=1,
-        metavar="N",
-        help="batches per optimiser step",
-    )
-    recipe.add_argument(
-        "--temperature",
-        type=bounded(float, 0.01),
-        default=20.0,
-        metavar="T",
-        help="of teacher and student in the soft loss",
-    )
-    recipe.add_argument(
-        "--temperature-end",
-        type=bounded(float, 0.01),
-        metavar="T",
-        help="anneal the temperature to this one over the run, by equal factors per epoch",
-    )
-    recipe.add_argument(
-        "--soft-loss-scale",
-        choices=("none", "T2"),
-        default="none",
-        help="none: as published; T2: times T^2, the balanced recipe",
-    )
-    recipe.add_argument(
-        "--reset-optimizer",
-        action="store_true",
-        help="forget Adam's moments at each switch to another kind of epoch",
-    )
-    recipe.add_argument(
-        "--label-smoothing",
-        type=bounded(float, 0, 1),
-        default=0.8,
-        metavar="S",
-        help="of the hard labels; 0.8 suits 1000 classes, ten want less",
-    )
-    recipe.add_argument(
-        "--hard-share",
-        type=bounded(float, 0, 1),
-        metavar="X",
-        help="weight of the hard loss in joint epochs (default: 0.5)",
-    )
-    recipe.add_argument(
-        "--min-scale",
-        type=bounded(float, 0.0001, 1),
-        metavar="X",
-        help="smallest crop in hard and static epochs (default: the label set's; 0.08 without "
-        "labels and with those of whole images)",
-    )
-    recipe.add_argument(
-        "--hard-mix",
-        choices=MIXES,
-        default="cutmix",
-        help="mixing in hard epochs; none suits training a teacher",
-    )
-    recipe.add_argument(
-        "--lr", type=bounded(float, 0), help="of the first epoch (default: validate/hyper.yaml)"
-    )
-    recipe.add_argument(
-        "--eta",
-        type=bounded(float, 0.01),
-        help="length of the rate's cosine in runs: 1 ends at zero, 2 at half the rate (default: "
-        "validate/hyper.yaml)",
-    )
-    recipe.add_argument(
-        "--weight-decay",
-        type=bounded(float, 0),
-        default=0.01,
-        metavar="X",
-        help="AdamW's, of tensors with more than one dimension",
-    )
-    recipe.add_argument(
-        "--seed",
-        type=bounded(int, 0, 2**62),
-        default=0,
-        metavar="N",
-        help="of the student's weights, the fresh views and the order of stored batches",
-    )
-    recipe.add_argument(
-        "--eval-every",
-        type=bounded(int, 1),
-        default=10,
-        metavar="N",
-        help="epochs between evaluations; the last epoch is always evaluated",
-    )
+    _add_course(parser)
+    _add_labels_and_views(parser)
+    _add_loss(parser)
+    _add_optimiser(parser)
     runtime.add_arguments(parser)
     evaluation.add_arguments(parser)
     loggers.add_arguments(parser)
@@ -171,6 +48,152 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="compile the student (torch.compile), on a GPU into CUDA graphs; needs a C compiler",
     )
     return parser.parse_args(arguments)
+
+
+def _add_course(parser: argparse.ArgumentParser) -> None:
+    """The student and the course of its training."""
+    group = parser.add_argument_group("student and schedule")
+    group.add_argument(
+        "--model",
+        required=True,
+        help="a network of models/, a torchvision name, timm:NAME or package.module:factory",
+    )
+    group.add_argument(
+        "--schedule",
+        default="hald",
+        help=f'{", ".join(schedule.NAMES)}, or a form like "soft:75,hard:150,soft:75"; '
+        f"{', '.join(schedule.KINDS)} train soft + hard epochs on that kind alone",
+    )
+    group.add_argument(
+        "--soft-epochs",
+        type=_auto_or_count,
+        metavar="N",
+        help=f"of a schedule given by name (default: {_DEFAULT_EPOCHS}); auto: shares 2 x "
+        "--hard-epochs between both kinds by labels per image and classes",
+    )
+    group.add_argument(
+        "--hard-epochs",
+        type=bounded(int, 0),
+        metavar="N",
+        help=f"of a schedule given by name (default: {_DEFAULT_EPOCHS})",
+    )
+    group.add_argument(
+        "--batch-size",
+        type=bounded(int, 1),
+        metavar="N",
+        help="must be the label set's (default: that, or 16 without labels)",
+    )
+    group.add_argument(
+        "--grad-accum",
+        type=bounded(int, 1),
+        default=1,
+        metavar="N",
+        help="batches per optimiser step",
+    )
+    group.add_argument(
+        "--seed",
+        type=bounded(int, 0, 2**62),
+        default=0,
+        metavar="N",
+        help="of the student's weights, the fresh views and the order of stored batches",
+    )
+    group.add_argument(
+        "--eval-every",
+        type=bounded(int, 1),
+        default=10,
+        metavar="N",
+        help="epochs between evaluations; the last epoch is always evaluated",
+    )
+
+
+def _add_labels_and_views(parser: argparse.ArgumentParser) -> None:
+    """Which stored labels are used, and how fresh views are drawn."""
+    group = parser.add_argument_group("labels and views")
+    group.add_argument(
+        "--slc", type=bounded(int, 1), metavar="N", help="use only so many soft labels per class"
+    )
+    group.add_argument(
+        "--slc-from",
+        choices=("first", "random"),
+        default="first",
+        help="which ones: the first passes, or batches chosen at random from all passes",
+    )
+    group.add_argument(
+        "--min-scale",
+        type=bounded(float, 0.0001, 1),
+        metavar="X",
+        help="smallest crop in hard and static epochs (default: the label set's; 0.08 without "
+        "labels and with those of whole images)",
+    )
+    group.add_argument(
+        "--hard-mix",
+        choices=MIXES,
+        default="cutmix",
+        help="mixing in hard epochs; none suits training a teacher",
+    )
+
+
+def _add_loss(parser: argparse.ArgumentParser) -> None:
+    """Soft and hard loss."""
+    group = parser.add_argument_group("loss")
+    group.add_argument(
+        "--temperature",
+        type=bounded(float, 0.01),
+        default=20.0,
+        metavar="T",
+        help="of teacher and student in the soft loss",
+    )
+    group.add_argument(
+        "--temperature-end",
+        type=bounded(float, 0.01),
+        metavar="T",
+        help="anneal the temperature to this one over the run, by equal factors per epoch",
+    )
+    group.add_argument(
+        "--soft-loss-scale",
+        choices=("none", "T2"),
+        default="none",
+        help="none: as published; T2: times T^2, the balanced recipe",
+    )
+    group.add_argument(
+        "--label-smoothing",
+        type=bounded(float, 0, 1),
+        default=0.8,
+        metavar="S",
+        help="of the hard labels; 0.8 suits 1000 classes, ten want less",
+    )
+    group.add_argument(
+        "--hard-share",
+        type=bounded(float, 0, 1),
+        metavar="X",
+        help="weight of the hard loss in joint epochs (default: 0.5)",
+    )
+
+
+def _add_optimiser(parser: argparse.ArgumentParser) -> None:
+    """AdamW and its rate."""
+    group = parser.add_argument_group("optimiser")
+    group.add_argument(
+        "--lr", type=bounded(float, 0), help="of the first epoch (default: validate/hyper.yaml)"
+    )
+    group.add_argument(
+        "--eta",
+        type=bounded(float, 0.01),
+        help="length of the rate's cosine in runs: 1 ends at zero, 2 at half the rate (default: "
+        "validate/hyper.yaml)",
+    )
+    group.add_argument(
+        "--weight-decay",
+        type=bounded(float, 0),
+        default=0.01,
+        metavar="X",
+        help="AdamW's, of tensors with more than one dimension",
+    )
+    group.add_argument(
+        "--reset-optimizer",
+        action="store_true",
+        help="forget Adam's moments at each switch to another kind of epoch",
+    )
 
 
 def _auto_or_count(text: str) -> int | str:
@@ -225,6 +248,31 @@ def published_hyper(dataset: str, model: str, ipc: int | None) -> tuple[float, f
     lr, eta = entries[nearest]
     note = "" if nearest == ipc else f" (nearest to IPC {ipc})"
     return lr, eta, f"lr {lr}, eta {eta}: {model} on {dataset} at IPC {nearest}{note}"
+
+
+def learning_rate(
+    args: argparse.Namespace, dataset: datasets.Dataset, folder: images.ImageFolder
+) -> tuple[float, float]:
+    """Learning rate and eta: those of the flags, else of hyper.yaml, and then says which entry."""
+    counts = set(folder.counts())
+    ipc = counts.pop() if len(counts) == 1 else None
+    lr, eta, source = published_hyper(dataset.name, args.model, ipc)
+    if args.lr is None or args.eta is None:
+        print(f"learning rate: {source}")
+    return lr if args.lr is None else args.lr, eta if args.eta is None else args.eta
+
+
+def fresh_views(
+    args: argparse.Namespace, dataset: datasets.Dataset, labels: LabelSet | None
+) -> ViewSpec:
+    """What the views of hard and static epochs are drawn from: as the labels' are, or flags say."""
+    crops_stored = labels is not None and labels.spec.min_scale < 1
+    return ViewSpec(
+        dataset.input_size,
+        args.batch_size or (labels.spec.batch_size if labels else 16),
+        args.min_scale or (labels.spec.min_scale if crops_stored else 0.08),
+        mix=args.hard_mix,
+    )
 
 
 def open_labels(
@@ -342,19 +390,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     if "static" in kinds:
         check_static(args, labels)
     check_used(args, kinds)
-    counts = set(folder.counts())
-    lr, eta, source = published_hyper(
-        dataset.name, args.model, counts.pop() if len(counts) == 1 else None
-    )
-    if args.lr is None or args.eta is None:
-        print(f"learning rate: {source}")
-    crops_stored = labels is not None and labels.spec.min_scale < 1
-    spec = ViewSpec(
-        dataset.input_size,
-        args.batch_size or (labels.spec.batch_size if labels else 16),
-        args.min_scale or (labels.spec.min_scale if crops_stored else 0.08),
-        mix=args.hard_mix,
-    )
+    spec = fresh_views(args, dataset, labels)
+    lr, eta = learning_rate(args, dataset, folder)
     settings = {
         **{name: list(v) if isinstance(v, tuple) else v for name, v in vars(dataset).items()},
         "images_sha256": fingerprint,
@@ -366,8 +403,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
         "batch_size": spec.batch_size,
         "min_scale": spec.min_scale,
         "hard_mix": spec.mix,
-        "lr": lr if args.lr is None else args.lr,
-        "eta": eta if args.eta is None else args.eta,
+        "lr": lr,
+        "eta": eta,
         "grad_accum": args.grad_accum,
         "temperature": args.temperature,
         "soft_loss_scale": args.soft_loss_scale,
