@@ -20,6 +20,7 @@ if not __package__:  # run as a plain script: imports start at the repository ro
 
 import argparse
 import dataclasses
+import itertools
 import re
 import shlex
 
@@ -147,20 +148,24 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
+def read_plan(path: Path, names: list[str]) -> dict:
+    """What a plan file says; raises UserError when it is none, or names other settings."""
+    try:
+        found = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} must hold settings by name")
+    for name in found:
+        if name not in names:
+            raise UserError(f"{path}: unknown {name!r}{did_you_mean(str(name), names)}")
+    return found
+
+
 def read_settings(args: argparse.Namespace) -> Settings:
     """The plan file's settings, overridden by the flags; raises UserError when some are wrong."""
     names = [field.name for field in dataclasses.fields(Settings)]
-    found = {}
-    if args.plan is not None:
-        try:
-            found = yaml.safe_load(args.plan.read_text()) or {}
-        except yaml.YAMLError as error:
-            raise UserError(f"{args.plan} is not YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(found, dict):
-            raise UserError(f"{args.plan} must hold settings by name")
-        for name in found:
-            if name not in names:
-                raise UserError(f"{args.plan}: unknown {name!r}{did_you_mean(str(name), names)}")
+    found = read_plan(args.plan, names) if args.plan else {}
     given = vars(args)
     found |= {name: given[name] for name in names if given.get(name) is not None}
     needed = ("dataset", "data_dir", "val_dir", "out_dir", "methods", "slc", "ipc", "students")
@@ -260,50 +265,47 @@ def record_of(settings: Settings, name: str) -> Path:
     return Path(settings.out_dir) / "logs" / f"{name}.command"
 
 
+def run_task(settings: Settings, seed: int, student: str, ipc: int, slc: int, name: str) -> Task:
+    """The run of the method of that name; its facts lack the SLC where that changes nothing."""
+    method, amount, more = METHODS[settings.methods[name]["like"]], slc, []
+    if method.labels in ("", "static"):
+        amount = None
+    elif method.labels == "topk":
+        classes, k = count_classes(settings, ipc), top_k(settings, ipc)
+        more = ["--slc", str(affordable_slc(slc, classes, k, settings.label_slc))]
+    else:
+        more = ["--slc", str(slc)]
+    if method.labels:
+        more += ["--label-dir", str(label_dir(settings, ipc, method.labels))]
+    parts = [_slug(name), *([f"slc{amount}"] if amount else []), f"ipc{ipc}"]
+    run = "_".join([*parts, re.sub(r"[^A-Za-z0-9]+", "-", student), f"seed{seed}"])
+    folder = Path(settings.out_dir) / "runs" / run
+    command = [
+        *(str(ROOT / "validate/train.py"), "--dataset", settings.dataset),
+        *("--data-dir", settings.data_dir.format(ipc=ipc), "--val-dir", settings.val_dir),
+        *("--output-dir", str(folder), "--model", student, "--seed", str(seed), *more),
+        *shlex.split(settings.flags),
+        *shlex.split(method.flags),
+        *shlex.split(settings.methods[name]["flags"]),
+    ]
+    facts = {"method": name, "slc": amount, "ipc": ipc, "student": student, "seed": seed}
+    return Task(run, command, folder / runlog.RESULT, record_of(settings, run), facts)
+
+
+def _slug(name: str) -> str:
+    """The name of a method as a part of a folder's name."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", name)
+
+
 def run_tasks(settings: Settings) -> list[Task]:
     """All runs of the plan: seed by seed, so that what is done first is a whole comparison."""
     tasks: dict[str, Task] = {}
-    grid = [
-        (seed, student, ipc, slc, name)
-        for seed in settings.seeds
-        for student in settings.students
-        for ipc in settings.ipc
-        for slc in settings.slc
-        for name in settings.methods
-    ]
-    for seed, student, ipc, slc, name in grid:
-        method = METHODS[settings.methods[name]["like"]]
-        amount, more = slc, []
-        if method.labels in ("", "static"):
-            amount = None  # the same run whatever the SLC
-        elif method.labels == "topk":
-            classes, k = count_classes(settings, ipc), top_k(settings, ipc)
-            more = ["--slc", str(affordable_slc(slc, classes, k, settings.label_slc))]
-        else:
-            more = ["--slc", str(slc)]
-        if method.labels:
-            more += ["--label-dir", str(label_dir(settings, ipc, method.labels))]
-        slug = re.sub(r"[^A-Za-z0-9.]+", "-", name)
-        parts = [slug, *([f"slc{amount}"] if amount else []), f"ipc{ipc}"]
-        parts += [re.sub(r"[^A-Za-z0-9]+", "-", student), f"seed{seed}"]
-        run = "_".join(parts)
-        folder = Path(settings.out_dir) / "runs" / run
-        task = Task(
-            run,
-            [
-                *(str(ROOT / "validate/train.py"), "--dataset", settings.dataset),
-                *("--data-dir", settings.data_dir.format(ipc=ipc), "--val-dir", settings.val_dir),
-                *("--output-dir", str(folder), "--model", student, "--seed", str(seed), *more),
-                *shlex.split(settings.flags),
-                *shlex.split(method.flags),
-                *shlex.split(settings.methods[name]["flags"]),
-            ],
-            folder / runlog.RESULT,
-            record_of(settings, run),
-            {"method": name, "slc": amount, "ipc": ipc, "student": student, "seed": seed},
-        )
-        if tasks.setdefault(run, task).command != task.command:
-            raise UserError(f"methods {name!r} and {tasks[run].facts['method']!r} are both {slug}")
+    axes = (settings.seeds, settings.students, settings.ipc, settings.slc, settings.methods)
+    for seed, student, ipc, slc, name in itertools.product(*axes):
+        task = run_task(settings, seed, student, ipc, slc, name)
+        if tasks.setdefault(task.name, task).command != task.command:
+            other = tasks[task.name].facts["method"]
+            raise UserError(f"methods {name!r} and {other!r} are both {_slug(name)}")
     return list(tasks.values())
 
 
