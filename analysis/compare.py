@@ -25,6 +25,12 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = cli.Parser(description="Compare finished runs: a table and a picture of the curves.")
     parser.add_argument("--out", type=Path, required=True, help="PNG to write")
+    add_groups(parser)
+    return parser.parse_args()
+
+
+def add_groups(parser: argparse.ArgumentParser) -> None:
+    """Adds the runs to be compared, as pairs of a name and a pattern for `finished_runs`."""
     parser.add_argument(
         "groups",
         nargs="+",
@@ -32,7 +38,6 @@ def parse_arguments() -> argparse.Namespace:
         metavar="NAME=PATTERN",
         help="run folders that differ in seed only",
     )
-    return parser.parse_args()
 
 
 def finished_runs(pattern: str) -> list[Path]:

@@ -20,7 +20,7 @@ import statistics
 import torch
 from matplotlib.figure import Figure
 
-from analysis.compare import finished_runs
+from analysis.compare import add_groups, finished_runs
 from analysis.replay import plan_of
 from analysis.tables import mean_std, this_command
 from utils import cli, images, runlog
@@ -38,13 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = cli.Parser(description="Agreement of students with themselves between two crops.")
     parser.add_argument("--out", type=Path, required=True, help="PNG and CSV, without the ending")
-    parser.add_argument(
-        "groups",
-        nargs="+",
-        type=cli.named("NAME=PATTERN"),
-        metavar="NAME=PATTERN",
-        help="run folders that differ in seed only",
-    )
+    add_groups(parser)
     parser.add_argument("--val-dir", type=Path, help="images (default: those of the runs)")
     parser.add_argument(
         "--images", type=bounded(int, 1), default=1000, metavar="N", help="how many of them"
