@@ -371,7 +371,7 @@ class Workplace:
         """Distortion at temperature 20 of the first pass, against fp16."""
         if codec == "fp16":
             return 0.0
-        labels, reference = self.recode(codec, passes), self.recode("fp16", passes)
+        labels, reference = self.recode(codec, passes), self.recode("fp16", self.passes)
         return compare(labels, reference, [0], (20.0,))[0][0]
 
 
