@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
 COLOURS = {"fp16": "C7", "klt": "C0", "quant": "C1", "topk": "C2"}
+NOTES = {"fp16": (3, -12), "klt": (-10, 6), "quant": (6, -3), "topk": (-12, -12)}  # in points
 SCHEDULES = {"soft": "soft only", "hald": "HALD (T2)"}
 
 
@@ -148,7 +149,8 @@ def plot_near_lossless(axes: Axes, rows: list[dict]) -> None:
     for codec, (place, height, _) in zip([*near][1:], lossy, strict=True):
         distortion = codec[0].split()[-1]
         axes.annotate(distortion, (place, height), (4, -12), textcoords="offset points", fontsize=8)
-    axes.legend(loc="lower right", title="numbers: distortion at T = 20", title_fontsize=8)
+    axes.set_xlim(0, 1.12 * max(sizes))
+    axes.legend(title="numbers: distortion at T = 20", title_fontsize=8)
 
 
 def plot_codecs(axes: Axes, rows: list[dict]) -> None:
@@ -157,21 +159,27 @@ def plot_codecs(axes: Axes, rows: list[dict]) -> None:
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(ScalarFormatter())
     axes.tick_params(axis="x", which="both", labelsize=8)
+    axes.margins(0.08)
     axes.grid(alpha=0.3, which="both")
     for (codec,), found in groups(rows, "codec").items():
-        colour = COLOURS[codec.split()[0]]
+        kind = codec.split()[0]
         # A run may answer both questions, or serve two budgets: it counts once.
         runs = {(int(row["label_bytes"]), row["seed"]): row for row in found}
         points = groups([runs[key] for key in sorted(runs)], "label_bytes").values()
         kilobytes = [int(point[0]["label_bytes"]) / 1000 for point in points]
         means, stds = zip(*map(mean_std, points), strict=True)
         axes.errorbar(
-            *(kilobytes, means, stds), color=colour, marker="o", ms=4, capsize=3, label=short(codec)
+            *(kilobytes, means, stds),
+            color=COLOURS[kind],
+            marker="o",
+            ms=4,
+            capsize=3,
+            label=short(codec),
         )
         for place, height, point in zip(kilobytes, means, points, strict=True):
             fewer = int(point[0]["ipc"]) < max(int(row["ipc"]) for row in rows)
             text = f"{point[0]['ipc']} im." if fewer else str(point[0]["passes"])
-            style = {"textcoords": "offset points", "fontsize": 8, "color": colour}
-            axes.annotate(text, (place, height), (3, -11), **style)
+            style = {"textcoords": "offset points", "fontsize": 8, "color": COLOURS[kind]}
+            axes.annotate(text, (place, height), NOTES[kind], **style)
     if rows:
         axes.legend(title="numbers: labels per image", title_fontsize=8)
