@@ -110,6 +110,7 @@ class Study:
         hald_budgets: those of them that the HALD schedule is trained with, too.
         labels_per_image: in the third question, the same for all codecs.
         rivals: codecs with settings in the last two questions, as flags of relabel/compress.py.
+        finer: further ones in the third.
         temperatures, rates, smoothings: to choose from.
     """
 
@@ -126,6 +127,7 @@ class Study:
     hald_budgets: tuple[int, ...]
     labels_per_image: tuple[int, ...]
     rivals: tuple[str, ...]
+    finer: tuple[str, ...]
     temperatures: tuple[float, ...]
     rates: tuple[float, ...]
     smoothings: tuple[float, ...]
@@ -149,6 +151,7 @@ STUDIES = {
         hald_budgets=(3, 5, 7, 10),
         labels_per_image=(1, 3, 10),
         rivals=("topk --topk 10", "quant --bits 4", "klt --distortion 0.01"),
+        finer=("klt --distortion 0.005", "klt --distortion 0.002"),
         temperatures=(2, 4, 10, 20),
         rates=(0.001, 0.003),
         smoothings=(0.1, 0.4),
@@ -167,6 +170,7 @@ STUDIES = {
         hald_budgets=(10, 30, 100),
         labels_per_image=(1, 3, 10),
         rivals=("topk --topk 2", "quant --bits 4", "klt --distortion 0.01"),
+        finer=("klt --distortion 0.005", "klt --distortion 0.002"),
         temperatures=(2, 4, 10, 20),
         rates=(0.001, 0.003),
         smoothings=(0.1, 0.4),
@@ -446,7 +450,7 @@ def grid(place: Workplace, finish: Callable[[list[Run]], list[dict]]) -> None:
             dataclasses.replace(long, codec=codec, passes=passes, seed=seed)
             for seed in SEEDS
             for passes in study.labels_per_image
-            for codec in ("fp16", *study.rivals)
+            for codec in ("fp16", *study.rivals, *study.finer)
         ]
     )
     finish(equal_bytes("hald", study.hald_budgets))
