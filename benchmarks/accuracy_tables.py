@@ -154,32 +154,34 @@ def plot_near_lossless(axes: Axes, rows: list[dict]) -> None:
 
 
 def plot_codecs(axes: Axes, rows: list[dict]) -> None:
-    """A curve for each codec over bytes on disk; its points differ in labels per image."""
+    """A curve for each codec over bytes on disk; its points differ in labels per image.
+
+    Further settings of a codec are dashed lines of its colour, without numbers.
+    """
     axes.set(xlabel="labels on disk (kB)", ylabel="top-1 (%)", xscale="log")
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(ScalarFormatter())
     axes.tick_params(axis="x", which="both", labelsize=8)
     axes.margins(0.08)
     axes.grid(alpha=0.3, which="both")
+    whole = max((int(row["ipc"]) for row in rows), default=0)
+    drawn: list[str] = []
     for (codec,), found in groups(rows, "codec").items():
         kind = codec.split()[0]
+        line = ("-", "--", ":")[drawn.count(kind)]
+        drawn.append(kind)
         # A run may answer both questions, or serve two budgets: it counts once.
         runs = {(int(row["label_bytes"]), row["seed"]): row for row in found}
         points = groups([runs[key] for key in sorted(runs)], "label_bytes").values()
         kilobytes = [int(point[0]["label_bytes"]) / 1000 for point in points]
         means, stds = zip(*map(mean_std, points), strict=True)
-        axes.errorbar(
-            *(kilobytes, means, stds),
-            color=COLOURS[kind],
-            marker="o",
-            ms=4,
-            capsize=3,
-            label=short(codec),
-        )
+        style = {"color": COLOURS[kind], "marker": "o", "ms": 4, "capsize": 3, "ls": line}
+        axes.errorbar(kilobytes, means, stds, label=short(codec), **style)
         for place, height, point in zip(kilobytes, means, points, strict=True):
-            fewer = int(point[0]["ipc"]) < max(int(row["ipc"]) for row in rows)
-            text = f"{point[0]['ipc']} im." if fewer else str(point[0]["passes"])
-            style = {"textcoords": "offset points", "fontsize": 8, "color": COLOURS[kind]}
-            axes.annotate(text, (place, height), NOTES[kind], **style)
+            if line == "-":
+                ipc, passes = point[0]["ipc"], point[0]["passes"]
+                text = f"{ipc} im." if int(ipc) < whole else str(passes)
+                style = {"textcoords": "offset points", "fontsize": 8, "color": COLOURS[kind]}
+                axes.annotate(text, (place, height), NOTES[kind], **style)
     if rows:
         axes.legend(title="numbers: labels per image", title_fontsize=8)
