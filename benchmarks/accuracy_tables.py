@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 COLOURS = {"fp16": "C7", "klt": "C0", "quant": "C1", "topk": "C2"}
 NOTES = {"fp16": (3, -12), "klt": (-10, 6), "quant": (6, -3), "topk": (-12, -12)}  # in points
@@ -159,11 +159,11 @@ def plot_codecs(axes: Axes, rows: list[dict]) -> None:
     Further settings of a codec are dashed lines of its colour, without numbers.
     """
     axes.set(xlabel="labels on disk (kB)", ylabel="top-1 (%)", xscale="log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.xaxis.set_minor_formatter(ScalarFormatter())
-    axes.tick_params(axis="x", which="both", labelsize=8)
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(0.08)
-    axes.grid(alpha=0.3, which="both")
+    axes.grid(alpha=0.3)
     whole = max((int(row["ipc"]) for row in rows), default=0)
     drawn: list[str] = []
     for (codec,), found in groups(rows, "codec").items():
@@ -177,8 +177,10 @@ def plot_codecs(axes: Axes, rows: list[dict]) -> None:
         means, stds = zip(*map(mean_std, points), strict=True)
         style = {"color": COLOURS[kind], "marker": "o", "ms": 4, "capsize": 3, "ls": line}
         axes.errorbar(kilobytes, means, stds, label=short(codec), **style)
+        noted = 0.0
         for place, height, point in zip(kilobytes, means, points, strict=True):
-            if line == "-":
+            if line == "-" and place > 1.25 * noted:  # else the numbers would overlap
+                noted = place
                 ipc, passes = point[0]["ipc"], point[0]["passes"]
                 text = f"{ipc} im." if int(ipc) < whole else str(passes)
                 style = {"textcoords": "offset points", "fontsize": 8, "color": COLOURS[kind]}
