@@ -107,7 +107,6 @@ class Study:
         min_scale: smallest crop.
         distortions: of klt in the first question.
         budgets: bytes: those of so many fp16 labels per class; below IPC, of fewer images.
-        hald_budgets: those of them that the HALD schedule is trained with, too.
         labels_per_image: in the third question, the same for all codecs.
         rivals: codecs with settings in the last two questions, as flags of relabel/compress.py.
         finer: further ones in the third.
@@ -124,7 +123,6 @@ class Study:
     min_scale: float
     distortions: tuple[float, ...]
     budgets: tuple[int, ...]
-    hald_budgets: tuple[int, ...]
     labels_per_image: tuple[int, ...]
     rivals: tuple[str, ...]
     finer: tuple[str, ...]
@@ -148,7 +146,6 @@ STUDIES = {
         min_scale=0.5,
         distortions=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1),
         budgets=(3, 5, 7, 10),
-        hald_budgets=(3, 5, 7, 10),
         labels_per_image=(1, 3, 10),
         rivals=("topk --topk 10", "quant --bits 4", "klt --distortion 0.01"),
         finer=("klt --distortion 0.005", "klt --distortion 0.002"),
@@ -167,7 +164,6 @@ STUDIES = {
         min_scale=0.3,
         distortions=(0.005, 0.02, 0.05),
         budgets=(10, 30, 100),
-        hald_budgets=(10, 30, 100),
         labels_per_image=(1, 3, 10),
         rivals=("topk --topk 2", "quant --bits 4", "klt --distortion 0.01"),
         finer=("klt --distortion 0.005", "klt --distortion 0.002"),
@@ -425,7 +421,7 @@ def grid(place: Workplace, finish: Callable[[list[Run]], list[dict]]) -> None:
         [dataclasses.replace(near, codec=codec, seed=seed) for seed in SEEDS for codec in settings]
     )
 
-    def equal_bytes(schedule: str, budgets: tuple[int, ...]) -> list[Run]:
+    def equal_bytes(schedule: str) -> list[Run]:
         return [
             dataclasses.replace(
                 chosen,
@@ -439,11 +435,11 @@ def grid(place: Workplace, finish: Callable[[list[Run]], list[dict]]) -> None:
                 epochs=study.long,
             )
             for seed in SEEDS
-            for budget in budgets
+            for budget in study.budgets
             for codec in ("fp16", *study.rivals)
         ]
 
-    finish(equal_bytes("soft", study.budgets))
+    finish(equal_bytes("soft"))
     long = dataclasses.replace(chosen, question="equal labels", schedule="soft", epochs=study.long)
     finish(
         [
@@ -453,7 +449,7 @@ def grid(place: Workplace, finish: Callable[[list[Run]], list[dict]]) -> None:
             for codec in ("fp16", *study.rivals, *study.finer)
         ]
     )
-    finish(equal_bytes("hald", study.hald_budgets))
+    finish(equal_bytes("hald"))
 
 
 class OutOfTime(Exception):

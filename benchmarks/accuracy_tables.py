@@ -1,6 +1,7 @@
 """The numbers of accuracy_per_byte.py as tables and as a picture."""
 
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -97,7 +98,13 @@ def near_lossless(rows: list[dict]) -> str:
     )
 
 
-def side_by_side(rows: list[dict], keys, names, head, cell) -> str:
+def side_by_side(
+    rows: list[dict],
+    keys: tuple[str, ...],
+    names: tuple[str, ...],
+    head: Callable[[list[dict]], tuple[str, ...]],
+    cell: Callable[[list[dict]], str],
+) -> str:
     """Codecs as columns; a line for each combination of the values of `keys`.
 
     Args:
