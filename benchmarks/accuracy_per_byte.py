@@ -42,7 +42,7 @@ from relabel.lost import compare
 from scripts import prepare_distilled
 from utils import cli, datasets, images
 from utils.cli import UserError
-from utils.files import atomic_write, read_json, to_json
+from utils.files import LockedError, atomic_write, read_json, to_json
 from utils.labels import LabelSet
 from utils.results import provenance, write_csv
 from utils.views import Views
@@ -263,9 +263,17 @@ class Workplace:
 
         A set of its own, also in fp16: the manifest of all passes would weigh in a small one.
         """
-        path, study = self.labels(codec, passes), self.study
-        if (path / "manifest.json").exists():
-            return LabelSet.open(path)
+        path = self.labels(codec, passes)
+        while not (path / "manifest.json").exists():
+            try:
+                self.make_labels(path, codec, passes)
+            except LockedError:  # another process of --share is making them
+                time.sleep(1)
+        return LabelSet.open(path)
+
+    def make_labels(self, path: Path, codec: str, passes: int) -> None:
+        """Labels the distilled images, or re-encodes their fp16 labels."""
+        study = self.study
         if codec == "fp16":
             call(
                 generate.main,
@@ -280,7 +288,6 @@ class Workplace:
                 *("--label-dir", whole, "--out-dir", path, "--slc", self.ipc * passes),
                 *("--codec", *codec.split()),
             )
-        return LabelSet.open(path)
 
     def passes_for(self, codec: str, budget: int) -> int:
         """Labels per image, at most all there are, whose set is no larger than the budget."""

@@ -202,7 +202,8 @@ def label_views(
         float32 [n, C] logits on the CPU; how they are grouped depends on the pass alone.
     """
     groups = views.to(teachers.runtime.device).groups(together // views.batch_size)
-    for logits in teachers.label(source.render(groups), views.batch_size):
+    labelled = (teachers.logits(pixels, views.batch_size) for pixels in source.render(groups))
+    for logits in runtime.on_host(labelled):
         if not logits.isfinite().all():
             raise UserError(
                 f"the teacher gave NaN or infinite logits in pass {number}; try --amp off, else "

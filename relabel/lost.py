@@ -44,4 +44,5 @@ def compare(
             told = [information(expected, found, t) for t in temperatures]
             sums += torch.tensor(told, dtype=torch.float64)
     missing, told = sums.unbind(1)
-    return (missing / told.clamp(min=1e-30)).tolist(), agree / count
+    # As in `distortion`, labels that say nothing have nothing to lose.
+    return torch.where(told > 0, missing / told, 0).tolist(), agree / count

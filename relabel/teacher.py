@@ -1,13 +1,8 @@
 """Teachers: loading pretrained networks and labelling batches of views with them."""
 
-import collections
-import copy
 import dataclasses
 import os
-import threading
 import urllib.error
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -19,7 +14,7 @@ import models
 from utils.cli import UserError
 from utils.datasets import Dataset
 from utils.files import load_tensors, sha256_state
-from utils.runtime import Runtime, check_outputs, on_host
+from utils.runtime import Runtime, check_outputs
 
 
 @dataclasses.dataclass
@@ -177,67 +172,6 @@ class Ensemble:
                 logits = _forward(teacher.model, views, batch_size or len(views))
             total = total + share * logits.float()
         return total
-
-    def label(
-        self, rendered: Iterable[torch.Tensor], batch_size: int | None = None
-    ) -> Iterator[torch.Tensor]:
-        """Labels groups of views, one forward pass each, in order; the fast way on each device.
-
-        On a GPU the next group is computed while the labels of one are copied. On a CPU each core
-        labels a group of its own: faster than all cores on one group, and how the labels are
-        rounded does not depend on the number of cores.
-
-        Args:
-            rendered: float32 [n, 3, S, S] each.
-            batch_size: as for `logits`.
-
-        Yields:
-            float32 [n, C] on the CPU.
-        """
-        if self.runtime.device.type != "cpu" or torch.get_num_threads() == 1:
-            return on_host(self.logits(pixels, batch_size) for pixels in rendered)
-        own = threading.local()
-
-        def work(pixels: torch.Tensor) -> torch.Tensor:
-            if not hasattr(own, "ensemble"):
-                own.ensemble = self._twin()
-            return own.ensemble.logits(pixels, batch_size)
-
-        return _on_single_cores(work, rendered)
-
-    def _twin(self) -> "Ensemble":
-        """The same teachers as modules of their own, for another thread; the tensors are shared."""
-        twin = copy.copy(self)
-        twin.teachers = [
-            dataclasses.replace(teacher, model=_shallow(teacher.model)) for teacher in self.teachers
-        ]
-        return twin
-
-
-def _shallow(model: nn.Module) -> nn.Module:
-    """A copy of a network that shares its parameters and buffers."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-
-
-def _on_single_cores(
-    work: Callable[[torch.Tensor], torch.Tensor], items: Iterable[torch.Tensor]
-) -> Iterator[torch.Tensor]:
-    """work(item) for each item, in order; as many side by side as torch has threads, one each."""
-    threads = torch.get_num_threads()
-    waiting: collections.deque = collections.deque()
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-    torch.set_num_threads(1)
-    try:
-        for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) > threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # of threads that start later, too
 
 
 def _forward(model: nn.Module, views: torch.Tensor, batch_size: int) -> torch.Tensor:

@@ -67,6 +67,11 @@ run_pipeline() { # DATASET [-- FLAG ...]: the flags go to validate/train.py
         echo "GPUS=$GPUS, TRAIN_GPUS=$TRAIN_GPUS: must be numbers from 1 on; GPUS may be all" >&2
         return 2
     fi
+    if [[ "$SCHEDULE" == *:* && -n "$SOFT_EPOCHS$HARD_EPOCHS" ]]; then
+        echo "SCHEDULE=$SCHEDULE names its epochs itself: unset SOFT_EPOCHS and HARD_EPOCHS, also in" \
+            "config.sh" >&2
+        return 2
+    fi
     check_paths "$dataset" "$images" "$val_dir/$dataset"
     use_environment requirements.txt
     if [[ -f "$published/sampler_indices_dict.pt" ]]; then

@@ -1,7 +1,6 @@
 """Several batches in one forward pass, and writing beside labelling: the labels stay the same."""
 
 import threading
-import time
 
 import pytest
 import torch
@@ -80,49 +79,6 @@ def test_without_bssl_batches_do_not_meet():
     views = torch.randn(7, 3, 32, 32)
     alone = torch.cat([plain.logits(batch) for batch in views.split(4)])
     assert (plain.logits(views, 4) - alone).abs().max() <= 1e-4
-
-
-class Forgetful(nn.Module):
-    """Keeps its input in an attribute, as some networks do; two threads would mix theirs up."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(()))
-
-    def forward(self, pixels):
-        self.kept = pixels
-        time.sleep(0.002)
-        return self.kept.mean((2, 3)) * self.weight
-
-
-@pytest.fixture
-def three_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    assert torch.get_num_threads() == 3
-    torch.set_num_threads(before)
-
-
-def test_groups_labelled_side_by_side_are_those_of_one_thread(three_threads):
-    torch.manual_seed(0)
-    groups = [torch.randn(4, 3, 32, 32) + number for number in range(8)]
-    for build in (residual_net, Forgetful):
-        model = ensemble(build())
-        found = list(model.label(iter(groups), 2))
-        torch.set_num_threads(1)
-        expected = [model.logits(group, 2) for group in groups]
-        torch.set_num_threads(3)
-        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-
-
-def test_labelling_side_by_side_may_be_stopped_and_passes_errors_on(three_threads):
-    model = ensemble(Forgetful())
-    labelled = model.label(torch.full((1, 3, 2, 2), float(number)) for number in range(99))
-    assert next(labelled).tolist() == [[0.0] * 3] and next(labelled).tolist() == [[1.0] * 3]
-    labelled.close()
-    with pytest.raises(RuntimeError, match="mean"):
-        list(model.label([torch.zeros(1, 3, 2, 2), torch.zeros(1, 3, 2, 2, dtype=torch.int)]))
 
 
 def test_a_grouped_label_set_holds_the_same_labels_and_survives_interruption(

@@ -91,7 +91,6 @@ def test_training_renders_bit_for_bit_what_the_teacher_saw(
         return original(self, views, batch_size)
 
     monkeypatch.setattr(teacher.Ensemble, "logits", watched)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # so that they come in order
     arguments = generate_arguments(world.data, tmp_path / "l", world.weights, "--slc", 6, "--force")
     assert command(generate.main, *arguments, "--views-per-forward", together).code == 0
     _, pixels = decoded(world)
