@@ -90,7 +90,10 @@ def test_refilling_starts_a_new_shuffle_and_state_resumes_it():
 
 @pytest.mark.parametrize(
     ("labels_per_image", "classes", "expected"),
-    [(1, 10, 150), (3, 10, 150), (4, 10, 225), (5, 10, 225), (1, 1000, 150), (2, 1000, 225)],
+    [
+        *((1, 10, 150), (3, 10, 150), (4, 10, 225), (5, 10, 225)),
+        *((1, 200, 150), (2, 200, 225), (3, 200, 225), (1, 1000, 150), (2, 1000, 225)),
+    ],
 )
 def test_more_labels_and_more_classes_mean_more_soft_epochs(labels_per_image, classes, expected):
     assert auto_soft_epochs(300, labels_per_image, classes) == expected

@@ -102,8 +102,9 @@ def auto_soft_epochs(total: int, labels_per_image: int, classes: int) -> int:
     """How many of `total` epochs are to be soft: half, or three quarters where labels tell much.
 
     What they tell is labels per image x log10(classes), as a label of more classes tells more;
-    three quarters from 4 on. Source: analysis/study.md, where half is best at 1 and 3 labels per
-    image of ten classes and three quarters at 5. The number of classes was not varied there.
+    three quarters from 4 on. Source: analysis/study.md, where of ten classes half is best at 1 and
+    3 labels per image and three quarters at 5; of 200 classes the two are equal at 1 and 2 labels
+    per image, and three quarters best at 3 and 5.
     """
     told = labels_per_image * math.log10(classes)
     return round(total * (3 / 4 if told >= 4 else 1 / 2))
