@@ -45,8 +45,9 @@ from utils.views import ViewSpec, draw, render
 CLASSES = 1000
 SET_LABELS, LABELS_PER_CLASS = 150_000, 150
 LONGER_SIDE = 512  # about ImageNet's
-STEPS = [0.35, 0.5, 0.7, 1, 1.4, 2, 2.8, 4, 5.6, 8]
+STEPS = [0.14, 0.2, 0.35, 0.5, 0.7, 1, 1.4, 2, 2.8, 4, 5.6, 8]
 BUDGETS = [20, 32, 64]
+DISTORTIONS = [0.002, 0.005, 0.01]
 # The photographs among scikit-image's sample images.
 SAMPLES = (
     *("astronaut", "brick", "camera", "cell", "chelsea", "clock_motion", "coffee", "coins"),
@@ -258,10 +259,13 @@ def curves(labels: Labels, held_out: torch.Tensor, kind: str) -> list[Row]:
             shown = len(judged.mixture.own.unique())
             return payload / len(judged.logits) + fitted_bytes(codec, shown)
 
-        settings = {f"step={step}": step for step in STEPS}
-        settings |= {f"budget={budget}": step_for(budget, size) for budget in BUDGETS}
-        for setting, step in settings.items():
-            rows.append(measure(statistics.codec(step, {}), judged, kind, basis, setting))
+        steps = {f"step={step}": step for step in STEPS}
+        steps |= {f"budget={budget}": step_for(budget, size) for budget in BUDGETS}
+        found = {setting: statistics.codec(step, {}) for setting, step in steps.items()}
+        for target in DISTORTIONS:
+            found[f"distortion={target}"] = statistics.search({"distortion": target})
+        for setting, codec in found.items():
+            rows.append(measure(codec, judged, kind, basis, setting))
     return rows
 
 
@@ -371,7 +375,7 @@ def plot(path: Path, rows: list[Row]) -> None:
                 row
                 for row in rows
                 if (row.labels, row.codec, row.basis) == (kind, codec, basis)
-                and not row.setting.startswith("budget")
+                and not row.setting.startswith(("budget", "distortion"))
             ]
             x, y = [row.bytes_per_label for row in chosen], [row.distortion_t20 for row in chosen]
             panel.plot(x, y, style, label=name, markersize=4)
