@@ -3,7 +3,7 @@
 #   bash scripts/run_study.sh [FOLDER WITH FASHION-MNIST'S FOUR IDX FILES] [FOLDER WITH TYPEFACES]
 # Without the first (or with "") torchvision downloads Fashion-MNIST; Debian has it too
 # (dataset-fashion-mnist, in /usr/share/datasets/fashion-mnist). benchmarks/glyphs.py says how to
-# get the typefaces; without them the part on 200 characters is left out. About two and a half hours
+# get the typefaces; without them the part on 200 characters is left out. One to two hours
 # on two CPU cores; may be stopped and repeated.
 set -euo pipefail
 
