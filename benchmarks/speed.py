@@ -21,6 +21,7 @@ import contextlib
 import csv
 import dataclasses
 import io
+import multiprocessing
 import os
 import platform
 import re
@@ -32,6 +33,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import date
+from multiprocessing.connection import Connection
 
 import numpy as np
 import torch
@@ -53,6 +55,7 @@ from utils.views import RATIO, ViewSpec, draw
 from validate import engine
 
 PLAIN, OURS = "straightforward", "ours"
+PER_CORE = "ours, a process per core"
 SMOOTHING = 0.8
 
 
@@ -263,6 +266,50 @@ class OurRelabelling:
                 background.write_pass(number, logits, views, self.labels)
 
 
+class OneProcessPerCore:
+    """OurRelabelling as under torchrun on a CPU: processes of one thread that share the passes."""
+
+    def __init__(self, bench: Bench, folder: images.ImageFolder, passes: int):
+        started = multiprocessing.get_context("spawn")
+        self.pipes, self.processes = [], []
+        for _ in range(runtime.usable_cores()):
+            here, there = started.Pipe()
+            facts = (bench.args, bench.machine, bench.dataset, bench.root)
+            work = started.Process(target=_work, args=(there, facts, folder, passes), daemon=True)
+            work.start()
+            self.pipes.append(here)
+            self.processes.append(work)
+        self._wait()
+
+    def run(self, numbers: range) -> None:
+        """Labels, packs and writes some passes."""
+        for rank, pipe in enumerate(self.pipes):
+            pipe.send(numbers[rank :: len(self.pipes)])
+        self._wait()
+
+    def close(self) -> None:
+        """Ends the processes."""
+        for pipe, process in zip(self.pipes, self.processes, strict=True):
+            pipe.send(None)
+            process.join()
+
+    def _wait(self) -> None:
+        for pipe in self.pipes:
+            pipe.recv()
+
+
+def _work(pipe: Connection, facts: tuple, folder: images.ImageFolder, passes: int) -> None:
+    """In a process of OneProcessPerCore: makes the passes that it is sent."""
+    torch.set_num_threads(1)
+    bench = Bench(*facts, Meter(facts[1].device), {})
+    ours = OurRelabelling(bench, folder, passes)
+    with ours.writer.begun():
+        pipe.send("ready")
+        while (numbers := pipe.recv()) is not None:
+            ours.run(numbers)
+            pipe.send("done")
+
+
 def relabel(bench: Bench) -> None:
     """Times passes over all images, by turns in both pipelines; compares the labels."""
     args, device = bench.args, bench.machine.device
@@ -273,6 +320,9 @@ def relabel(bench: Bench) -> None:
     views = ours.writer.draw(0)
     facts = (bench.dataset.input_size, bench.dataset.mean, bench.dataset.std)
     loader = straightforward.crops_loader(folder.root, views, *facts, args.workers, device)
+    cores = runtime.usable_cores() if device.type == "cpu" else 1
+    if cores > 1:
+        shared = OneProcessPerCore(bench, folder, cores * passes * (args.repeats + 1))
     with ours.writer.begun():
         for repeat in range(args.repeats + 1):
             with meter.section("relabel", PLAIN, repeat, passes * count):
@@ -281,7 +331,13 @@ def relabel(bench: Bench) -> None:
                     expected = straightforward.relabel(plain, loader, views, path, device)
             with meter.section("relabel", OURS, repeat, passes * count):
                 ours.run(range(repeat * passes, (repeat + 1) * passes))
+            if cores > 1:
+                several = cores * passes
+                with meter.section("relabel", PER_CORE, repeat, several * count):
+                    shared.run(range(repeat * several, (repeat + 1) * several))
         ours.writer.finish()
+    if cores > 1:
+        shared.close()
     stored = LabelSet.open(ours.writer.path)
     found = torch.cat([stored[batch].logits for batch in range(stored.batches_per_pass)])
     expected = centre(expected)
