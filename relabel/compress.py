@@ -74,7 +74,7 @@ def main() -> None:
     print(
         f"{labels} soft labels in {args.out_dir}: {after:,} bytes, {after / labels:.1f} per label "
         f"(before: {before / labels:.1f}, a factor of {before / after:.1f}); distortion at "
-        f"temperature 20 of the first pass {lost:.4f}"
+        f"temperature 20 of the first pass {lost:.4f}, against the labels in {args.label_dir}"
     )
 
 

@@ -3,6 +3,7 @@
 
 # shellcheck source=scripts/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+explain "$@"
 # shellcheck source=config.sh
 source "$ROOT/config.sh"
 

@@ -3,12 +3,19 @@
 #   bash scripts/run_study.sh [FOLDER WITH FASHION-MNIST'S FOUR IDX FILES] [FOLDER WITH TYPEFACES]
 # Without the first (or with "") torchvision downloads Fashion-MNIST; Debian has it too
 # (dataset-fashion-mnist, in /usr/share/datasets/fashion-mnist). benchmarks/glyphs.py says how to
-# get the typefaces; without them the part on 200 characters is left out. One to two hours
+# get the typefaces; without them the part on 200 characters is left out. About two hours
 # on two CPU cores; may be stopped and repeated.
 set -euo pipefail
 
 # shellcheck source=scripts/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+explain "$@"
+for folder in "$@"; do
+    if [[ -n "$folder" && ! -d "$folder" ]]; then
+        echo "run_study.sh: folder not found: $folder" >&2
+        exit 2
+    fi
+done
 use_environment requirements.txt
 source_dir=()
 [[ -z "${1:-}" ]] || source_dir=(--source-dir "$(realpath "$1")")

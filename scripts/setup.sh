@@ -5,6 +5,12 @@
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
+explain() { # ARGUMENT ...: with --help, prints the comment at the head of the script, and ends
+    [[ "${1:-}" == -h || "${1:-}" == --help ]] || return 0
+    sed -n '2,/^[^#]/ { /^#/ s/^# \{0,1\}//p }' "$0"
+    exit 0
+}
+
 satisfies() { # PYTHON REQUIREMENTS: whether every requirement is installed in a version it allows
     "$1" "$ROOT/scripts/check_requirements.py" "$2" >/dev/null 2>&1
 }

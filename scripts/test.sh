@@ -4,6 +4,7 @@ set -euo pipefail
 
 # shellcheck source=scripts/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+explain "$@"
 use_environment requirements-dev.txt
 cd "$ROOT"
 "$PYTHON" -m ruff check .

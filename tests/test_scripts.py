@@ -48,6 +48,19 @@ def test_epochs_beside_a_schedule_that_names_its_own_are_refused_before_any_work
     assert done.returncode == 2 and "unset SOFT_EPOCHS and HARD_EPOCHS" in done.stderr
 
 
+@pytest.mark.parametrize("script", ["run_demo.sh", "run_study.sh", "run_imagenet.sh", "test.sh"])
+def test_help_is_the_head_of_the_script_and_nothing_runs(script):
+    done = bash(script, "--help")
+    lines = (ROOT / "scripts" / script).read_text().splitlines()
+    assert done.returncode == 0 and done.stdout.startswith(lines[1].removeprefix("# ") + "\n")
+    assert "set -euo" not in done.stdout
+
+
+def test_the_study_wants_folders_that_exist(tmp_path):
+    done = bash("run_study.sh", "", tmp_path / "fonts")
+    assert done.returncode == 2 and f"folder not found: {tmp_path}/fonts" in done.stderr
+
+
 def test_flags_for_training_follow_two_dashes(tmp_path):
     done = bash("run_imagenet.sh", "--lr", "1", Main_Data_Path=tmp_path, val_dir=tmp_path)
     assert done.returncode == 2 and "flags for validate/train.py follow --" in done.stderr

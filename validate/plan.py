@@ -374,6 +374,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     folder = images.scan(args.data_dir, dataset.num_classes)
     dataset = dataclasses.replace(dataset, num_classes=len(folder.classes))
     validation = images.scan(args.val_dir)
+    if args.val_dir.resolve() == args.data_dir.resolve():
+        print("--val-dir is --data-dir: top-1 is that on the training images")
     images.check_same_classes(validation, folder.classes, str(args.data_dir))
     sizes, fingerprint = images.inspect(folder)
     labels = open_labels(args, dataset, folder, fingerprint)
