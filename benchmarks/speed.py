@@ -277,6 +277,7 @@ class OneProcessPerCore:
             facts = (bench.args, bench.machine, bench.dataset, bench.root)
             work = started.Process(target=_work, args=(there, facts, folder, passes), daemon=True)
             work.start()
+            there.close()  # so that receiving fails when the process has died
             self.pipes.append(here)
             self.processes.append(work)
         self._wait()
