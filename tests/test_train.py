@@ -9,15 +9,17 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, script, train_arguments, tree
+from conftest import ROOT, TINY, script, train_arguments, tree
 from PIL import Image
 
 import models
 from utils import cli, images, runlog
 from utils.images import StreamingImages
+from utils.views import ViewSpec
 from validate import engine, evaluate, session, train
 from validate.plan import count_epochs, published_hyper
 
@@ -212,6 +214,21 @@ def test_a_signal_to_the_whole_group_leaves_decoding_workers_alive(world, tmp_pa
     _, errors = process.communicate()
     assert process.returncode == 143 and "Traceback" not in errors, errors
     assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_a_decoding_worker_that_has_just_begun_cannot_be_ended_by_a_signal(
+    world, tmp_path, monkeypatch
+):
+    def meet_signal(worker: int) -> None:  # where a worker begins to ignore signals
+        os.kill(os.getpid(), signal.SIGTERM)
+        (tmp_path / "met").touch()
+
+    monkeypatch.setattr(images, "_ignore_signals", meet_signal)
+    folder = images.scan(world.data)
+    views = session.draw(ViewSpec(32, 5), np.full((12, 2), 32), 0)
+    streamed = StreamingImages(folder.files, TINY, torch.device("cpu"), 1)
+    assert len(list(streamed.render([views]))) == 1 and (tmp_path / "met").exists()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
 
 
 @pytest.mark.usefixtures("heeded")

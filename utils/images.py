@@ -6,6 +6,7 @@ DataLoader workers what differs in size or does not fit.
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -31,6 +32,7 @@ from utils.views import ORDER, Views, crop_resize, mix, normalise, render, shuff
 
 # What IMG_EXTENSIONS can hold; never formats like EPS, which PIL hands to an interpreter.
 _FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF", "WEBP")
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,7 +311,8 @@ class StreamingImages:
             generator=torch.Generator().manual_seed(0),
             pin_memory=self.device.type == "cuda",
         )
-        received = iter(loader)
+        with _held_signals():
+            received = iter(loader)
         for views in batches:
             crops = []
             for part in itertools.islice(received, len(views)):
@@ -319,9 +322,22 @@ class StreamingImages:
             yield mix(normalise(torch.cat(crops), self.mean, self.std), views)
 
 
+@contextlib.contextmanager
+def _held_signals() -> Iterator[None]:
+    """Holds SIGTERM and Ctrl-C back until the block ends, and from workers started in it for good.
+
+    A worker that such a signal meets before it can ignore it would die.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _ignore_signals(worker: int) -> None:
     """Leaves SIGTERM and Ctrl-C to the main process, which ends its workers when it has saved."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
