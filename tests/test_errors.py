@@ -321,6 +321,19 @@ def test_several_processes_without_torchrun_are_refused(copied, tmp_path, comman
     check_refused(done, "WORLD_SIZE is 2 but RANK is not set", copied, before)
 
 
+def test_a_compiler_that_fails_is_named(copied, tmp_path, command, monkeypatch):
+    def backend(graph, inputs):
+        raise FileNotFoundError("g++")
+
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **_: original(model, backend=backend))
+    done = command(train.main, *train_arguments(copied, tmp_path / "run"), "--compile")
+    assert done.code == 2 and "--compile: PyTorch could not compile the network (g++)" in done.err
+    assert "Traceback" not in done.err
+    done = command(train.main, *train_arguments(copied, tmp_path / "run"))
+    assert done.code == 0, done.err
+
+
 def test_arguments_of_a_run_with_tags_are_not_executed(copied, tmp_path, command):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "args.yaml").write_text("settings: !!python/object/apply:print [executed]")

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, generate_arguments, train_arguments, tree, write_images
+from conftest import ROOT, generate_arguments, script, train_arguments, tree, write_images
 
 from relabel import generate
 from validate import evaluate, train
@@ -62,14 +62,17 @@ def test_two_processes_train_as_one_that_accumulates(world, tmp_path, command, o
         data=world.data, labels=tmp_path / "labels", val=write_images(tmp_path / "val", 65, seed=1)
     )
     more = ("--model", "breaking_student:build", "--soft-epochs", 3, "--eval-every", 3)
+    threads = tmp_path / "threads.txt"
 
     def arguments(name, *others):
         return train_arguments(settings, tmp_path / name, *more, *others)
 
     broken = torchrun(ROOT / "validate/train.py", *arguments("two"), BREAK_RANK="1")
     assert broken.returncode != 0 and "broken on purpose" in broken.stderr
-    done = torchrun(ROOT / "validate/train.py", *arguments("two"))
+    done = torchrun(ROOT / "validate/train.py", *arguments("two"), THREADS_FILE=str(threads))
     assert done.returncode == 0, done.stderr
+    # A gloo thread that outlives the process group can abort the process as it ends.
+    assert "python" in threads.read_text() and "gloo" not in threads.read_text()
     assert "continuing after epoch 3 of 5" in done.stdout
     assert "2 processes: an optimiser step takes 2 batches of 3 = 6 views" in done.stdout
     assert command(train.main, *arguments("one", "--grad-accum", 2)).code == 0
@@ -85,3 +88,22 @@ def test_two_processes_train_as_one_that_accumulates(world, tmp_path, command, o
         *("--model", "breaking_student:build", "--device", "cpu"),
     )
     assert f"top-1 {last['top1']:.4f} %, top-5 {last['top5']:.4f} % of 260" in evaluated.out
+
+
+def test_an_error_beside_other_processes_skips_finalisation_and_keeps_its_code(tmp_path):
+    code = f"""
+import atexit, torch.distributed as dist
+from utils import cli
+class Told:
+    def __del__(self):
+        print("finalised")
+told = Told()
+def main():
+    dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
+    raise cli.UserError("as told")
+atexit.register(print, "exit functions ran")
+cli.run(main)
+"""
+    done = script("-c", code, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2 and done.stderr == "-c: as told\n"
+    assert done.stdout == "exit functions ran\n"

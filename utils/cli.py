@@ -1,9 +1,11 @@
 """Command lines that fail in one line: what is wrong, where, and what to do."""
 
 import argparse
+import atexit
 import contextlib
 import difflib
 import errno
+import gc
 import os
 import re
 import signal
@@ -162,6 +164,27 @@ def run(main: Callable[[], None]) -> NoReturn:
     SIGTERM and Ctrl-C exit with 143 and 130; every other exception keeps its traceback. Under
     torchrun only the first process speaks, unless another one alone has met an error.
     """
+    try:
+        _run(main)
+    except SystemExit as stopped:
+        if dist.is_initialized():  # other processes may be waiting for this one, or gone
+            _exit_beside_threads(stopped.code)
+        raise
+
+
+def _exit_beside_threads(code: int) -> NoReturn:
+    """Exits without Python's finalisation, in which a thread of gloo's may abort the process.
+
+    Such a thread drops tensors after their collective is done, for which it wants the interpreter;
+    https://github.com/pytorch/pytorch/issues/190489.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _run(main: Callable[[], None]) -> NoReturn:
     program = Path(sys.argv[0]).name
     if _rank() > 0:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - stays open to the end
@@ -180,12 +203,21 @@ def run(main: Callable[[], None]) -> NoReturn:
             print(f"\n{program}: interrupted; the same command again continues", file=sys.stderr)
         sys.exit(130)
     except RuntimeError as error:
-        if not (dist.is_initialized() and _PEER_GONE.search(str(error))):
+        if "torch._dynamo" in sys.modules and isinstance(
+            error, torch._dynamo.exc.BackendCompilerFailed
+        ):
+            reason = (str(error.inner_exception).splitlines() or [""])[0]
+            message = (
+                f"--compile: PyTorch could not compile the network ({reason}); it needs a C++ "
+                "compiler and Python's header files; leave --compile out to go on"
+            )
+        elif dist.is_initialized() and _PEER_GONE.search(str(error)):
+            message = (
+                "another process of this job ended: see its message; the same command continues "
+                f"({str(error).splitlines()[0]})"
+            )
+        else:
             raise
-        message = (
-            "another process of this job ended: see its message; the same command continues "
-            f"({str(error).splitlines()[0]})"
-        )
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" at {error.filename}" if error.filename else ""
@@ -197,5 +229,6 @@ def run(main: Callable[[], None]) -> NoReturn:
     else:
         if dist.is_initialized():
             dist.destroy_process_group()
+            gc.collect()  # garbage that still refers to the group keeps its threads alive
         sys.exit(0)
     _fail(program, message)

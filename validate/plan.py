@@ -45,7 +45,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="compile the student (torch.compile), on a GPU into CUDA graphs; needs a C compiler",
+        help="compile the student (torch.compile), on a GPU into CUDA graphs; needs a C++ compiler",
     )
     return parser.parse_args(arguments)
 
