@@ -267,26 +267,48 @@ def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class ResidentImages:
-    """All images decoded in memory as one uint8 tensor [images, 3, H, W]."""
+    """All images decoded in memory as one uint8 tensor [images, 3, H, W].
+
+    Attributes:
+        together: views rendered at once, in whole batches: on a GPU the launches of some eighty
+            kernels would take longer than rendering a single batch of 16.
+    """
 
     def __init__(self, pixels: torch.Tensor, dataset: Dataset, device: torch.device):
         if fits(pixels, device, 1 / 2):
             pixels = pixels.to(device)
         self.pixels, self.device, self.size = pixels, device, dataset.input_size
+        self.together = 128 if device.type == "cuda" else 1
         self.mean = torch.tensor(dataset.mean, device=device)
         self.std = torch.tensor(dataset.std, device=device)
 
     def render(self, batches: Iterable[Views]) -> Iterator[torch.Tensor]:
         """Yields the network's input, float32 [N, 3, S, S], for each batch (or more) of views."""
-        batches = list(batches)
+        groups = _grouped(batches, self.together)
+        joined = [Views.joined(group) for group in groups]
         if self.pixels.device == self.device:
-            sources = (self.pixels[views.index] for views in batches)
+            sources = (self.pixels[views.index] for views in joined)
         else:
             # Copying an index from the GPU waits for it, so all are copied before the first batch.
-            indices = [views.index.cpu() for views in batches]
+            indices = [views.index.cpu() for views in joined]
             sources = (send(self.pixels[index], self.device) for index in indices)
-        for views, images in zip(batches, sources, strict=True):
-            yield render(images, views, self.size, self.mean, self.std)
+        for group, views, images in zip(groups, joined, sources, strict=True):
+            pixels = render(images, views, self.size, self.mean, self.std)
+            yield from pixels.split([len(batch.index) for batch in group])
+
+
+def _grouped(batches: Iterable[Views], most: int) -> list[list[Views]]:
+    """Neighbouring batches in lists of at most `most` views; a batch that is not whole ends one."""
+    groups: list[list[Views]] = []
+    room = 0
+    for views in batches:
+        count = len(views.index)
+        if count > room:
+            groups.append([])
+            room = max(most, count)
+        groups[-1].append(views)
+        room = 0 if count % views.batch_size else room - count
+    return groups
 
 
 class StreamingImages:

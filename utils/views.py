@@ -26,7 +26,7 @@ Source of the distributions: torchvision's RandomResizedCrop; CutMix (arXiv 1905
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -111,6 +111,18 @@ class Views:
             None if self.mix_box is None else self.mix_box[start:end],
             None if self.mix_lam is None else self.mix_lam[start:end],
         )
+
+    @classmethod
+    def joined(cls, parts: Sequence["Views"]) -> "Views":
+        """The views of several parts as one; all parts but the last are of whole batches."""
+        first = parts[0]
+        fields = (field.name for field in dataclasses.fields(first))
+        tensors = {
+            name: torch.cat([getattr(part, name) for part in parts])
+            for name in fields
+            if isinstance(getattr(first, name), torch.Tensor)
+        }
+        return dataclasses.replace(first, **tensors)
 
     def __iter__(self) -> Iterator["Views"]:
         return (self[batch] for batch in range(len(self)))

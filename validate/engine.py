@@ -18,6 +18,9 @@ from utils.runtime import Runtime
 from utils.views import Views, normalise
 
 EVALUATION_BATCH = 256
+# Of a batch: int64 [B] class of each view's own image, int64 [B] that of its partner's, and
+# float32 [B] lambda, the share of the own one.
+Truth = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclasses.dataclass
@@ -155,7 +158,7 @@ def train_soft_epoch(
     """Trains on stored label batches: their views are rendered again, their labels expanded."""
     batches = [labels.views(number) for number in batch_numbers]
 
-    def losses(logits: torch.Tensor, step: int) -> torch.Tensor:
+    def losses(logits: torch.Tensor, step: int, truth: Truth) -> torch.Tensor:
         return soft_loss(logits, labels[batch_numbers[step]].logits, temperature, scale)
 
     return _train(trainer, source, batches, labels.hard_labels, losses)
@@ -165,11 +168,9 @@ def train_hard_epoch(
     trainer: Trainer, source, batches: list[Views], hard_labels: torch.Tensor, smoothing: float
 ) -> EpochResult:
     """Trains on fresh views with the classes of their images."""
-    size = source.size
 
-    def losses(logits: torch.Tensor, step: int) -> torch.Tensor:
-        own, partner = batches[step].classes(hard_labels)
-        return hard_loss(logits, own, partner, batches[step].lam(size), smoothing)
+    def losses(logits: torch.Tensor, step: int, truth: Truth) -> torch.Tensor:
+        return hard_loss(logits, *truth, smoothing)
 
     return _train(trainer, source, batches, hard_labels, losses)
 
@@ -186,11 +187,9 @@ def train_joint_epoch(
 ) -> EpochResult:
     """Trains on stored label batches with hard_share * hard loss + (1 - hard_share) * soft loss."""
     batches = [labels.views(number) for number in batch_numbers]
-    size = source.size
 
-    def losses(logits: torch.Tensor, step: int) -> torch.Tensor:
-        own, partner = batches[step].classes(labels.hard_labels)
-        hard = hard_loss(logits, own, partner, batches[step].lam(size), smoothing)
+    def losses(logits: torch.Tensor, step: int, truth: Truth) -> torch.Tensor:
+        hard = hard_loss(logits, *truth, smoothing)
         soft = soft_loss(logits, labels[batch_numbers[step]].logits, temperature, scale)
         return hard_share * hard + (1 - hard_share) * soft
 
@@ -214,13 +213,12 @@ def train_static_epoch(
         image_logits: float32 [images, C], see `static_labels`.
         temperature, scale: see `soft_loss`.
     """
-    size = source.size
 
-    def losses(logits: torch.Tensor, step: int) -> torch.Tensor:
-        one = batches[step]
+    def losses(logits: torch.Tensor, step: int, truth: Truth) -> torch.Tensor:
+        one, (*_, lam) = batches[step], truth
         teacher = image_logits[one.index]
         if (partner := one.partner()) is not None:
-            teacher = mixed_logits(teacher, teacher[partner], one.lam(size), temperature)
+            teacher = mixed_logits(teacher, teacher[partner], lam, temperature)
         return soft_loss(logits, teacher, temperature, scale)
 
     return _train(trainer, source, batches, labels.hard_labels, losses)
@@ -262,9 +260,9 @@ def _train(
     source,
     batches: list[Views],
     hard_labels: torch.Tensor,
-    losses: Callable[[torch.Tensor, int], torch.Tensor],
+    losses: Callable[[torch.Tensor, int, Truth], torch.Tensor],
 ) -> EpochResult:
-    """The loop of an epoch; `losses(logits, step)` gives the mean loss of batch `step`.
+    """The loop of an epoch; `losses(logits, step, truth)` gives the mean loss of batch `step`.
 
     Under torchrun every rank has as many batches; gradients are averaged over the ranks at each
     optimiser step, running statistics at the end.
@@ -274,13 +272,15 @@ def _train(
     sums = trainer.continued or EpochSums.zero(runtime.device)
     trainer.continued = None
     for step, pixels in enumerate(source.render(batches[sums.step :]), start=sums.step):
+        own, partner = batches[step].classes(hard_labels)
+        lam = batches[step].lam(source.size)
         updates = (step + 1) % trainer.grad_accum == 0 or step + 1 == len(batches)
         unshared = runtime.world > 1 and not updates
         with trainer.model.no_sync() if unshared else contextlib.nullcontext():
             with runtime.autocast():
                 logits = trainer.model(pixels)
             logits = logits.float()
-            loss = losses(logits, step)
+            loss = losses(logits, step, (own, partner, lam))
             # A last group that is smaller than grad_accum averages over the batches it has.
             group_start = step - step % trainer.grad_accum
             group = min(trainer.grad_accum, len(batches) - group_start)
@@ -290,9 +290,7 @@ def _train(
             trainer.scaler.update()
             trainer.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            views = batches[step]
-            own, partner = views.classes(hard_labels)
-            mainly = torch.where(views.lam(source.size) >= 0.5, own, partner)
+            mainly = torch.where(lam >= 0.5, own, partner)
             sums.correct += correct_top1_top5(logits, mainly)
             sums.loss += loss.detach() * len(pixels)
         sums.step = step + 1
