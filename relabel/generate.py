@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from relabel.background import BackgroundWriter
+from relabel.background import pass_writer
 from relabel.teacher import Ensemble, load_teacher, use_batch_statistics
 from utils import cli, codecs, datasets, images, runtime
 from utils.cli import UserError, bounded
@@ -255,7 +255,7 @@ def make_passes(writer: LabelWriter, teachers: Ensemble, source, hard_labels: to
     ]
     together = writer.settings["views_per_forward"]
     bar = cli.progress(total=len(mine) * count, desc="relabel", unit="view")
-    with bar, BackgroundWriter(writer) as background:
+    with bar, pass_writer(writer, machine.device) as writes:
         for number in mine:
             views = writer.draw(number)
             logits = fitting.pop(number, None)
@@ -263,7 +263,7 @@ def make_passes(writer: LabelWriter, teachers: Ensemble, source, hard_labels: to
                 logits = label_views(number, views, together, teachers, source, bar)
             else:
                 bar.update(count)
-            background.write_pass(number, logits, views, hard_labels)
+            writes.write_pass(number, logits, views, hard_labels)
     machine.barrier()
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import models
 from relabel import generate, teacher
-from relabel.background import BackgroundWriter
+from relabel.background import BackgroundWriter, pass_writer
 from utils.labels import LabelSet
 
 
@@ -143,6 +143,17 @@ def test_passes_are_written_in_order_by_one_other_thread():
             background.write_pass(number, chunks(number), None, None)
     assert recorder.written == [(n, [10 * n, 10 * n + 1, 10 * n + 2]) for n in range(5)]
     assert recorder.thread != threading.get_ident()
+
+
+def test_passes_are_written_beside_a_gpu_and_in_line_on_a_cpu():
+    recorder = Recorder()
+    with pass_writer(recorder, torch.device("cpu")) as writes:
+        writes.write_pass(0, chunks(0), None, None)
+        assert recorder.thread == threading.get_ident()
+    with pass_writer(recorder, torch.device("cuda")) as writes:
+        writes.write_pass(1, chunks(1), None, None)
+    assert recorder.thread != threading.get_ident()
+    assert [number for number, _ in recorder.written] == [0, 1]
 
 
 def test_the_next_pass_is_labelled_while_the_last_one_is_written():
