@@ -10,7 +10,7 @@ import torch
 from relabel import compress, drift, report
 from relabel.lost import compare
 from utils.codecs.base import distortion
-from utils.labels import LabelSet
+from utils.labels import LabelSet, LabelWriter
 
 CLASSES = 4
 
@@ -116,6 +116,18 @@ def test_what_a_codec_lost_is_measured_against_the_reference(world, klt, command
     assert same == pytest.approx(float((found.argmax(1) == expected.argmax(1)).float().mean()))
     run = command(report.main, "--label-dir", klt, "--reference", world.labels)
     assert run.code == 0 and f"{distortions[0]:.5f}" in run.out
+
+
+def test_labels_that_say_nothing_have_nothing_to_lose(world, tmp_path):
+    known = LabelSet.open(world.labels)
+    settings = {**known.manifest, "passes": 1, "slc": 3}
+    writer = LabelWriter(tmp_path / "uniform", settings, known.sizes)
+    with writer.begun():
+        views = writer.draw(0)
+        writer.write_pass(0, torch.full((len(views.index), CLASSES), 2.0), views, known.hard_labels)
+        writer.finish()
+    uniform = LabelSet.open(writer.path)
+    assert compare(uniform, uniform, [0], (20.0,)) == ([0.0], 1.0)
 
 
 def test_a_reference_in_a_lossy_codec_is_refused(world, klt, command):
