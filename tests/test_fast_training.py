@@ -1,16 +1,21 @@
 """Fast paths of training and of the machine: the same results as the plain ones."""
 
+import os
+from argparse import Namespace
+
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, TINY
+from conftest import CPU, ROOT, TINY, script
 from torch import nn
 
-from utils import runtime
+from utils import images, runtime
 from utils.images import ResidentImages
 from utils.runtime import Runtime
 from utils.views import ViewSpec, draw
 from validate import engine
+
+GPU = pytest.mark.gpu
 
 
 def small_network() -> nn.Module:
@@ -86,6 +91,25 @@ def test_tensors_of_the_gpu_reach_main_memory_whole():
         assert tensor.device.type == "cpu" and torch.equal(tensor, expected.cpu())
 
 
+@pytest.mark.parametrize("mix", ["cutmix", "mixup", "none"])
+def test_batches_rendered_together_are_those_rendered_alone(monkeypatch, mix):
+    """Two passes of ten views in batches of 4, 4 and 2, at most 8 views at once."""
+    pixels = torch.randint(0, 256, (10, 3, 32, 32), dtype=torch.uint8)
+    spec, sizes = ViewSpec(32, 4, mix=mix), np.full((10, 2), 32)
+    batches = [batch for seed in (0, 1) for batch in draw(spec, sizes, seed)]
+    source = ResidentImages(pixels, TINY, CPU.device)
+    alone = list(source.render(batches))
+    calls, original = [], images.render
+    monkeypatch.setattr(
+        images, "render", lambda *facts: calls.append(len(facts[0])) or original(*facts)
+    )
+    source.together = 8
+    together = list(source.render(batches))
+    assert calls == [8, 2, 8, 2]
+    for one, other in zip(together, alone, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [32, 128])
 def test_images_left_in_main_memory_render_as_those_on_the_gpu(size):
@@ -110,11 +134,47 @@ def test_a_containers_quota_limits_the_cores(tmp_path, monkeypatch, content, cor
     assert runtime.usable_cores() == 8
 
 
-def test_a_processor_with_bf16_is_pointed_out_for_large_images(tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime, "_PROCESSOR", tmp_path / "cpuinfo")
-    for flags, size, told in (("avx512_bf16", 224, True), ("avx512_bf16", 32, False)):
-        (tmp_path / "cpuinfo").write_text(f"flags : fpu {flags} sse")
-        assert ("--amp bf16" in runtime.describe(CPU, size)) == told
-    (tmp_path / "cpuinfo").write_text("flags : fpu avx512f sse")
-    assert "--amp bf16" not in runtime.describe(CPU, 224)
-    assert "--amp bf16" not in runtime.describe(Runtime(CPU.device, torch.bfloat16), 224)
+def test_freed_memory_stays_with_the_process():
+    code = """
+import re, torch
+from utils import runtime
+def held():
+    return int(re.search(r"VmRSS:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+runtime.keep_freed_memory()
+tensor = torch.empty(10_000_000).fill_(1)
+before = held()
+del tensor
+print(before - held())
+"""
+    done = script("-c", code, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 4_000  # kB, of 40,000
+
+
+@pytest.mark.parametrize(("device", "calls"), [("cpu", 1), pytest.param("cuda", 0, marks=GPU)])
+def test_memory_is_kept_on_a_cpu(monkeypatch, device, calls):
+    called = []
+    monkeypatch.setattr(runtime, "keep_freed_memory", lambda: called.append(True))
+    runtime.from_arguments(Namespace(device=device, amp="off"))
+    assert len(called) == calls
+
+
+@pytest.mark.parametrize(
+    ("ratio", "dtype", "size", "told"),
+    [
+        (1.8, None, 224, "1.8 times as fast with --amp bf16"),
+        (0.5, torch.bfloat16, 224, "2.0 times as fast with --amp off"),
+        *((1.1, None, 224, ""), (1.8, torch.bfloat16, 224, ""), (0.5, None, 224, "")),
+        *((1.8, None, 32, ""), (0.5, torch.bfloat16, 32, "")),
+    ],
+)
+def test_a_faster_precision_is_pointed_out_for_large_images(monkeypatch, ratio, dtype, size, told):
+    monkeypatch.setattr(runtime, "bf16_speedup", lambda: ratio)
+    line = runtime.describe(Runtime(CPU.device, dtype), size)
+    assert line.endswith(told or f"{torch.get_num_threads()} threads")
+
+
+def test_precisions_are_compared_without_touching_the_random_state():
+    before = torch.get_rng_state()
+    assert 0.01 < runtime.bf16_speedup() < 100
+    assert torch.equal(torch.get_rng_state(), before)
