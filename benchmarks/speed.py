@@ -3,10 +3,10 @@
 python benchmarks/speed.py --out benchmarks/results/speed
 
 Both pipelines (ours, and benchmarks/straightforward.py) work on the same JPEG files with the same
-network and batch size, take turns in one process, and are timed several times after a first round
-that is not counted. The limits beside them are the network alone on resident random batches, and
-its FLOPs at the measured rate of large matrix products. Writes OUT.csv (every timing), OUT.json
-and OUT.txt (the table that is also printed).
+network and batch size, take turns, each in processes of its own, and are timed several times after
+a first round that is not counted. The limits beside them are the network alone on resident random
+batches, and its FLOPs at the measured rate of large matrix products. Writes OUT.csv (every timing),
+OUT.json and OUT.txt (the table that is also printed).
 """
 
 import sys
@@ -43,15 +43,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import models
 from benchmarks import straightforward
-from relabel.background import BackgroundWriter
+from relabel.background import pass_writer
 from relabel.generate import label_views
 from relabel.teacher import Ensemble, Teacher, use_batch_statistics
 from utils import cli, datasets, images, runtime
-from utils.cli import bounded
+from utils.cli import UserError, bounded
 from utils.codecs.base import distortion
 from utils.files import atomic_write, to_json
 from utils.labels import LabelSet, LabelWriter, centre
-from utils.views import RATIO, ViewSpec, draw
+from utils.views import RATIO, Views, ViewSpec, draw
 from validate import engine
 
 PLAIN, OURS = "straightforward", "ours"
@@ -102,9 +102,14 @@ class Meter:
         self.device, self.rows, self._utilisation = device, [], Utilisation(device)
 
     @contextlib.contextmanager
-    def section(self, stage: str, name: str, repeat: int, count: int) -> Iterator[None]:
-        """Times a block that handles `count` images; repeat 0 warms up and is not counted."""
-        self._reset_peak()
+    def section(
+        self, stage: str, name: str, repeat: int, count: int, pipeline: "Elsewhere | None" = None
+    ) -> Iterator[None]:
+        """Times a block that handles `count` images; repeat 0 warms up and is not counted.
+
+        The block runs `pipeline`; without one it works in this process.
+        """
+        reset_peak(self.device)
         self._wait()
         started = time.perf_counter()
         yield
@@ -112,8 +117,9 @@ class Meter:
         seconds = time.perf_counter() - started
         row = {"stage": stage, "pipeline": name, "repeat": repeat, "images": count}
         row |= {"seconds": round(seconds, 4), "images_per_second": round(count / seconds, 2)}
+        peak = pipeline.peak if pipeline else peak_memory(self.device)
         row |= {
-            "peak_mb": round(self._peak() / 1e6),
+            "peak_mb": round(peak / 1e6),
             "gpu_percent": self._utilisation.since(started),
         }
         if repeat > 0:
@@ -131,23 +137,21 @@ class Meter:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _reset_peak(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        else:
-            with contextlib.suppress(OSError):
-                Path("/proc/self/clear_refs").write_text("5")
 
-    def _peak(self) -> int:
-        """Bytes: of GPU memory, or of this process without its workers."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        return memory_of_process("VmHWM")
+def reset_peak(device: torch.device) -> None:
+    """Lets `peak_memory` start from what is held now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
 
 
-def memory_of_process(field: str) -> int:
-    """Bytes: "VmRSS", what this process holds now, or "VmHWM", the most it has held."""
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of GPU memory, or of this process without its workers."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return int(found[1]) * 1024
 
 
@@ -202,7 +206,11 @@ class Bench:
     def network(self, fast: bool) -> nn.Module:
         """The network with the weights of seed 0; channels last where it is ours."""
         torch.manual_seed(0)
-        model = models.build(self.args.model, self.dataset.num_classes, self.dataset.input_size)
+        size = self.dataset.input_size
+        try:
+            model = models.build(self.args.model, self.dataset.num_classes, size)
+        except ValueError as error:
+            raise UserError(f"--model: {error}") from None
         layout = torch.channels_last if fast else torch.contiguous_format
         return model.to(self.machine.device, memory_format=layout)
 
@@ -256,59 +264,146 @@ class OurRelabelling:
         path = Path(tempfile.mkdtemp(dir=bench.root)) / "labels"
         self.writer, self.labels = LabelWriter(path, settings, sizes), folder.labels
 
+    def begun(self) -> contextlib.AbstractContextManager:
+        """A context in which passes can be made."""
+        return self.writer.begun()
+
     def run(self, numbers: range) -> None:
         """Labels, packs and writes some passes."""
         together = self.writer.settings["views_per_forward"]
-        with cli.progress(disable=True) as bar, BackgroundWriter(self.writer) as background:
+        writing = pass_writer(self.writer, self.ensemble.runtime.device)
+        with cli.progress(disable=True) as bar, writing as writes:
             for number in numbers:
                 views = self.writer.draw(number)
                 logits = label_views(number, views, together, self.ensemble, self.source, bar)
-                background.write_pass(number, logits, views, self.labels)
+                writes.write_pass(number, logits, views, self.labels)
 
 
-class OneProcessPerCore:
-    """OurRelabelling as under torchrun on a CPU: processes of one thread that share the passes."""
+class PlainRelabelling:
+    """Stage 1 of the straightforward pipeline, always the same views."""
 
-    def __init__(self, bench: Bench, folder: images.ImageFolder, passes: int):
-        started = multiprocessing.get_context("spawn")
-        self.pipes, self.processes = [], []
-        for _ in range(runtime.usable_cores()):
-            here, there = started.Pipe()
-            facts = (bench.args, bench.machine, bench.dataset, bench.root)
-            work = started.Process(target=_work, args=(there, facts, folder, passes), daemon=True)
-            work.start()
-            there.close()  # so that receiving fails when the process has died
-            self.pipes.append(here)
-            self.processes.append(work)
-        self._wait()
+    def __init__(self, bench: Bench, folder: images.ImageFolder, views: Views):
+        facts = (bench.dataset.input_size, bench.dataset.mean, bench.dataset.std)
+        self.loader = straightforward.crops_loader(
+            folder.root, views, *facts, bench.args.workers, bench.machine.device
+        )
+        self.teacher, self.views = bench.teacher(fast=False), views
+        self.path, self.device = bench.root / "epoch.tar", bench.machine.device
+
+    def run(self, numbers: range) -> np.ndarray:
+        """Labels and saves the views, once for each number; returns float32 [N, C] logits."""
+        for _ in numbers:
+            logits = straightforward.relabel(
+                self.teacher, self.loader, self.views, self.path, self.device
+            )
+        return logits.numpy()
+
+
+class PlainTraining:
+    """Hard-label epochs of the straightforward pipeline."""
+
+    def __init__(self, bench: Bench, folder: images.ImageFolder):
+        self.model, self.device = bench.network(fast=False), bench.machine.device
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+        facts = (bench.dataset.input_size, bench.dataset.mean, bench.dataset.std)
+        self.loader = straightforward.training_loader(
+            folder.root, *facts, bench.args.batch_size, bench.args.workers, self.device
+        )
 
     def run(self, numbers: range) -> None:
-        """Labels, packs and writes some passes."""
+        """One view of every image, once for each number."""
+        for _ in numbers:
+            straightforward.train_epoch(
+                self.model, self.optimizer, self.loader, SMOOTHING, self.device
+            )
+
+
+class Elsewhere:
+    """A pipeline in processes of its own: memory and settings of one are not another's.
+
+    A context, which ends the processes. They share what they are told to run.
+
+    Attributes:
+        peak: bytes, the sum of what each process has held at most.
+    """
+
+    def __init__(
+        self,
+        bench: Bench,
+        make: Callable,
+        *arguments: object,
+        processes: int = 1,
+        ours: bool = True,
+    ):
+        """Starts the processes, each of which makes `make(bench, *arguments)`.
+
+        Args:
+            processes: how many; they share this process's threads.
+            ours: whether memory is kept as in our commands.
+        """
+        started = multiprocessing.get_context("spawn")
+        self.peak, self.pipes, self.processes = 0, [], []
+        threads = max(torch.get_num_threads() // processes, 1)
+        facts = (bench.args, bench.machine, bench.dataset, bench.root)
+        for _ in range(processes):
+            here, there = started.Pipe()
+            process = started.Process(
+                target=_work, args=(there, threads, ours, facts, make, arguments)
+            )
+            process.start()
+            there.close()  # so that receiving fails when the process has died
+            self.pipes.append(here)
+            self.processes.append(process)
+
+    def run(self, numbers: range) -> object:
+        """Runs the pipeline; returns what the first process's part returned."""
         for rank, pipe in enumerate(self.pipes):
             pipe.send(numbers[rank :: len(self.pipes)])
-        self._wait()
+        results, peaks = zip(*map(_received, self.pipes), strict=True)
+        self.peak = sum(peaks)
+        return results[0]
 
-    def close(self) -> None:
-        """Ends the processes."""
+    def __enter__(self) -> "Elsewhere":
+        for pipe in self.pipes:
+            _received(pipe)
+        return self
+
+    def __exit__(self, kind, *_) -> None:
         for pipe, process in zip(self.pipes, self.processes, strict=True):
-            pipe.send(None)
+            if kind is None:
+                pipe.send(None)
+            else:
+                process.kill()
             process.join()
 
-    def _wait(self) -> None:
-        for pipe in self.pipes:
-            pipe.recv()
+
+def _received(pipe: Connection) -> object:
+    """What a process sent; raises its error if it sent one."""
+    answer = pipe.recv()
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
-def _work(pipe: Connection, facts: tuple, folder: images.ImageFolder, passes: int) -> None:
-    """In a process of OneProcessPerCore: makes the passes that it is sent."""
-    torch.set_num_threads(1)
-    bench = Bench(*facts, Meter(facts[1].device), {})
-    ours = OurRelabelling(bench, folder, passes)
-    with ours.writer.begun():
-        pipe.send("ready")
-        while (numbers := pipe.recv()) is not None:
-            ours.run(numbers)
-            pipe.send("done")
+def _work(
+    pipe: Connection, threads: int, ours: bool, facts: tuple, make: Callable, arguments: tuple
+) -> None:
+    """In a process of Elsewhere: runs what it is sent."""
+    torch.set_num_threads(threads)
+    device = facts[1].device
+    if ours and device.type == "cpu":
+        runtime.keep_freed_memory()
+    try:
+        # A meter of a GPU would sample its utilisation a second time.
+        pipeline = make(Bench(*facts, Meter(torch.device("cpu")), {}), *arguments)
+        with getattr(pipeline, "begun", contextlib.nullcontext)():
+            pipe.send("ready")
+            while (numbers := pipe.recv()) is not None:
+                reset_peak(device)
+                result = pipeline.run(numbers)
+                pipe.send((result, peak_memory(device)))
+    except Exception as error:  # raised again where it is received
+        pipe.send(error)
 
 
 def relabel(bench: Bench) -> None:
@@ -316,32 +411,32 @@ def relabel(bench: Bench) -> None:
     args, device = bench.args, bench.machine.device
     folder, passes = bench.folder(args.ipc), args.passes
     count, meter = len(folder.files), bench.meter
-    ours = OurRelabelling(bench, folder, passes * (args.repeats + 1))
-    plain = bench.teacher(fast=False)
-    views = ours.writer.draw(0)
-    facts = (bench.dataset.input_size, bench.dataset.mean, bench.dataset.std)
-    loader = straightforward.crops_loader(folder.root, views, *facts, args.workers, device)
+    rounds, sizes = args.repeats + 1, np.full((count, 2), bench.dataset.input_size)
     cores = runtime.usable_cores() if device.type == "cpu" else 1
-    if cores > 1:
-        shared = OneProcessPerCore(bench, folder, cores * passes * (args.repeats + 1))
-    with ours.writer.begun():
-        for repeat in range(args.repeats + 1):
-            with meter.section("relabel", PLAIN, repeat, passes * count):
-                for _ in range(passes):
-                    path = bench.root / "epoch.tar"
-                    expected = straightforward.relabel(plain, loader, views, path, device)
-            with meter.section("relabel", OURS, repeat, passes * count):
-                ours.run(range(repeat * passes, (repeat + 1) * passes))
-            if cores > 1:
-                several = cores * passes
-                with meter.section("relabel", PER_CORE, repeat, several * count):
-                    shared.run(range(repeat * several, (repeat + 1) * several))
+    views = draw(bench.spec(), sizes, 0)
+    with contextlib.ExitStack() as processes:
+
+        def start(*work: object, **options: object) -> Elsewhere:
+            return processes.enter_context(Elsewhere(bench, *work, **options))
+
+        pipelines = {PLAIN: (start(PlainRelabelling, folder, views, ours=False), passes)}
+        pipelines[OURS] = start(OurRelabelling, folder, passes * rounds), passes
+        if cores > 1:
+            several = cores * passes
+            shared = start(OurRelabelling, folder, several * rounds, processes=cores)
+            pipelines[PER_CORE] = shared, several
+        for repeat in range(rounds):
+            for name, (pipeline, several) in pipelines.items():
+                with meter.section("relabel", name, repeat, several * count, pipeline):
+                    result = pipeline.run(range(repeat * several, (repeat + 1) * several))
+                if name == PLAIN:
+                    expected = centre(torch.from_numpy(result))
+    ours = OurRelabelling(bench, folder, 1)
+    with ours.begun():
+        ours.run(range(1))
         ours.writer.finish()
-    if cores > 1:
-        shared.close()
     stored = LabelSet.open(ours.writer.path)
     found = torch.cat([stored[batch].logits for batch in range(stored.batches_per_pass)])
-    expected = centre(expected)
     bench.notes["labels: relative difference to the straightforward pipeline's (same views)"] = (
         f"{(found - expected).norm() / expected.norm():.4f}"
     )
@@ -374,6 +469,11 @@ class OurTraining:
             lambda views: None,
         )
 
+    def run(self, numbers: range) -> None:
+        """One view of every image, once for each number."""
+        for number in numbers:
+            self.epoch(number)
+
     def epoch(self, number: int) -> engine.EpochResult:
         """One view of every image."""
         views = draw(self.bench.spec(), self.sizes, 0, number + 1)
@@ -386,23 +486,19 @@ def train(bench: Bench) -> None:
     args, device, meter = bench.args, bench.machine.device, bench.meter
     folder = bench.folder(args.ipc)
     count, size = len(folder.files), bench.dataset.input_size
-    variants = {OURS: OurTraining(bench, folder)}
-    if args.compile:
-        variants["ours, compiled"] = OurTraining(bench, folder, compiled=True)
-    model = bench.network(fast=False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    facts = (size, bench.dataset.mean, bench.dataset.std, args.batch_size, args.workers)
-    loader = straightforward.training_loader(folder.root, *facts, device)
-    for repeat in range(args.repeats + 1):
-        numbers = range(repeat * args.passes, (repeat + 1) * args.passes)
-        with meter.section("train", PLAIN, repeat, args.passes * count):
-            for _ in numbers:
-                straightforward.train_epoch(model, optimizer, loader, SMOOTHING, device)
-        for name, variant in variants.items():
-            with meter.section("train", name, repeat, args.passes * count):
-                for number in numbers:
-                    variant.epoch(number)
-    trainer = variants[OURS].trainer
+    with contextlib.ExitStack() as processes:
+        pipelines = {PLAIN: Elsewhere(bench, PlainTraining, folder, ours=False)}
+        processes.enter_context(pipelines[PLAIN])
+        for compiled in (False, True)[: 1 + args.compile]:
+            ours = Elsewhere(bench, OurTraining, folder, compiled)
+            pipelines[OURS + ", compiled" * compiled] = processes.enter_context(ours)
+        for repeat in range(args.repeats + 1):
+            numbers = range(repeat * args.passes, (repeat + 1) * args.passes)
+            for name, pipeline in pipelines.items():
+                with meter.section("train", name, repeat, args.passes * count, pipeline):
+                    pipeline.run(numbers)
+    training = OurTraining(bench, folder)
+    trainer, source = training.trainer, training.source
     pixels = torch.randn(args.batch_size, 3, size, size, device=device)
     targets = torch.zeros(args.batch_size, dtype=torch.int64, device=device)
 
@@ -426,9 +522,8 @@ def train(bench: Bench) -> None:
     for repeat in range(args.repeats + 1):
         with meter.section("evaluate", OURS, repeat, evaluation):
             targets = torch.zeros(evaluation, dtype=torch.int64)
-            source = variants[OURS].source
             engine.evaluate(trainer.model, pixels, targets, source.mean, source.std, bench.machine)
-    project(bench, [*variants])
+    project(bench, [name for name in pipelines if name != PLAIN])
 
 
 def project(bench: Bench, variants: list[str]) -> None:
@@ -524,15 +619,14 @@ def linear(bench: Bench) -> None:
         )
     with contextlib.ExitStack() as begun:
         for relabelling, *_ in stages.values():
-            begun.enter_context(relabelling.writer.begun())
+            begun.enter_context(relabelling.begun())
         for repeat in range(bench.args.repeats + 1):
             for ipc, (relabelling, training, passes, count) in stages.items():
                 name = f"IPC {ipc}"
                 with bench.meter.section("relabel", name, repeat, passes * count):
                     relabelling.run(range(repeat * passes, (repeat + 1) * passes))
                 with bench.meter.section("train", name, repeat, passes * count):
-                    for number in range(passes):
-                        training.epoch(repeat * passes + number)
+                    training.run(range(repeat * passes, (repeat + 1) * passes))
     for stage in ("relabel", "train"):
         # The fastest repeats: other work on the machine only slows, and medians of few keep that.
         times = [1 / max(bench.meter.rates(stage, f"IPC {ipc}")) for ipc in sizes]
@@ -625,9 +719,9 @@ def main() -> None:
     writer.writerows({**row, **common} for row in bench.meter.rows)
     report = table(bench, header)
     results = {**header, "timings": bench.meter.rows, "results": bench.notes}
-    atomic_write(args.out.with_suffix(".csv"), text.getvalue().encode())
-    atomic_write(args.out.with_suffix(".json"), to_json(results))
-    atomic_write(args.out.with_suffix(".txt"), (report + "\n").encode())
+    contents = {"csv": text.getvalue().encode(), "json": to_json(results)}
+    for ending, content in (contents | {"txt": f"{report}\n".encode()}).items():
+        atomic_write(args.out.with_name(f"{args.out.name}.{ending}"), content)
     print(report)
 
 

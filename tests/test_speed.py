@@ -19,11 +19,11 @@ SMALL = ("--model", "ConvNetW32", "--size", 32, "--classes", 2, "--batch-size", 
 def test_both_pipelines_give_the_same_labels_and_every_timing_is_kept(tmp_path, command):
     done = command(
         speed.main,
-        *("--out", tmp_path / "speed", *SMALL, "--ipc", 5, "--repeats", 2, "--workers", 0),
+        *("--out", tmp_path / "speed_1.5", *SMALL, "--ipc", 5, "--repeats", 2, "--workers", 0),
         *("--stages", "relabel", "memory", "--device", "cpu"),
     )
     assert done.code == 0, done.err
-    results = json.loads((tmp_path / "speed.json").read_text())
+    results = json.loads((tmp_path / "speed_1.5.json").read_text())
     notes = results["results"]
     # PIL resizes in whole grey levels, ours in floats: that is all the difference in fp32.
     (difference,) = (float(value) for name, value in notes.items() if "relative difference" in name)
@@ -32,7 +32,7 @@ def test_both_pipelines_give_the_same_labels_and_every_timing_is_kept(tmp_path, 
     # 2000 bytes of fp16, index 8, box 16, flip 1, partner 8, and a CutMix box of 16 per 4 views.
     label = float(notes["memory: bytes per label of 1000 classes, fp16, with its view"])
     assert label == pytest.approx(2000 + 33 + 16 * 3 / 10, abs=0.5)
-    rows = list(csv.DictReader((tmp_path / "speed.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "speed_1.5.csv").open()))
     counts = {}
     for row in rows:
         assert row["stage"] == "relabel" and row["torch"] == torch.__version__
@@ -40,7 +40,14 @@ def test_both_pipelines_give_the_same_labels_and_every_timing_is_kept(tmp_path, 
     names = ["straightforward", "ours", "forward alone"]
     names += ["ours, a process per core"] * (runtime.usable_cores() > 1)
     assert counts == dict.fromkeys(names, 2)
-    assert (tmp_path / "speed.txt").read_text().strip() in done.out
+    assert (tmp_path / "speed_1.5.txt").read_text().strip() in done.out
+
+
+def test_an_error_in_a_pipelines_own_process_is_told_in_one_line(tmp_path, command):
+    arguments = ("--out", tmp_path / "speed", *SMALL, "--model", "nosuch", "--device", "cpu")
+    done = command(speed.main, *arguments, "--stages", "train")
+    assert done.code == 2 and "--model: unknown model 'nosuch'" in done.err
+    assert len(done.err.strip().splitlines()) == 1 and not [*tmp_path.iterdir()]
 
 
 def test_the_gpu_check_compares_and_sums_up(tmp_path, command, monkeypatch):
