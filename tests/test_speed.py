@@ -28,6 +28,7 @@ def test_both_pipelines_give_the_same_labels_and_every_timing_is_kept(tmp_path, 
     # PIL resizes in whole grey levels, ours in floats: that is all the difference in fp32.
     (difference,) = (float(value) for name, value in notes.items() if "relative difference" in name)
     assert difference < 0.02
+    assert float(notes["convolutions in bf16, times as fast as in fp32"]) > 0
     assert notes["memory: bytes per image"] == str(3 * 32 * 32)
     # 2000 bytes of fp16, index 8, box 16, flip 1, partner 8, and a CutMix box of 16 per 4 views.
     label = float(notes["memory: bytes per label of 1000 classes, fp16, with its view"])
