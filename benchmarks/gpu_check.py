@@ -115,8 +115,10 @@ def view_checks(bench: Bench) -> list[Check]:
     )
     views = draw(bench.spec(), sizes, 1)
     batches = list(views.to(device))
+    source.together = 8 * views.batch_size
+    grouped = torch.cat(list(source.render(batches)))
+    source.together = 1
     first, second = (torch.cat(list(source.render(batches))) for _ in range(2))
-    grouped = torch.cat(list(source.render(views.to(device).groups(16))))
     reference = torch.cat(list(on_cpu.render(list(views))))
     grey = 255 * source.std[:, None, None]
     return [

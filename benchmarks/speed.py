@@ -32,8 +32,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from datetime import date
-from multiprocessing.connection import Connection
 
 import numpy as np
 import torch
@@ -107,7 +108,8 @@ class Meter:
     ) -> Iterator[None]:
         """Times a block that handles `count` images; repeat 0 warms up and is not counted.
 
-        The block runs `pipeline`; without one it works in this process.
+        The block runs `pipeline`; without one it works in this process, whose memory on a CPU tells
+        nothing: it goes on holding what other blocks took.
         """
         reset_peak(self.device)
         self._wait()
@@ -119,7 +121,7 @@ class Meter:
         row |= {"seconds": round(seconds, 4), "images_per_second": round(count / seconds, 2)}
         peak = pipeline.peak if pipeline else peak_memory(self.device)
         row |= {
-            "peak_mb": round(peak / 1e6),
+            "peak_mb": round(peak / 1e6) if pipeline or self.device.type == "cuda" else None,
             "gpu_percent": self._utilisation.since(started),
         }
         if repeat > 0:
@@ -139,7 +141,7 @@ class Meter:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Lets `peak_memory` start from what is held now."""
+    """Lets `peak_memory` start from what is held now, freed memory that is kept included."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -254,6 +256,8 @@ class Bench:
 class OurRelabelling:
     """Stage 1 as relabel/generate.py runs it, pass by pass."""
 
+    keeps_memory = True
+
     def __init__(self, bench: Bench, folder: images.ImageFolder, passes: int):
         started = time.perf_counter()
         self.source, sizes = bench.resident(folder)
@@ -264,15 +268,11 @@ class OurRelabelling:
         path = Path(tempfile.mkdtemp(dir=bench.root)) / "labels"
         self.writer, self.labels = LabelWriter(path, settings, sizes), folder.labels
 
-    def begun(self) -> contextlib.AbstractContextManager:
-        """A context in which passes can be made."""
-        return self.writer.begun()
-
     def run(self, numbers: range) -> None:
         """Labels, packs and writes some passes."""
         together = self.writer.settings["views_per_forward"]
         writing = pass_writer(self.writer, self.ensemble.runtime.device)
-        with cli.progress(disable=True) as bar, writing as writes:
+        with self.writer.begun(), cli.progress(disable=True) as bar, writing as writes:
             for number in numbers:
                 views = self.writer.draw(number)
                 logits = label_views(number, views, together, self.ensemble, self.source, bar)
@@ -281,6 +281,8 @@ class OurRelabelling:
 
 class PlainRelabelling:
     """Stage 1 of the straightforward pipeline, always the same views."""
+
+    keeps_memory = False
 
     def __init__(self, bench: Bench, folder: images.ImageFolder, views: Views):
         facts = (bench.dataset.input_size, bench.dataset.mean, bench.dataset.std)
@@ -302,6 +304,8 @@ class PlainRelabelling:
 class PlainTraining:
     """Hard-label epochs of the straightforward pipeline."""
 
+    keeps_memory = False
+
     def __init__(self, bench: Bench, folder: images.ImageFolder):
         self.model, self.device = bench.network(fast=False), bench.machine.device
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
@@ -321,89 +325,70 @@ class PlainTraining:
 class Elsewhere:
     """A pipeline in processes of its own: memory and settings of one are not another's.
 
-    A context, which ends the processes. They share what they are told to run.
+    A context, in which the processes live. They share this process's threads, and what they are
+    told to run.
 
     Attributes:
         peak: bytes, the sum of what each process has held at most.
     """
 
-    def __init__(
-        self,
-        bench: Bench,
-        make: Callable,
-        *arguments: object,
-        processes: int = 1,
-        ours: bool = True,
-    ):
-        """Starts the processes, each of which makes `make(bench, *arguments)`.
-
-        Args:
-            processes: how many; they share this process's threads.
-            ours: whether memory is kept as in our commands.
-        """
-        started = multiprocessing.get_context("spawn")
-        self.peak, self.pipes, self.processes = 0, [], []
+    def __init__(self, bench: Bench, make: Callable, *arguments: object, processes: int = 1):
+        """In each of so many processes there will be a pipeline `make(bench, *arguments)`."""
+        self.peak = 0
         threads = max(torch.get_num_threads() // processes, 1)
         facts = (bench.args, bench.machine, bench.dataset, bench.root)
-        for _ in range(processes):
-            here, there = started.Pipe()
-            process = started.Process(
-                target=_work, args=(there, threads, ours, facts, make, arguments)
-            )
-            process.start()
-            there.close()  # so that receiving fails when the process has died
-            self.pipes.append(here)
-            self.processes.append(process)
+        self._beginning = (threads, facts, make, arguments)
+        spawned = multiprocessing.get_context("spawn")
+        self._pools = [ProcessPoolExecutor(1, spawned) for _ in range(processes)]
 
     def run(self, numbers: range) -> object:
         """Runs the pipeline; returns what the first process's part returned."""
-        for rank, pipe in enumerate(self.pipes):
-            pipe.send(numbers[rank :: len(self.pipes)])
-        results, peaks = zip(*map(_received, self.pipes), strict=True)
-        self.peak = sum(peaks)
-        return results[0]
+        count = len(self._pools)
+        results = self._each(_run, [(numbers[rank::count],) for rank in range(count)])
+        self.peak = sum(peak for _, peak in results)
+        return results[0][0]
+
+    def _each(self, work: Callable, arguments: list[tuple]) -> list:
+        """What a function returns in each of the processes."""
+        waiting = [
+            pool.submit(work, *own) for pool, own in zip(self._pools, arguments, strict=True)
+        ]
+        try:
+            return [future.result() for future in waiting]
+        except BrokenProcessPool:
+            raise UserError(
+                "a process of the benchmark was ended from outside, perhaps for lack of memory; "
+                "try a smaller --ipc"
+            ) from None
 
     def __enter__(self) -> "Elsewhere":
-        for pipe in self.pipes:
-            _received(pipe)
+        try:
+            self._each(_begin, [self._beginning] * len(self._pools))
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
-    def __exit__(self, kind, *_) -> None:
-        for pipe, process in zip(self.pipes, self.processes, strict=True):
-            if kind is None:
-                pipe.send(None)
-            else:
-                process.kill()
-            process.join()
+    def __exit__(self, *_) -> None:
+        for pool in self._pools:
+            pool.shutdown()
 
 
-def _received(pipe: Connection) -> object:
-    """What a process sent; raises its error if it sent one."""
-    answer = pipe.recv()
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
-
-
-def _work(
-    pipe: Connection, threads: int, ours: bool, facts: tuple, make: Callable, arguments: tuple
-) -> None:
-    """In a process of Elsewhere: runs what it is sent."""
+def _begin(threads: int, facts: tuple, make: Callable, arguments: tuple) -> None:
+    """In a process of Elsewhere: makes its pipeline."""
+    global _pipeline, _device
     torch.set_num_threads(threads)
-    device = facts[1].device
-    if ours and device.type == "cpu":
+    _device = facts[1].device
+    if make.keeps_memory and _device.type == "cpu":
         runtime.keep_freed_memory()
-    try:
-        # A meter of a GPU would sample its utilisation a second time.
-        pipeline = make(Bench(*facts, Meter(torch.device("cpu")), {}), *arguments)
-        with getattr(pipeline, "begun", contextlib.nullcontext)():
-            pipe.send("ready")
-            while (numbers := pipe.recv()) is not None:
-                reset_peak(device)
-                result = pipeline.run(numbers)
-                pipe.send((result, peak_memory(device)))
-    except Exception as error:  # raised again where it is received
-        pipe.send(error)
+    # A meter of a GPU would sample its utilisation a second time.
+    _pipeline = make(Bench(*facts, Meter(torch.device("cpu")), {}), *arguments)
+
+
+def _run(numbers: range) -> tuple[object, int]:
+    """In a process of Elsewhere: what its pipeline returns, and the most bytes it held."""
+    reset_peak(_device)
+    return _pipeline.run(numbers), peak_memory(_device)
 
 
 def relabel(bench: Bench) -> None:
@@ -419,7 +404,7 @@ def relabel(bench: Bench) -> None:
         def start(*work: object, **options: object) -> Elsewhere:
             return processes.enter_context(Elsewhere(bench, *work, **options))
 
-        pipelines = {PLAIN: (start(PlainRelabelling, folder, views, ours=False), passes)}
+        pipelines = {PLAIN: (start(PlainRelabelling, folder, views), passes)}
         pipelines[OURS] = start(OurRelabelling, folder, passes * rounds), passes
         if cores > 1:
             several = cores * passes
@@ -432,8 +417,8 @@ def relabel(bench: Bench) -> None:
                 if name == PLAIN:
                     expected = centre(torch.from_numpy(result))
     ours = OurRelabelling(bench, folder, 1)
-    with ours.begun():
-        ours.run(range(1))
+    ours.run(range(1))
+    with ours.writer.begun():
         ours.writer.finish()
     stored = LabelSet.open(ours.writer.path)
     found = torch.cat([stored[batch].logits for batch in range(stored.batches_per_pass)])
@@ -454,6 +439,8 @@ def relabel(bench: Bench) -> None:
 
 class OurTraining:
     """Hard-label epochs as validate/train.py runs them."""
+
+    keeps_memory = True
 
     def __init__(self, bench: Bench, folder: images.ImageFolder, compiled: bool = False):
         self.bench, self.labels = bench, folder.labels.to(bench.machine.device)
@@ -487,7 +474,7 @@ def train(bench: Bench) -> None:
     folder = bench.folder(args.ipc)
     count, size = len(folder.files), bench.dataset.input_size
     with contextlib.ExitStack() as processes:
-        pipelines = {PLAIN: Elsewhere(bench, PlainTraining, folder, ours=False)}
+        pipelines = {PLAIN: Elsewhere(bench, PlainTraining, folder)}
         processes.enter_context(pipelines[PLAIN])
         for compiled in (False, True)[: 1 + args.compile]:
             ours = Elsewhere(bench, OurTraining, folder, compiled)
@@ -617,16 +604,13 @@ def linear(bench: Bench) -> None:
             passes,
             len(folder.files),
         )
-    with contextlib.ExitStack() as begun:
-        for relabelling, *_ in stages.values():
-            begun.enter_context(relabelling.begun())
-        for repeat in range(bench.args.repeats + 1):
-            for ipc, (relabelling, training, passes, count) in stages.items():
-                name = f"IPC {ipc}"
-                with bench.meter.section("relabel", name, repeat, passes * count):
-                    relabelling.run(range(repeat * passes, (repeat + 1) * passes))
-                with bench.meter.section("train", name, repeat, passes * count):
-                    training.run(range(repeat * passes, (repeat + 1) * passes))
+    for repeat in range(bench.args.repeats + 1):
+        for ipc, (relabelling, training, passes, count) in stages.items():
+            name = f"IPC {ipc}"
+            with bench.meter.section("relabel", name, repeat, passes * count):
+                relabelling.run(range(repeat * passes, (repeat + 1) * passes))
+            with bench.meter.section("train", name, repeat, passes * count):
+                training.run(range(repeat * passes, (repeat + 1) * passes))
     for stage in ("relabel", "train"):
         # The fastest repeats: other work on the machine only slows, and medians of few keep that.
         times = [1 / max(bench.meter.rates(stage, f"IPC {ipc}")) for ipc in sizes]
@@ -684,7 +668,8 @@ def table(bench: Bench, header: dict) -> str:
             line += f"{value(ratios):{8 if value is statistics.median else 7}.2f}"
         line += " " * (22 if not ratios else 0)
         rows = [row for row in meter.rows if (row["stage"], row["pipeline"]) == (stage, name)]
-        line += f"{max(row['peak_mb'] for row in rows):9}"
+        peaks = [row["peak_mb"] for row in rows if row["peak_mb"] is not None]
+        line += f"{max(peaks, default='-'):>9}"
         used = [row["gpu_percent"] for row in rows if row["gpu_percent"] is not None]
         lines.append(line + (f"{statistics.mean(used):7.0f}" if used else f"{'-':>7}"))
     return "\n".join([*lines, "", *(f"{name}: {value}" for name, value in bench.notes.items())])

@@ -4,6 +4,7 @@ Where THREADS_FILE names a file, every process adds to it the names of its last 
 """
 
 import atexit
+import contextlib
 import os
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def build(num_classes: int):
 
 
 def _add_threads(path: Path) -> None:
-    names = [thread.read_text() for thread in Path("/proc/self/task").glob("*/comm")]
     with path.open("a") as file:
-        file.write("".join(names))
+        for name in Path("/proc/self/task").glob("*/comm"):
+            with contextlib.suppress(OSError):  # it has just ended
+                file.write(name.read_text())

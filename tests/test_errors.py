@@ -321,14 +321,27 @@ def test_several_processes_without_torchrun_are_refused(copied, tmp_path, comman
     check_refused(done, "WORLD_SIZE is 2 but RANK is not set", copied, before)
 
 
-def test_a_compiler_that_fails_is_named(copied, tmp_path, command, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "g++"), "directory: 'g++'); install"),
+        (
+            RuntimeError("C++ compile error\n\nfatal error: Python.h: none\n1 error"),
+            "Python.h: none);",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of GPU memory"),
+    ],
+)
+def test_what_keeps_the_student_from_being_compiled_is_named(
+    copied, tmp_path, command, monkeypatch, error, told
+):
     def backend(graph, inputs):
-        raise FileNotFoundError("g++")
+        raise error
 
     original = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **_: original(model, backend=backend))
     done = command(train.main, *train_arguments(copied, tmp_path / "run"), "--compile")
-    assert done.code == 2 and "--compile: PyTorch could not compile the network (g++)" in done.err
+    assert done.code == 2 and told in done.err
     assert "Traceback" not in done.err
     done = command(train.main, *train_arguments(copied, tmp_path / "run"))
     assert done.code == 0, done.err

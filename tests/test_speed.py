@@ -2,16 +2,20 @@
 
 import csv
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import CPU, ROOT, TINY, script
 
 from benchmarks import gpu_check, speed
 from utils import runtime
+from utils.cli import UserError
 
 SMALL = ("--model", "ConvNetW32", "--size", 32, "--classes", 2, "--batch-size", 4)
 
@@ -28,7 +32,7 @@ def test_both_pipelines_give_the_same_labels_and_every_timing_is_kept(tmp_path, 
     # PIL resizes in whole grey levels, ours in floats: that is all the difference in fp32.
     (difference,) = (float(value) for name, value in notes.items() if "relative difference" in name)
     assert difference < 0.02
-    assert float(notes["convolutions in bf16, times as fast as in fp32"]) > 0
+    assert "convolutions in bf16, times as fast as in fp32" in notes
     assert notes["memory: bytes per image"] == str(3 * 32 * 32)
     # 2000 bytes of fp16, index 8, box 16, flip 1, partner 8, and a CutMix box of 16 per 4 views.
     label = float(notes["memory: bytes per label of 1000 classes, fp16, with its view"])
@@ -44,11 +48,52 @@ def test_both_pipelines_give_the_same_labels_and_every_timing_is_kept(tmp_path, 
     assert (tmp_path / "speed_1.5.txt").read_text().strip() in done.out
 
 
-def test_an_error_in_a_pipelines_own_process_is_told_in_one_line(tmp_path, command):
+def test_an_error_in_a_pipelines_own_process_is_told_in_one_line(tmp_path):
     arguments = ("--out", tmp_path / "speed", *SMALL, "--model", "nosuch", "--device", "cpu")
-    done = command(speed.main, *arguments, "--stages", "train")
-    assert done.code == 2 and "--model: unknown model 'nosuch'" in done.err
-    assert len(done.err.strip().splitlines()) == 1 and not [*tmp_path.iterdir()]
+    done = script(ROOT / "benchmarks/speed.py", *arguments, "--stages", "train")
+    assert done.returncode == 2 and "--model: unknown model 'nosuch'" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and not [*tmp_path.iterdir()]
+
+
+class Ending:
+    """A pipeline whose process the system ends."""
+
+    keeps_memory = False
+
+    def __init__(self, bench: speed.Bench):
+        pass
+
+    def run(self, numbers: range) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Failing(Ending):
+    """A pipeline that cannot be made in one of two processes."""
+
+    def __init__(self, bench: speed.Bench):
+        (bench.root / "first").mkdir()
+
+
+def test_a_process_that_ends_or_fails_ends_the_others(tmp_path):
+    bench = speed.Bench(Namespace(), CPU, TINY, tmp_path, speed.Meter(CPU.device), {})
+    ending = speed.Elsewhere(bench, Ending, processes=2)
+    with pytest.raises(UserError, match="ended from outside"), ending:
+        ending.run(range(2))
+    with pytest.raises(FileExistsError), speed.Elsewhere(bench, Failing, processes=2):
+        pass
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(
+    "pipeline",
+    [speed.OurRelabelling, speed.OurTraining, speed.PlainRelabelling, speed.PlainTraining],
+)
+def test_only_ours_keeps_memory(tmp_path, monkeypatch, pipeline):
+    kept = []
+    monkeypatch.setattr(runtime, "keep_freed_memory", lambda: kept.append(True))
+    monkeypatch.setattr(pipeline, "__init__", lambda self, bench: None)
+    speed._begin(torch.get_num_threads(), (Namespace(), CPU, TINY, tmp_path), pipeline, ())
+    assert len(kept) == pipeline.__name__.startswith("Our")
 
 
 def test_the_gpu_check_compares_and_sums_up(tmp_path, command, monkeypatch):

@@ -90,20 +90,29 @@ def test_two_processes_train_as_one_that_accumulates(world, tmp_path, command, o
     assert f"top-1 {last['top1']:.4f} %, top-5 {last['top5']:.4f} % of 260" in evaluated.out
 
 
-def test_an_error_beside_other_processes_skips_finalisation_and_keeps_its_code(tmp_path):
-    code = f"""
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        ('cli.UserError("as told")', 2, "^-c: as told\n$"),
+        ('ValueError("a mistake")', 1, "^Traceback(.|\n)*ValueError: a mistake\n$"),
+    ],
+)
+def test_an_error_beside_other_processes_skips_finalisation_and_keeps_its_code(
+    tmp_path, error, code, told
+):
+    program = f"""
 import atexit, torch.distributed as dist
 from utils import cli
 class Told:
     def __del__(self):
         print("finalised")
-told = Told()
+object_of_the_module = Told()
 def main():
     dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
-    raise cli.UserError("as told")
+    raise {error}
 atexit.register(print, "exit functions ran")
 cli.run(main)
 """
-    done = script("-c", code, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 2 and done.stderr == "-c: as told\n"
+    done = script("-c", program, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == code and re.match(told, done.stderr)
     assert done.stdout == "exit functions ran\n"

@@ -19,7 +19,7 @@ from PIL import Image
 import models
 from utils import cli, images, runlog
 from utils.images import StreamingImages
-from utils.views import ViewSpec
+from utils.views import ViewSpec, draw
 from validate import engine, evaluate, session, train
 from validate.plan import count_epochs, published_hyper
 
@@ -216,19 +216,19 @@ def test_a_signal_to_the_whole_group_leaves_decoding_workers_alive(world, tmp_pa
     assert (tmp_path / "run" / "checkpoint.pt").exists()
 
 
-def test_a_decoding_worker_that_has_just_begun_cannot_be_ended_by_a_signal(
-    world, tmp_path, monkeypatch
-):
-    def meet_signal(worker: int) -> None:  # where a worker begins to ignore signals
-        os.kill(os.getpid(), signal.SIGTERM)
-        (tmp_path / "met").touch()
+def test_a_decoding_worker_cannot_be_ended_by_a_signal(world, monkeypatch):
+    before, decode = signal.pthread_sigmask(signal.SIG_BLOCK, []), images.decode
 
-    monkeypatch.setattr(images, "_ignore_signals", meet_signal)
-    folder = images.scan(world.data)
-    views = session.draw(ViewSpec(32, 5), np.full((12, 2), 32), 0)
-    streamed = StreamingImages(folder.files, TINY, torch.device("cpu"), 1)
-    assert len(list(streamed.render([views]))) == 1 and (tmp_path / "met").exists()
-    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+    def struck(path):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        return decode(path)
+
+    monkeypatch.setattr(images, "decode", struck)
+    views = draw(ViewSpec(32, 5), np.full((12, 2), 32), 0)
+    streamed = StreamingImages(images.scan(world.data).files, TINY, torch.device("cpu"), 1)
+    assert len(list(streamed.render([views]))) == 1
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
 
 
 @pytest.mark.usefixtures("heeded")

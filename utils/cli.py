@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -22,6 +23,16 @@ from tqdm import tqdm
 _REPEAT_SECONDS = 1.0
 # What gloo and NCCL say when another process is gone.
 _PEER_GONE = re.compile("closed by peer|reset by peer|remote process exited|Broken pipe")
+# Lines in which torch.compile says that what it compiles with is missing.
+_NO_COMPILER = re.compile(
+    r"^.*(No working C\+\+ compiler|Failed to find C compiler|Compiler: \S+ is not found|Python\.h"
+    r"|(No such file or directory: '|Command '\[')\S*(g\+\+|gcc|cc|clang)).*$",
+    re.MULTILINE,
+)
+_OUT_OF_MEMORY = (
+    "out of GPU memory; relabel with a smaller --views-per-forward, train a smaller --model, or "
+    "free the GPU of other jobs"
+)
 
 
 class UserError(Exception):
@@ -170,6 +181,11 @@ def run(main: Callable[[], None]) -> NoReturn:
         if dist.is_initialized():  # other processes may be waiting for this one, or gone
             _exit_beside_threads(stopped.code)
         raise
+    except Exception:
+        if dist.is_initialized():
+            traceback.print_exc()
+            _exit_beside_threads(1)
+        raise
 
 
 def _exit_beside_threads(code: int) -> NoReturn:
@@ -194,22 +210,19 @@ def _run(main: Callable[[], None]) -> NoReturn:
     except UserError as error:
         message = str(error)
     except torch.OutOfMemoryError:
-        message = (
-            "out of GPU memory; relabel with a smaller --views-per-forward, train a smaller "
-            "--model, or free the GPU of other jobs"
-        )
+        message = _OUT_OF_MEMORY
     except KeyboardInterrupt:
         if _rank() == 0:
             print(f"\n{program}: interrupted; the same command again continues", file=sys.stderr)
         sys.exit(130)
     except RuntimeError as error:
-        if "torch._dynamo" in sys.modules and isinstance(
-            error, torch._dynamo.exc.BackendCompilerFailed
-        ):
-            reason = (str(error.inner_exception).splitlines() or [""])[0]
+        cause = getattr(error, "inner_exception", None)  # of torch.compile's
+        if isinstance(cause, torch.OutOfMemoryError):
+            message = _OUT_OF_MEMORY
+        elif cause and (found := _NO_COMPILER.search(str(cause))):
             message = (
-                f"--compile: PyTorch could not compile the network ({reason}); it needs a C++ "
-                "compiler and Python's header files; leave --compile out to go on"
+                f"--compile needs a C++ compiler and Python's header files ({found[0].strip()}); "
+                "install them (Debian: apt-get install g++ python3-dev), or leave --compile out"
             )
         elif dist.is_initialized() and _PEER_GONE.search(str(error)):
             message = (

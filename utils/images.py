@@ -32,7 +32,6 @@ from utils.views import ORDER, Views, crop_resize, mix, normalise, render, shuff
 
 # What IMG_EXTENSIONS can hold; never formats like EPS, which PIL hands to an interpreter.
 _FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF", "WEBP")
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +269,7 @@ class ResidentImages:
     """All images decoded in memory as one uint8 tensor [images, 3, H, W].
 
     Attributes:
-        together: views rendered at once, in whole batches: on a GPU the launches of some eighty
+        together: views rendered at once, in whole batches: on a GPU the launches of some seventy
             kernels would take longer than rendering a single batch of 16.
     """
 
@@ -278,7 +277,8 @@ class ResidentImages:
         if fits(pixels, device, 1 / 2):
             pixels = pixels.to(device)
         self.pixels, self.device, self.size = pixels, device, dataset.input_size
-        self.together = 128 if device.type == "cuda" else 1
+        room = 2**29 // (12 * pixels.shape[2] * pixels.shape[3])  # half a GiB in float32
+        self.together = min(128, room) if device.type == "cuda" else 1
         self.mean = torch.tensor(dataset.mean, device=device)
         self.std = torch.tensor(dataset.std, device=device)
 
@@ -286,7 +286,7 @@ class ResidentImages:
         """Yields the network's input, float32 [N, 3, S, S], for each batch (or more) of views."""
         groups = _grouped(batches, self.together)
         joined = [Views.joined(group) for group in groups]
-        if self.pixels.device == self.device:
+        if self.pixels.device.type == self.device.type:
             sources = (self.pixels[views.index] for views in joined)
         else:
             # Copying an index from the GPU waits for it, so all are copied before the first batch.
@@ -328,12 +328,13 @@ class StreamingImages:
             _Crops(self.files, parts, self.size),
             batch_size=None,
             num_workers=min(self.workers, len(parts)),
-            worker_init_fn=_ignore_signals,
+            # A forked worker inherits which signals are blocked.
+            multiprocessing_context="fork" if self.workers and parts else None,
             # Its own, as each loader draws a number: the global one belongs to the training.
             generator=torch.Generator().manual_seed(0),
             pin_memory=self.device.type == "cuda",
         )
-        with _held_signals():
+        with _no_signals():
             received = iter(loader)
         for views in batches:
             crops = []
@@ -345,22 +346,16 @@ class StreamingImages:
 
 
 @contextlib.contextmanager
-def _held_signals() -> Iterator[None]:
-    """Holds SIGTERM and Ctrl-C back until the block ends, and from workers started in it for good.
+def _no_signals() -> Iterator[None]:
+    """Keeps SIGTERM and Ctrl-C for good from workers started in it.
 
-    A worker that such a signal meets before it can ignore it would die.
+    They are left to the main process, which ends its workers when it has saved.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _ignore_signals(worker: int) -> None:
-    """Leaves SIGTERM and Ctrl-C to the main process, which ends its workers when it has saved."""
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 class _Crops(torch.utils.data.Dataset):

@@ -116,6 +116,8 @@ class Views:
     def joined(cls, parts: Sequence["Views"]) -> "Views":
         """The views of several parts as one; all parts but the last are of whole batches."""
         first = parts[0]
+        if len(parts) == 1:
+            return first
         fields = (field.name for field in dataclasses.fields(first))
         tensors = {
             name: torch.cat([getattr(part, name) for part in parts])

@@ -6,6 +6,7 @@ Sums are kept on the device and read once per epoch: nothing in a loop waits for
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,14 @@ from utils.runtime import Runtime
 from utils.views import Views, normalise
 
 EVALUATION_BATCH = 256
-# Of a batch: int64 [B] class of each view's own image, int64 [B] that of its partner's, and
-# float32 [B] lambda, the share of the own one.
-Truth = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Truth(NamedTuple):
+    """What the views of a batch show: int64 [B] classes, float32 [B] share of the own one."""
+
+    own: torch.Tensor
+    partner: torch.Tensor
+    lam: torch.Tensor
 
 
 @dataclasses.dataclass
@@ -215,10 +221,9 @@ def train_static_epoch(
     """
 
     def losses(logits: torch.Tensor, step: int, truth: Truth) -> torch.Tensor:
-        one, (*_, lam) = batches[step], truth
-        teacher = image_logits[one.index]
-        if (partner := one.partner()) is not None:
-            teacher = mixed_logits(teacher, teacher[partner], lam, temperature)
+        teacher = image_logits[batches[step].index]
+        if (partner := batches[step].partner()) is not None:
+            teacher = mixed_logits(teacher, teacher[partner], truth.lam, temperature)
         return soft_loss(logits, teacher, temperature, scale)
 
     return _train(trainer, source, batches, labels.hard_labels, losses)
@@ -272,15 +277,14 @@ def _train(
     sums = trainer.continued or EpochSums.zero(runtime.device)
     trainer.continued = None
     for step, pixels in enumerate(source.render(batches[sums.step :]), start=sums.step):
-        own, partner = batches[step].classes(hard_labels)
-        lam = batches[step].lam(source.size)
+        truth = Truth(*batches[step].classes(hard_labels), batches[step].lam(source.size))
         updates = (step + 1) % trainer.grad_accum == 0 or step + 1 == len(batches)
         unshared = runtime.world > 1 and not updates
         with trainer.model.no_sync() if unshared else contextlib.nullcontext():
             with runtime.autocast():
                 logits = trainer.model(pixels)
             logits = logits.float()
-            loss = losses(logits, step, (own, partner, lam))
+            loss = losses(logits, step, truth)
             # A last group that is smaller than grad_accum averages over the batches it has.
             group_start = step - step % trainer.grad_accum
             group = min(trainer.grad_accum, len(batches) - group_start)
@@ -290,7 +294,7 @@ def _train(
             trainer.scaler.update()
             trainer.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            mainly = torch.where(lam >= 0.5, own, partner)
+            mainly = torch.where(truth.lam >= 0.5, truth.own, truth.partner)
             sums.correct += correct_top1_top5(logits, mainly)
             sums.loss += loss.detach() * len(pixels)
         sums.step = step + 1
