@@ -156,8 +156,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--amp",
         choices=AMP_CHOICES,
         default="auto",
-        help="mixed precision; auto: fp16 on CUDA, off (exact) on a CPU, where from 128-pixel images "
-        "on the first line of a run says if bf16 is clearly faster",
+        help="mixed precision; auto: fp16 on CUDA, off (exact) on a CPU, where the first line of a "
+        "run says if bf16 is clearly faster (for inputs from 128 pixels on)",
     )
     group.add_argument(
         "--workers",
