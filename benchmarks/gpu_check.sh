@@ -20,6 +20,11 @@ if [[ -n "${GPU_CHECK_SMALL:-}" ]]; then
     agreement=(--classes 4)
 fi
 
+if ! "$python" -c "import torch" 2> /dev/null; then
+    echo "gpu_check: $python has no torch; activate the environment that has it, or name its Python:" \
+        "PYTHON=.venv/bin/python bash benchmarks/gpu_check.sh" >&2
+    exit 2
+fi
 if [[ -z "${GPU_CHECK_SMALL:-}" ]] &&
     ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
     echo "gpu_check: no CUDA device here; GPU_CHECK_SMALL=1 tries the steps in miniature" >&2
@@ -58,7 +63,7 @@ step agreement 150 "$python" benchmarks/gpu_check.py --out "$out" "${common[@]}"
 if "$python" -c "import pytest" 2> /dev/null; then
     step tests 120 "$python" -m pytest -m gpu -rs
 else
-    skip tests "no pytest"
+    skip tests "no pytest (requirements-dev.txt)"
 fi
 if [[ -n "${GPU_CHECK_SMALL:-}" ]]; then
     skip demo "in miniature"

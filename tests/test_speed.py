@@ -118,9 +118,12 @@ def test_a_difference_above_its_limit_or_not_a_number_fails():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would run everything")
-def test_the_gpu_check_says_that_it_needs_a_gpu():
-    environment = {**os.environ, "PYTHON": sys.executable, "GPU_CHECK_SMALL": ""}
-    script = ["bash", ROOT / "benchmarks/gpu_check.sh"]
-    done = subprocess.run(script, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and "no CUDA device" in done.stderr
+@pytest.mark.parametrize(
+    ("python", "told"), [(sys.executable, "no CUDA device"), ("false", "false has no torch")]
+)
+def test_the_gpu_check_says_what_it_needs(python, told):
+    environment = {**os.environ, "PYTHON": python, "GPU_CHECK_SMALL": ""}
+    words = ["bash", ROOT / "benchmarks/gpu_check.sh"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and told in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
