@@ -5,7 +5,6 @@ import atexit
 import contextlib
 import difflib
 import errno
-import gc
 import os
 import re
 import signal
@@ -178,7 +177,9 @@ def run(main: Callable[[], None]) -> NoReturn:
     try:
         _run(main)
     except SystemExit as stopped:
-        if dist.is_initialized():  # other processes may be waiting for this one, or gone
+        if dist.is_initialized():
+            if stopped.code == 0:  # else other processes may be waiting for this one, or gone
+                dist.destroy_process_group()
             _exit_beside_threads(stopped.code)
         raise
     except Exception:
@@ -191,8 +192,9 @@ def run(main: Callable[[], None]) -> NoReturn:
 def _exit_beside_threads(code: int) -> NoReturn:
     """Exits without Python's finalisation, in which a thread of gloo's may abort the process.
 
-    Such a thread drops tensors after their collective is done, for which it wants the interpreter;
-    https://github.com/pytorch/pytorch/issues/190489.
+    Such a thread drops tensors after their collective is done, for which it wants the interpreter
+    (https://github.com/pytorch/pytorch/issues/190489), and it outlives a destroyed process group
+    that anything still refers to.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -240,8 +242,5 @@ def _run(main: Callable[[], None]) -> NoReturn:
         else:
             raise
     else:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-            gc.collect()  # garbage that still refers to the group keeps its threads alive
         sys.exit(0)
     _fail(program, message)

@@ -195,7 +195,7 @@ def describe(machine: Runtime, input_size: int) -> str:
 
 
 def bf16_speedup() -> float:
-    """How many times as fast as in fp32 this CPU convolves in bf16; takes a quarter of a second.
+    """How many times as fast as in fp32 this CPU convolves in bf16; takes less than a second.
 
     By the fastest of five convolutions in the middle of a ResNet-18, as other work only slows.
     """
