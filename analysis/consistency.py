@@ -23,12 +23,13 @@ from matplotlib.figure import Figure
 from analysis.compare import add_groups, finished_runs
 from analysis.replay import plan_of
 from analysis.tables import mean_std, this_command
-from utils import cli, images, runlog
+from utils import cli, runlog
 from utils.cli import bounded
-from utils.datasets import Dataset
+from utils.data import images
+from utils.data.datasets import Dataset
+from utils.data.views import ViewSpec, draw
 from utils.files import save_png
 from utils.results import provenance, write_csv
-from utils.views import ViewSpec, draw
 from validate.evaluate import load_student
 
 _BATCH = 128

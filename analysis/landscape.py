@@ -23,12 +23,13 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from analysis.tables import this_command
-from utils import cli, images, runlog
+from utils import cli, runlog
 from utils.cli import UserError, bounded
-from utils.datasets import Dataset
+from utils.data import images
+from utils.data.datasets import Dataset
+from utils.data.views import normalise
 from utils.files import save_png
 from utils.results import provenance, write_csv
-from utils.views import normalise
 from validate.evaluate import load_student
 
 _MARGIN = 0.25  # of the plane around the three students, as a share of their extent

@@ -11,8 +11,9 @@ import torch
 import yaml
 from torch import nn
 
-from utils import cli, images, runlog
+from utils import cli, runlog
 from utils.cli import UserError
+from utils.data import images
 from utils.files import load_tensors
 from utils.labels import first_difference
 from validate import engine

@@ -40,12 +40,13 @@ from benchmarks.accuracy_tables import plot, tables
 from relabel import compress, generate
 from relabel.lost import compare
 from scripts import prepare_distilled
-from utils import cli, datasets, images
+from utils import cli
 from utils.cli import UserError
+from utils.data import datasets, images
+from utils.data.views import Views
 from utils.files import LockedError, atomic_write, read_json, to_json
 from utils.labels import LabelSet
 from utils.results import provenance, write_csv
-from utils.views import Views
 from validate import engine, train
 from validate.plan import make_plan
 from validate.plan import parse_arguments as training_arguments

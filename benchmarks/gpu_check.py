@@ -23,13 +23,14 @@ import torch
 
 from benchmarks.speed import Bench, Meter, OurTraining, describe_machine
 from relabel.teacher import Ensemble, Teacher
-from utils import cli, datasets, runtime
+from utils import cli, runtime
 from utils.cli import bounded
-from utils.codecs.base import distortion
+from utils.data import datasets
+from utils.data.views import draw
 from utils.files import atomic_write, read_json, to_json
 from utils.labels import centre
+from utils.labels.codecs.base import distortion
 from utils.runtime import Runtime
-from utils.views import draw
 
 STEPS = 50
 

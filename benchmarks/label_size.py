@@ -31,16 +31,17 @@ import torch
 
 from benchmarks.efficientnet_lite0 import factory
 from relabel.teacher import use_batch_statistics
-from utils import cli, datasets, packing
+from utils import cli
 from utils.cli import UserError
-from utils.codecs import klt
-from utils.codecs.base import Codec, Mixture, distortion
-from utils.codecs.klt import Klt
-from utils.codecs.plain import Fp16, Quant, TopK
-from utils.images import decode, pixels_of
-from utils.labels import centre
+from utils.data import datasets
+from utils.data.images import decode, pixels_of
+from utils.data.views import ViewSpec, draw, render
+from utils.labels import centre, packing
+from utils.labels.codecs import klt
+from utils.labels.codecs.base import Codec, Mixture, distortion
+from utils.labels.codecs.klt import Klt
+from utils.labels.codecs.plain import Fp16, Quant, TopK
 from utils.results import provenance, write_csv
-from utils.views import ViewSpec, draw, render
 
 CLASSES = 1000
 SET_LABELS, LABELS_PER_CLASS = 150_000, 150

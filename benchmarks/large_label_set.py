@@ -26,9 +26,10 @@ from PIL import Image
 import models
 from benchmarks.label_size import find_photos
 from relabel.lost import compare
-from utils import cli, datasets
+from utils import cli
+from utils.data import datasets
+from utils.data.images import ResidentImages, decode
 from utils.files import whole_folder
-from utils.images import ResidentImages, decode
 from utils.labels import LabelSet
 from utils.results import provenance, write_csv
 from utils.runtime import Runtime

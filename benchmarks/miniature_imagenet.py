@@ -19,10 +19,11 @@ import numpy as np
 import torch
 
 import models
-from utils import cli, datasets, images
+from utils import cli
 from utils.cli import UserError
+from utils.data import datasets, images
+from utils.data.views import normalise
 from utils.files import whole_folder
-from utils.views import normalise
 
 _CLASSES, _SIDE, _SHIFT = 1000, 224, 12
 

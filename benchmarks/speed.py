@@ -47,12 +47,13 @@ from benchmarks import straightforward
 from relabel.background import pass_writer
 from relabel.generate import label_views
 from relabel.teacher import Ensemble, Teacher, use_batch_statistics
-from utils import cli, datasets, images, runtime
+from utils import cli, runtime
 from utils.cli import UserError, bounded
-from utils.codecs.base import distortion
+from utils.data import datasets, images
+from utils.data.views import RATIO, Views, ViewSpec, draw
 from utils.files import atomic_write, to_json
 from utils.labels import LabelSet, LabelWriter, centre
-from utils.views import RATIO, Views, ViewSpec, draw
+from utils.labels.codecs.base import distortion
 from validate import engine
 
 PLAIN, OURS = "straightforward", "ours"

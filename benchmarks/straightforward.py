@@ -16,7 +16,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional
 
-from utils.views import Views
+from utils.data.views import Views
 
 
 class GivenCrops(Dataset):

@@ -7,8 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
+from utils.data.views import Views
 from utils.labels import LabelWriter
-from utils.views import Views
 
 _CHUNKS_AHEAD = 128  # labelled views that wait for the thread: at most so many forward passes
 

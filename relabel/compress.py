@@ -15,10 +15,10 @@ from collections.abc import Iterator
 import torch
 
 from relabel.lost import compare
-from utils import cli, codecs
+from utils import cli
 from utils.cli import UserError
-from utils.codecs.base import Mixture
-from utils.labels import LabelSet, LabelWriter
+from utils.labels import LabelSet, LabelWriter, codecs
+from utils.labels.codecs.base import Mixture
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -21,12 +21,13 @@ import dataclasses
 import numpy as np
 import torch
 
-from utils import cli, datasets, images, runtime
+from utils import cli, runtime
 from utils.cli import UserError, bounded
+from utils.data import datasets, images
+from utils.data.views import RATIO, Views
 from utils.files import load_tensors, sha256_file
 from utils.labels import LabelWriter
 from utils.metrics import near_chance
-from utils.views import RATIO, Views
 
 TEMPERATURE = 20.0
 _INDICES = "sampler_indices_dict.pt"

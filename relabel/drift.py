@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from utils import cli
+from utils.data.views import Views
 from utils.labels import LabelSet
-from utils.views import Views
 
 AREA_EDGES = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 

@@ -21,13 +21,14 @@ from tqdm import tqdm
 
 from relabel.background import pass_writer
 from relabel.teacher import Ensemble, load_teacher, use_batch_statistics
-from utils import cli, codecs, datasets, images, runtime
+from utils import cli, runtime
 from utils.cli import UserError, bounded
-from utils.codecs.base import Mixture
-from utils.codecs.klt import FIT_LABELS
-from utils.labels import LabelSet, LabelWriter
+from utils.data import datasets, images
+from utils.data.views import MIXES, RATIO, Views, centre_views
+from utils.labels import LabelSet, LabelWriter, codecs
+from utils.labels.codecs.base import Mixture
+from utils.labels.codecs.klt import FIT_LABELS
 from utils.metrics import near_chance
-from utils.views import MIXES, RATIO, Views, centre_views
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from utils.cli import UserError
-from utils.codecs.base import information
 from utils.labels import LabelSet
+from utils.labels.codecs.base import information
 
 
 def compare(
@@ -14,7 +14,7 @@ def compare(
 ) -> tuple[list[float], float]:
     """Distortion at each temperature, and the share of labels with the same first class.
 
-    See utils.codecs.base.distortion. A chunk of labels is expanded at a time.
+    See utils.labels.codecs.base.distortion. A chunk of labels is expanded at a time.
 
     Args:
         labels: the set.

@@ -23,11 +23,12 @@ from torchvision.models import ResNet18_Weights
 
 from relabel import drift
 from relabel.lost import compare
-from utils import cli, images
+from utils import cli
 from utils.cli import UserError
+from utils.data import images
+from utils.data.views import crop_resize, mix
 from utils.files import atomic_write, to_json
 from utils.labels import LabelSet, pass_name
-from utils.views import crop_resize, mix
 
 TEMPERATURES = (20.0, 4.0, 1.0)
 _VIEW_ARRAYS = ("index", "box", "flip", "mix_index", "mix_box", "mix_lam")

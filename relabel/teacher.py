@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 import models
 from utils.cli import UserError
-from utils.datasets import Dataset
+from utils.data.datasets import Dataset
 from utils.files import load_tensors, sha256_state
 from utils.runtime import Runtime, check_outputs
 

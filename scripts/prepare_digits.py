@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from utils import cli
+from utils.data.views import ORDER, shuffle
 from utils.files import whole_folder
-from utils.views import ORDER, shuffle
 
 _SEED = 0
 _TEST_IMAGES = 898

@@ -24,10 +24,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 from relabel.teacher import Ensemble, load_teacher
-from utils import cli, datasets, images, runtime
+from utils import cli, runtime
 from utils.cli import UserError, bounded
+from utils.data import datasets, images
+from utils.data.views import ORDER, Views, ViewSpec, centre_views, crop_resize, draw, shuffle
 from utils.files import atomic_write, to_json, whole_folder
-from utils.views import ORDER, Views, ViewSpec, centre_views, crop_resize, draw, shuffle
 
 _RECORD = "selection.json"
 _BATCH = 64

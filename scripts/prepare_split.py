@@ -15,10 +15,11 @@ if not __package__:  # run as a plain script: imports start at the repository ro
 
 import argparse
 
-from utils import cli, images
+from utils import cli
 from utils.cli import UserError, bounded
+from utils.data import images
+from utils.data.views import ORDER, shuffle
 from utils.files import atomic_write, read_json, to_json, whole_folder
-from utils.views import ORDER, shuffle
 
 _RECORD = "split.json"
 

@@ -35,8 +35,9 @@ import shutil
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from utils import cli, datasets
+from utils import cli
 from utils.cli import UserError
+from utils.data import datasets
 from utils.files import atomic_write, load_tensors, read_json, to_json, whole_folder
 
 _RECORD = "validation.json"

@@ -16,7 +16,7 @@ from torch import nn
 
 import models
 from utils import cli
-from utils.datasets import Dataset
+from utils.data.datasets import Dataset
 from utils.runtime import Runtime
 from validate import engine
 from validate.schedule import KINDS
@@ -125,8 +125,8 @@ def train_arguments(world: SimpleNamespace, output: Path, *more: object) -> list
 
 
 def _train_teacher(data: Path, path: Path) -> None:
-    from utils import images
-    from utils.views import normalise
+    from utils.data import images
+    from utils.data.views import normalise
 
     folder = images.scan(data)
     pixels = images.load_evaluation(folder, TINY).float()

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from utils import codecs
 from utils.cli import UserError
-from utils.codecs import base, klt
-from utils.codecs.base import Mixture, distortion
-from utils.codecs.klt import Klt
-from utils.codecs.plain import Fp16, Quant, TopK
+from utils.labels import codecs
+from utils.labels.codecs import base, klt
+from utils.labels.codecs.base import Mixture, distortion
+from utils.labels.codecs.klt import Klt
+from utils.labels.codecs.plain import Fp16, Quant, TopK
 
 CLASSES = 40
 

@@ -9,9 +9,9 @@ from conftest import generate_arguments, tree
 
 from relabel import compress, generate
 from utils.cli import UserError
-from utils.codecs.base import distortion
 from utils.files import seal
 from utils.labels import LabelSet
+from utils.labels.codecs.base import distortion
 
 PASSES = 10
 

@@ -9,8 +9,8 @@ from conftest import CUSTOM, TINY, train_arguments, tree
 from torchvision.transforms import functional as transforms
 
 from relabel import convert
-from utils import images
-from utils.images import ResidentImages
+from utils.data import images
+from utils.data.images import ResidentImages
 from utils.labels import LabelSet
 from validate import train
 
@@ -181,8 +181,8 @@ def test_convert_refuses(world, tmp_path, command, case):
 
 
 def test_stored_views_take_at_most_ten_bytes_each_at_224_pixels():
+    from utils.data.views import ViewSpec, draw
     from utils.labels import _views_to_arrays
-    from utils.views import ViewSpec, draw
 
     views = draw(ViewSpec(224, 16), np.full((10000, 2), 224), 0)
     assert sum(array.nbytes for array in _views_to_arrays(views).values()) <= 10 * 10000

@@ -8,9 +8,9 @@ import torch
 from conftest import CPU, TINY, Linear, sgd
 from torch import nn
 
-from utils.images import ResidentImages
+from utils.data.images import ResidentImages
+from utils.data.views import ViewSpec, draw
 from utils.metrics import correct_top1_top5
-from utils.views import ViewSpec, draw
 from validate import engine
 
 

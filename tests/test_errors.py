@@ -13,8 +13,9 @@ from conftest import generate_arguments, train_arguments, tree, write_images
 from PIL import Image
 
 from relabel import generate, teacher
-from utils import files, images
+from utils import files
 from utils.cli import UserError
+from utils.data import images
 from validate import engine, evaluate, train
 
 

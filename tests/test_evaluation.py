@@ -11,8 +11,9 @@ import torch
 from conftest import TINY, train_arguments, tree, write_images
 from PIL import Image
 
-from utils import evaluation, files, images
+from utils import files
 from utils.cli import UserError
+from utils.data import evaluation, images
 from validate import evaluate, train
 
 CPU = torch.device("cpu")

@@ -9,10 +9,11 @@ import torch
 from conftest import CPU, ROOT, TINY, script
 from torch import nn
 
-from utils import images, runtime
-from utils.images import ResidentImages
+from utils import runtime
+from utils.data import images
+from utils.data.images import ResidentImages
+from utils.data.views import ViewSpec, draw
 from utils.runtime import Runtime
-from utils.views import ViewSpec, draw
 from validate import engine
 
 GPU = pytest.mark.gpu

@@ -8,10 +8,10 @@ import torch
 from conftest import TINY, generate_arguments, train_arguments
 
 from relabel import generate
-from utils import images
-from utils.images import ResidentImages
+from utils.data import images
+from utils.data.images import ResidentImages
+from utils.data.views import ViewSpec, draw
 from utils.labels import LabelSet
-from utils.views import ViewSpec, draw
 from validate import session, train
 
 pytestmark = pytest.mark.gpu

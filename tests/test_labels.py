@@ -10,9 +10,9 @@ from conftest import CPU, TINY, generate_arguments, tree
 from torchvision.transforms import functional as transforms
 
 from relabel import generate, teacher
-from utils import images
 from utils.cli import UserError
-from utils.images import ResidentImages
+from utils.data import images
+from utils.data.images import ResidentImages
 from utils.labels import LabelSet, LabelWriter
 
 

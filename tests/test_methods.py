@@ -10,9 +10,9 @@ from conftest import CPU, ROOT, TINY, Linear, generate_arguments, script, sgd, t
 from torch import nn
 
 from relabel.teacher import load_teacher
-from utils import images
+from utils.data import images
+from utils.data.views import ViewSpec, draw, normalise
 from utils.labels import LabelSet
-from utils.views import ViewSpec, draw, normalise
 from validate import engine, schedule, train
 from validate.plan import make_plan, parse_arguments
 

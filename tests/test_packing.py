@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from utils import packing
 from utils.cli import UserError
+from utils.labels import packing
 
 
 def test_packed_bits_are_one_stream():

@@ -14,8 +14,9 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from scripts import prepare_links, prepare_torchvision, prepare_val
-from utils import cli, images
+from utils import cli
 from utils.cli import UserError
+from utils.data import images
 from utils.files import read_json
 
 

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import nn
 
 from scripts import prepare_distilled
-from utils import images
 from utils.cli import UserError
+from utils.data import images
 
 TEACHER = f"{__name__}:brightness_teacher"
 

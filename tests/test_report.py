@@ -9,8 +9,8 @@ import torch
 
 from relabel import compress, drift, report
 from relabel.lost import compare
-from utils.codecs.base import distortion
 from utils.labels import LabelSet, LabelWriter
+from utils.labels.codecs.base import distortion
 
 CLASSES = 4
 

@@ -17,8 +17,8 @@ from PIL import Image
 
 from analysis import runner, sweep, tables
 from scripts import prepare_split
-from utils import images
 from utils.cli import UserError
+from utils.data import images
 from validate.plan import parse_arguments
 
 

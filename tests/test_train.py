@@ -17,9 +17,10 @@ from conftest import ROOT, TINY, script, train_arguments, tree
 from PIL import Image
 
 import models
-from utils import cli, images, runlog
-from utils.images import StreamingImages
-from utils.views import ViewSpec, draw
+from utils import cli, runlog
+from utils.data import images
+from utils.data.images import StreamingImages
+from utils.data.views import ViewSpec, draw
 from validate import engine, evaluate, session, train
 from validate.plan import count_epochs, published_hyper
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torchvision.transforms import functional as transforms
 
-from utils import views
-from utils.views import Views, ViewSpec, draw
+from utils.data import views
+from utils.data.views import Views, ViewSpec, draw
 
 MEAN, STD = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.25, 0.3])
 

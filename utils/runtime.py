@@ -19,7 +19,7 @@ import torchvision
 from torch import nn
 
 from utils.cli import UserError, bounded
-from utils.datasets import Dataset
+from utils.data.datasets import Dataset
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _LARGE_INPUT = 128  # pixels a side; of smaller ones, convolutions take too little of the time

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.images import send
+from utils.data.images import send
+from utils.data.views import Views, normalise
 from utils.labels import LabelSet
 from utils.metrics import correct_top1_top5
 from utils.runtime import Runtime
-from utils.views import Views, normalise
 
 EVALUATION_BATCH = 256
 
@@ -324,7 +324,7 @@ def evaluate(
 
     Args:
         model: the network, on runtime.device.
-        pixels: uint8 [N, 3, S, S], see utils.evaluation.load.
+        pixels: uint8 [N, 3, S, S], see utils.data.evaluation.load.
         targets: int64 [N].
         mean, std: float32 [3] on runtime.device.
         runtime: device and precision.

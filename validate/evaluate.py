@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 import models
-from utils import cli, evaluation, images, runtime
+from utils import cli, runtime
 from utils.cli import UserError
-from utils.datasets import Dataset
+from utils.data import evaluation, images
+from utils.data.datasets import Dataset
 from utils.files import load_tensors
 from validate import engine
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from utils import cli, datasets, evaluation, images, loggers, runtime
+from utils import cli, loggers, runtime
 from utils.cli import UserError, bounded
+from utils.data import datasets, evaluation, images
+from utils.data.views import MIXES, ViewSpec
 from utils.files import sha256_file
 from utils.labels import LabelSet
-from utils.views import MIXES, ViewSpec
 from validate import schedule
 
 _DEFAULT_EPOCHS = 150
@@ -344,7 +345,7 @@ class Plan:
     """Everything that a run is made of, checked.
 
     Attributes:
-        dataset, machine: see utils.datasets.Dataset and utils.runtime.Runtime.
+        dataset, machine: see utils.data.datasets.Dataset and utils.runtime.Runtime.
         folder, sizes: the distilled images, and int [images, 2] their heights and widths.
         validation: the validation images.
         labels: the label set, or None without --label-dir.

@@ -4,7 +4,7 @@ import math
 import re
 
 from utils.cli import UserError, did_you_mean
-from utils.views import POOL, shuffle
+from utils.data.views import POOL, shuffle
 
 Phase = tuple[str, int]
 KINDS = ("soft", "hard", "joint", "static")

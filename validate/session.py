@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 import models
-from utils import cli, evaluation, images, runlog, runtime
+from utils import cli, runlog, runtime
 from utils.cli import UserError
-from utils.views import draw
+from utils.data import evaluation, images
+from utils.data.views import draw
 from validate import engine, schedule
 from validate.plan import Plan
 

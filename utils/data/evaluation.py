@@ -20,9 +20,9 @@ import PIL
 import torch
 import torchvision
 
-from utils.datasets import Dataset
+from utils.data.datasets import Dataset
+from utils.data.images import ImageFolder, decode_evaluation, fits, load_evaluation
 from utils.files import LockedError, atomic_write, lock
-from utils.images import ImageFolder, decode_evaluation, fits, load_evaluation
 
 _HEADER = 4096
 _SMALLEST = 1 << 26  # bytes of pixels; fewer are decoded in a second or two
@@ -59,7 +59,7 @@ def load(
         uint8 [images, 3, S, S], on the device or on the CPU; not to be written to.
 
     Raises:
-        UserError: see utils.images.load_evaluation.
+        UserError: see utils.data.images.load_evaluation.
     """
     needed = _pixel_bytes(folder, dataset)
     if cache == "off" or (cache == "auto" and needed < _SMALLEST):

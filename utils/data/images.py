@@ -26,9 +26,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional as transforms
 
 from utils.cli import UserError, progress
-from utils.datasets import Dataset
+from utils.data.datasets import Dataset
+from utils.data.views import ORDER, Views, crop_resize, mix, normalise, render, shuffle
 from utils.runtime import usable_cores
-from utils.views import ORDER, Views, crop_resize, mix, normalise, render, shuffle
 
 # What IMG_EXTENSIONS can hold; never formats like EPS, which PIL hands to an interpreter.
 _FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF", "WEBP")

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from utils.cli import UserError, bounded
-from utils.codecs.base import Codec, Mixture
-from utils.codecs.klt import DEFAULT_DISTORTION, Klt
-from utils.codecs.plain import Fp16, Quant, TopK
+from utils.labels.codecs.base import Codec, Mixture
+from utils.labels.codecs.klt import DEFAULT_DISTORTION, Klt
+from utils.labels.codecs.plain import Fp16, Quant, TopK
 
 CODECS = {codec.name: codec for codec in (Fp16, TopK, Quant, Klt)}
 

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 from utils.cli import UserError
-from utils.codecs.base import Codec, Codes, Mixture, half
-from utils.packing import pack_bits, unpack_bits
+from utils.labels.codecs.base import Codec, Codes, Mixture, half
+from utils.labels.packing import pack_bits, unpack_bits
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

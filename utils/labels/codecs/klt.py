@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from utils.cli import UserError
-from utils.codecs.base import BLOCK, Codec, Codes, Mixture, distortion, half
-from utils.packing import LARGEST, pack_integers, unpack_integers
+from utils.labels.codecs.base import BLOCK, Codec, Codes, Mixture, distortion, half
+from utils.labels.packing import LARGEST, pack_integers, unpack_integers
 
 # What klt aims at without a target: near-lossless. Settled by the study of accuracy per byte.
 DEFAULT_DISTORTION = 0.002

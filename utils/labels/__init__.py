@@ -3,7 +3,7 @@
 `LabelWriter` makes a set pass by pass, in any order and from several processes; `LabelSet` reads
 one and refuses whatever is incomplete, damaged, of another version or made for something else.
 The folder is described in the README ("A label set on disk"); views are drawn again from the
-seed, see utils/views.py.
+seed, see utils/data/views.py.
 """
 
 import contextlib
@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils import codecs
 from utils.cli import UserError
-from utils.codecs.base import Codec, Codes, Mixture, blocks, join
-from utils.datasets import Dataset
+from utils.data.datasets import Dataset
+from utils.data.views import Views, ViewSpec, draw
 from utils.files import (
     LOCK,
     atomic_write,
@@ -31,7 +30,8 @@ from utils.files import (
     seal,
     sha256_file,
 )
-from utils.views import Views, ViewSpec, draw
+from utils.labels import codecs
+from utils.labels.codecs.base import Codec, Codes, Mixture, blocks, join
 
 FORMAT, VERSION = "hald-labels", 1
 _ROWS = 1024  # labels expanded at once where a whole pass is read
