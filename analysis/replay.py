@@ -103,8 +103,7 @@ def two_losses(
     """Hard loss, and soft loss without T^2, of logits [B, C] for stored label batch `number`."""
     labels, settings = epochs.labels, plan.settings
     views = labels.views(number)
-    own, partner = views.classes(labels.hard_labels)
-    lam = views.lam(plan.dataset.input_size)
+    own, partner, lam = views.mixture(labels.hard_labels, plan.dataset.input_size)
     hard = engine.hard_loss(logits, own, partner, lam, settings["label_smoothing"])
     teacher = labels[number].logits
     return hard, engine.soft_loss(logits, teacher, settings["temperature"], "none")

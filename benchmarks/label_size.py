@@ -35,10 +35,10 @@ from utils import cli
 from utils.cli import UserError
 from utils.data import datasets
 from utils.data.images import decode, pixels_of
-from utils.data.views import ViewSpec, draw, render
+from utils.data.views import Mixture, ViewSpec, draw, render
 from utils.labels import centre, packing
 from utils.labels.codecs import klt
-from utils.labels.codecs.base import Codec, Mixture, distortion
+from utils.labels.codecs.base import Codec, distortion
 from utils.labels.codecs.klt import Klt
 from utils.labels.codecs.plain import Fp16, Quant, TopK
 from utils.results import provenance, write_csv
@@ -67,7 +67,7 @@ class Labels:
     def of(self, photos: torch.Tensor) -> "Labels":
         """The labels of views that show only these photos."""
         inside = torch.isin(self.mixture.own, photos) & torch.isin(self.mixture.partner, photos)
-        return Labels(self.logits[inside], self.mixture[inside])
+        return Labels(self.logits[inside], self.mixture.rows(inside))
 
 
 @dataclasses.dataclass
@@ -140,7 +140,7 @@ def label(photos: list[torch.Tensor], crops: int, recipe: bool) -> Labels:
         for number in range(crops):
             views = draw(spec, sizes, seed=number)
             hard = torch.arange(len(photos))
-            mixtures.append([*views.classes(hard), views.lam(spec.input_size)])
+            mixtures.append(views.mixture(hard, spec.input_size))
             for batch in views:
                 sources = [photos[index] for index in batch.index]
                 logits.append(network(render(sources, batch, spec.input_size, mean, std)))
@@ -191,7 +191,7 @@ def measure(codec: Codec, labels: Labels, kind: str, basis: str, setting: str) -
     for first in range(0, count, 16):
         rows = slice(first, first + 16)
         start = time.perf_counter()
-        parts.append(codec.expand(tuple(code[rows] for code in codes), labels.mixture[rows]))
+        parts.append(codec.expand(tuple(code[rows] for code in codes), labels.mixture.rows(rows)))
         seconds += time.perf_counter() - start
     decoded = torch.cat(parts)
     photos = len(labels.mixture.own.unique())

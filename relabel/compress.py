@@ -17,8 +17,8 @@ import torch
 from relabel.lost import compare
 from utils import cli
 from utils.cli import UserError
+from utils.data.views import Mixture
 from utils.labels import LabelSet, LabelWriter, codecs
-from utils.labels.codecs.base import Mixture
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -44,7 +44,7 @@ def main() -> None:
     parameters = codecs.from_arguments(args)
     source = LabelSet.open(args.label_dir)
     if args.slc is not None:
-        source.use_slc(args.slc)
+        source.passes = source.passes_for(args.slc)
     if args.out_dir.resolve() == args.label_dir.resolve():
         raise UserError("--out-dir is --label-dir; the labels need a folder of their own")
     settings = {

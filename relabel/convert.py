@@ -201,8 +201,7 @@ def check_fit(
     dataset: datasets.Dataset,
 ) -> None:
     """Stops when the labels hardly ever name the class of the image: other images or order."""
-    own, partner = one.views.classes(hard_labels)
-    mainly = torch.where(one.views.lam(dataset.input_size) >= 0.5, own, partner)
+    mainly = one.views.mixture(hard_labels, dataset.input_size).main_class()
     hits, count = int((one.probabilities.argmax(1) == mainly).sum()), len(mainly)
     if near_chance(hits, count, dataset.num_classes) and not args.force:
         raise UserError(

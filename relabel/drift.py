@@ -87,7 +87,7 @@ def shown(labels: LabelSet, views: Views) -> Shown:
     image, classes = views.index, torch.stack([mixture.own, mixture.partner], 1)
     partner = views.partner()
     if partner is not None:
-        other = mixture.lam < 0.5
+        other = ~mixture.own_covers_most()
         image = torch.where(other, image[partner], image)
         area = torch.where(other, area[partner], area)
         classes = torch.where(other[:, None], classes.flip(1), classes)

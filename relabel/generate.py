@@ -24,9 +24,8 @@ from relabel.teacher import Ensemble, load_teacher, use_batch_statistics
 from utils import cli, runtime
 from utils.cli import UserError, bounded
 from utils.data import datasets, images
-from utils.data.views import MIXES, RATIO, Views, centre_views
+from utils.data.views import MIXES, RATIO, Mixture, Views, centre_views
 from utils.labels import LabelSet, LabelWriter, codecs
-from utils.labels.codecs.base import Mixture
 from utils.labels.codecs.klt import FIT_LABELS
 from utils.metrics import near_chance
 
@@ -226,10 +225,10 @@ def fit_codec(
         def chunks() -> Iterator[tuple[torch.Tensor, Mixture]]:
             for number in range(writer.settings["passes"]):
                 views, kept[number], start = writer.draw(number), [], 0
-                mixture = writer.mixture(views, labels)
+                mixture = views.mixture(labels, writer.spec.input_size)
                 for logits in label_views(number, views, together, teachers, source, bar):
                     kept[number].append(logits)
-                    yield logits, mixture[start : start + len(logits)]
+                    yield logits, mixture.rows(slice(start, start + len(logits)))
                     start += len(logits)
 
         writer.fit(chunks())

@@ -46,7 +46,7 @@ def test_gradients_are_those_of_the_two_losses(run):
     labels, cosines = again.epochs.labels, []
     for number in (0, 1):
         batch, sides = labels[number], []
-        own, partner = batch.views.classes(labels.hard_labels)
+        own, partner, _ = batch.views.mixture(labels.hard_labels, 32)
         lam = batch.views.lam(32)[:, None]
         target = lam * nn.functional.one_hot(own, 4) + (1 - lam) * nn.functional.one_hot(partner, 4)
         for side in ("hard", "soft"):

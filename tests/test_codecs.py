@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from utils.cli import UserError
+from utils.data.views import Mixture
 from utils.labels import codecs
 from utils.labels.codecs import base, klt
-from utils.labels.codecs.base import Mixture, distortion
+from utils.labels.codecs.base import distortion
 from utils.labels.codecs.klt import Klt
 from utils.labels.codecs.plain import Fp16, Quant, TopK
 
@@ -51,7 +52,10 @@ def logits(mixture) -> torch.Tensor:
 
 
 def fit(logits: torch.Tensor, mixture: Mixture, labels: int = 1200, **target) -> Klt:
-    chunks = [(logits[:500], mixture[:500]), (logits[500:], mixture[500:])]
+    chunks = [
+        (logits[:500], mixture.rows(slice(500))),
+        (logits[500:], mixture.rows(slice(500, None))),
+    ]
     return Klt.fit(chunks, CLASSES, labels, **target)
 
 
@@ -200,7 +204,7 @@ def test_equal_labels_give_equal_bytes_however_they_arrive(logits, mixture):
     assert payload == again.pack(logits, mixture) == read.pack(logits, mixture)
     ends = [*range(0, 1200, 77), 1200]
     chunks = [logits[start:end] for start, end in itertools.pairwise(ends)]
-    parts = [codec.encode(block, mixture[rows]) for rows, block in base.blocks(chunks)]
+    parts = [codec.encode(block, mixture.rows(rows)) for rows, block in base.blocks(chunks)]
     assert codec.pack_codes(base.join(parts)) == payload
 
 
@@ -217,14 +221,14 @@ def test_batches_expand_like_the_whole_pass(logits, mixture):
         codes = codec.unpack(codec.pack(logits, mixture))
         assert all(len(code) == len(logits) for code in codes)
         rows = slice(160, 176)
-        batch = codec.expand(tuple(code[rows] for code in codes), mixture[rows])
+        batch = codec.expand(tuple(code[rows] for code in codes), mixture.rows(rows))
         assert batch.dtype == torch.float32
         assert torch.allclose(batch, codec.expand(codes, mixture)[rows], atol=1e-5)
 
 
 def test_class_means_are_subtracted_where_that_saves_bytes(logits, mixture):
     order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(2))
-    shuffled = mixture[order]
+    shuffled = mixture.rows(order)
     follows = fit(logits, mixture, labels=10**6, distortion=0.05)
     misled = fit(logits, shuffled, labels=10**6, distortion=0.05)
     assert follows.class_means.any(0).sum() > len(follows.basis) / 2
@@ -277,5 +281,5 @@ def test_klt_expands_on_the_gpu(logits, mixture):
     codec = fit(logits, mixture)
     expected = decoded(codec, logits, mixture)
     codes = tuple(code.cuda() for code in codec.unpack(codec.pack(logits, mixture)))
-    there = Mixture(*(part.cuda() for part in vars(mixture).values()))
+    there = Mixture(*(part.cuda() for part in mixture))
     assert torch.allclose(codec.expand(codes, there).cpu(), expected, atol=1e-3)

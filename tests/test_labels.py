@@ -191,11 +191,11 @@ def test_streaming_and_resident_sources_give_the_same_pixels(world):
 def test_slc_uses_the_first_passes_only(world):
     labels = LabelSet.open(world.labels)
     whole = labels.bytes_on_disk()
-    labels.use_slc(3)
+    labels.passes = labels.passes_for(3)
     assert len(labels) == 3
     assert labels.bytes_on_disk() == whole - (world.labels / "pass_0001.npz").stat().st_size
     with pytest.raises(UserError, match="multiple of 3 up to 6"):
-        labels.use_slc(4)
+        labels.passes_for(4)
 
 
 def test_every_kind_of_damage_is_named(copied):

@@ -49,8 +49,8 @@ def test_a_joint_epoch_descends_both_losses_on_the_same_stored_views(world, resi
 
     expected, batch = Linear(), labels[4]
     log_student = expected(next(resident.render([batch.views]))).log_softmax(1)
-    own, partner = batch.views.classes(labels.hard_labels)
-    lam = batch.views.lam(32)[:, None]
+    own, partner, lam = batch.views.mixture(labels.hard_labels, 32)
+    lam = lam[:, None]
     target = lam * one_hot_smoothed(own, 0.2) + (1 - lam) * one_hot_smoothed(partner, 0.2)
     hard = -(target * log_student).sum(1).mean()
     teacher = probabilities(batch.logits, 3.0)

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from utils import extensions
+
 _REPEAT_SECONDS = 1.0
 # What gloo and NCCL say when another process is gone.
 _PEER_GONE = re.compile("closed by peer|reset by peer|remote process exited|Broken pipe")
@@ -208,6 +210,7 @@ def _run(main: Callable[[], None]) -> NoReturn:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - stays open to the end
     signal.signal(signal.SIGTERM, _terminated)
     try:
+        extensions.load()
         main()
     except UserError as error:
         message = str(error)

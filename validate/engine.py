@@ -277,7 +277,7 @@ def _train(
     sums = trainer.continued or EpochSums.zero(runtime.device)
     trainer.continued = None
     for step, pixels in enumerate(source.render(batches[sums.step :]), start=sums.step):
-        truth = Truth(*batches[step].classes(hard_labels), batches[step].lam(source.size))
+        truth = Truth(*batches[step].mixture(hard_labels, source.size))
         updates = (step + 1) % trainer.grad_accum == 0 or step + 1 == len(batches)
         unshared = runtime.world > 1 and not updates
         with trainer.model.no_sync() if unshared else contextlib.nullcontext():

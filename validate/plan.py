@@ -305,12 +305,12 @@ def choose_batches(args: argparse.Namespace, labels: LabelSet | None) -> tuple[i
     stored = len(labels)
     if args.slc_from == "first":
         if args.slc is not None:
-            labels.use_slc(args.slc)
+            labels.passes = labels.passes_for(args.slc)
         return labels.passes, list(range(len(labels)))
     if args.slc is None:
         raise UserError("--slc-from random needs --slc")
     everything = labels.passes
-    labels.use_slc(args.slc)
+    labels.passes = labels.passes_for(args.slc)
     kept, passes = len(labels), labels.passes
     labels.passes = everything
     return passes, schedule.pruned(stored, kept, args.seed)

@@ -27,6 +27,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -62,6 +63,31 @@ class ViewSpec:
     max_scale: float = 1.0
     ratio: tuple[float, float] = RATIO
     mix: str = "cutmix"
+
+
+class Mixture(NamedTuple):
+    """What views show: the hard labels in each of them, which their reader knows for free.
+
+    Attributes:
+        own, partner: int64 [N], class of the view's own image and of its partner's.
+        lam: float32 [N], the share of the view that shows its own image.
+    """
+
+    own: torch.Tensor
+    partner: torch.Tensor
+    lam: torch.Tensor
+
+    def own_covers_most(self) -> torch.Tensor:
+        """bool [N]: whether the own image covers at least half of the view."""
+        return self.lam >= 0.5
+
+    def main_class(self) -> torch.Tensor:
+        """int64 [N]: the class that covers most of the view."""
+        return torch.where(self.own_covers_most(), self.own, self.partner)
+
+    def rows(self, rows) -> "Mixture":
+        """Of some of the views (a slice, or indices)."""
+        return Mixture(self.own[rows], self.partner[rows], self.lam[rows])
 
 
 @dataclasses.dataclass
@@ -167,11 +193,10 @@ class Views:
             return torch.ones(len(self.index), device=self.index.device)
         return share.repeat_interleave(self.batch_size)[: len(self.index)]
 
-    def classes(self, hard_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two int64 [N]: the hard label of each view's own image and of its partner's image."""
-        own = hard_labels[self.index]
-        partner = self.partner()
-        return own, own if partner is None else own[partner]
+    def mixture(self, hard_labels: torch.Tensor, input_size: int) -> Mixture:
+        """What these views show; hard_labels int64 [images], the class of every image."""
+        own, partner = hard_labels[self.index], self.partner()
+        return Mixture(own, own if partner is None else own[partner], self.lam(input_size))
 
 
 def raws(seed: int, purpose: int, epoch: int, count: int) -> np.ndarray:

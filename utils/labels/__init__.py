@@ -19,7 +19,7 @@ import torch
 
 from utils.cli import UserError
 from utils.data.datasets import Dataset
-from utils.data.views import Views, ViewSpec, draw
+from utils.data.views import Mixture, Views, ViewSpec, draw
 from utils.files import (
     LOCK,
     atomic_write,
@@ -31,7 +31,7 @@ from utils.files import (
     sha256_file,
 )
 from utils.labels import codecs
-from utils.labels.codecs.base import Codec, Codes, Mixture, blocks, join
+from utils.labels.codecs.base import Codec, Codes, blocks, join
 
 FORMAT, VERSION = "hald-labels", 1
 _ROWS = 1024  # labels expanded at once where a whole pass is read
@@ -270,10 +270,6 @@ class LabelWriter:
             digest.update(f"{name} {array.dtype} {array.shape}\n".encode() + array.tobytes())
         return digest.digest()
 
-    def mixture(self, views: Views, hard_labels: torch.Tensor) -> Mixture:
-        """The hard labels in these views; hard_labels int64 [images]."""
-        return Mixture(*views.classes(hard_labels), views.lam(self.spec.input_size))
-
     def write_pass(
         self,
         number: int,
@@ -291,14 +287,14 @@ class LabelWriter:
             hard_labels: int64 [images], the class of every image.
             teacher_correct: views whose mainly shown class the teacher names; counted when None.
         """
-        mixture = self.mixture(views, hard_labels)
-        mainly = torch.where(mixture.lam >= 0.5, mixture.own, mixture.partner)
+        mixture = views.mixture(hard_labels, self.spec.input_size)
+        mainly = mixture.main_class()
         checksum = views.checksum()
         drawn_again = self.settings["seed"] is not None
         codes, correct = [], 0
         for rows, block in blocks([logits] if isinstance(logits, torch.Tensor) else logits):
             correct += int((block.argmax(1) == mainly[rows]).sum())
-            codes.append(self.codec.encode(centre(block), mixture[rows]))
+            codes.append(self.codec.encode(centre(block), mixture.rows(rows)))
         payload = np.frombuffer(self.codec.pack_codes(join(codes)), dtype=np.uint8)
         if teacher_correct is None:
             teacher_correct = correct
@@ -396,18 +392,18 @@ class LabelSet:
 
     def mixture(self, views: Views) -> Mixture:
         """The hard labels in these views."""
-        return Mixture(*views.classes(self.hard_labels), views.lam(self.spec.input_size))
+        return views.mixture(self.hard_labels, self.spec.input_size)
 
     def expanded(self, views: Views, codes: Codes) -> Iterator[tuple[torch.Tensor, Mixture]]:
         """A pass (see `load_pass`) as float32 [n, C] logits and their mixtures, in chunks."""
         mixture = self.mixture(views)
         for start in range(0, len(views.index), _ROWS):
             rows = slice(start, start + _ROWS)
-            known = mixture[rows]
+            known = mixture.rows(rows)
             yield self.codec.expand(tuple(code[rows] for code in codes), known), known
 
-    def use_slc(self, slc: int) -> None:
-        """Keeps only the first passes: `slc` labels per class; raises UserError if impossible."""
+    def passes_for(self, slc: int) -> int:
+        """How many passes hold `slc` labels per class; raises UserError when none do."""
         ipc, stored = self.manifest["ipc"], self.manifest["slc"]
         if ipc is None:
             raise UserError(f"{self.path} was made with --passes: it has no labels per class")
@@ -416,7 +412,7 @@ class LabelSet:
                 f"--slc {slc}: {self.path} holds {stored} soft labels per class, {ipc} images "
                 f"each; use a multiple of {ipc} up to {stored}"
             )
-        self.passes = slc // ipc
+        return slc // ipc
 
     def to(self, device: torch.device) -> "LabelSet":
         """Moves views, codes and hard labels to a device, where they stay."""
@@ -426,7 +422,7 @@ class LabelSet:
         return self
 
     def bytes_on_disk(self, passes: int | None = None) -> int:
-        """Bytes of the manifest, the fitted codec and so many passes (None: those in use)."""
+        """Bytes of the manifest, the fitted codec and so many passes (None: all)."""
         names = [pass_name(number) for number in range(passes or self.passes)]
         extra = [name for name in (_CODEC, _SIZES) if name in self.manifest["files"]]
         return sum((self.path / name).stat().st_size for name in [_MANIFEST, *extra, *names])

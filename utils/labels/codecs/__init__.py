@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from utils.cli import UserError, bounded
-from utils.labels.codecs.base import Codec, Mixture
+from utils.data.views import Mixture
+from utils.labels.codecs.base import Codec
 from utils.labels.codecs.klt import DEFAULT_DISTORTION, Klt
 from utils.labels.codecs.plain import Fp16, Quant, TopK
 

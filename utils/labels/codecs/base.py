@@ -1,6 +1,5 @@
 """What all codecs share: their verbs, what the reader of a label knows, and distortion."""
 
-import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
@@ -9,29 +8,12 @@ import numpy as np
 import torch
 
 from utils.cli import UserError
+from utils.data.views import Mixture
 
 Codes = tuple[torch.Tensor, ...]
 
 TEMPERATURE = 20.0  # at which distortion is measured
 BLOCK = 4096  # labels encoded at once
-
-
-@dataclasses.dataclass(frozen=True)
-class Mixture:
-    """What the reader of a label knows for free: the hard labels in its view.
-
-    Attributes:
-        own, partner: int64 [N], class of the view's own image and of its partner's.
-        lam: float32 [N], the share of the view that shows its own image.
-    """
-
-    own: torch.Tensor
-    partner: torch.Tensor
-    lam: torch.Tensor
-
-    def __getitem__(self, rows) -> "Mixture":
-        """The hard labels of some of the views."""
-        return Mixture(self.own[rows], self.partner[rows], self.lam[rows])
 
 
 def distortion(
@@ -92,7 +74,7 @@ class Codec:
 
     def pack(self, logits: torch.Tensor, mixture: Mixture) -> bytes:
         """Bytes of float32 [N, C] centred logits."""
-        parts = [self.encode(block, mixture[rows]) for rows, block in blocks([logits])]
+        parts = [self.encode(block, mixture.rows(rows)) for rows, block in blocks([logits])]
         return self.pack_codes(join(parts))
 
 

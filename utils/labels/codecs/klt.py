@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from utils.cli import UserError
-from utils.labels.codecs.base import BLOCK, Codec, Codes, Mixture, distortion, half
+from utils.data.views import Mixture
+from utils.labels.codecs.base import BLOCK, Codec, Codes, distortion, half
 from utils.labels.packing import LARGEST, pack_integers, unpack_integers
 
 # What klt aims at without a target: near-lossless. Settled by the study of accuracy per byte.
@@ -259,13 +260,13 @@ class _Fit:
         if len(logits) < labels and len(logits) >= 5:
             train, probe = rows[rows % 5 != 4], rows[rows % 5 == 4]
         self.pass_labels = min(pass_labels or labels, len(probe))
-        self.probe, self.probe_mixture = logits[probe], mixture[probe]
+        self.probe, self.probe_mixture = logits[probe], mixture.rows(probe)
         self.mean = half(logits[train].mean(0), Klt.name)
         centred = logits[train] - self.mean.float()
         self.directions = _principal(centred)
         values = centred @ self.directions.T
         self.deviation = values.square().mean(0).sqrt().clamp(min=1e-6)
-        self.class_means = _class_means(values, mixture[train], num_classes)
+        self.class_means = _class_means(values, mixture.rows(train), num_classes)
         self.values = (self.probe - self.mean.float()) @ self.directions.T
 
     def search(self, target: dict[str, float]) -> Klt:
@@ -308,7 +309,7 @@ class _Fit:
         """Bytes per label of the held-back labels, the fitted part included pro rata."""
         parts = zip(
             self.probe.split(self.pass_labels),
-            *(part.split(self.pass_labels) for part in vars(self.probe_mixture).values()),
+            *(part.split(self.pass_labels) for part in self.probe_mixture),
             strict=True,
         )
         used = sum(len(codec.pack(logits, Mixture(*mixed))) for logits, *mixed in parts)

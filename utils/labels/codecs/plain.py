@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from utils.cli import UserError
-from utils.labels.codecs.base import Codec, Codes, Mixture, half
+from utils.data.views import Mixture
+from utils.labels.codecs.base import Codec, Codes, half
 from utils.labels.packing import pack_bits, unpack_bits
 
 
