@@ -22,14 +22,10 @@ from tqdm import tqdm
 from utils import extensions
 
 _REPEAT_SECONDS = 1.0
+# From a scheduler, a user, SLURM before the time limit, a terminal that is closed.
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # What gloo and NCCL say when another process is gone.
 _PEER_GONE = re.compile("closed by peer|reset by peer|remote process exited|Broken pipe")
-# Lines in which torch.compile says that what it compiles with is missing.
-_NO_COMPILER = re.compile(
-    r"^.*(No working C\+\+ compiler|Failed to find C compiler|Compiler: \S+ is not found|Python\.h"
-    r"|(No such file or directory: '|Command '\[')\S*(g\+\+|gcc|cc|clang)).*$",
-    re.MULTILINE,
-)
 _OUT_OF_MEMORY = (
     "out of GPU memory; relabel with a smaller --views-per-forward, train a smaller --model, or "
     "free the GPU of other jobs"
@@ -130,20 +126,35 @@ def _fail(program: str, message: str) -> NoReturn:
     sys.exit(2)
 
 
-def _terminated(*_) -> NoReturn:
-    program = Path(sys.argv[0]).name
+def end_by_signal(number: int, where: str = "") -> NoReturn:
+    """Ends the program with 128 + the signal's number, and says that it can be continued.
+
+    Args:
+        number: the signal.
+        where: what the same command continues with, such as "from epoch 4 of 300".
+    """
+    what = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}.get(
+        number, f"ended by {signal.Signals(number).name}"
+    )
     if _rank() == 0:
-        print(f"\n{program}: terminated; the same command again continues", file=sys.stderr)
-    sys.exit(143)
+        with contextlib.suppress(OSError):  # of a terminal that is closed
+            message = f"{what}; the same command again continues {where}".rstrip()
+            print(f"\n{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(128 + number)
+
+
+def _heeded() -> list[signal.Signals]:
+    """The signals that end the program: not those that it was started to ignore, as by nohup."""
+    return [number for number in ENDING_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
 
 @contextlib.contextmanager
 def delayed_signals() -> Iterator[Callable[[], int | None]]:
-    """Notes SIGTERM and Ctrl-C instead of acting on them; the same one again later acts at once.
+    """Notes signals instead of ending the program; the same one again later ends it at once.
 
     Not within a second: launchers and shells pass on what a terminal has already sent to all.
 
-    Yields a function that returns the signal noted so far, or None; `act_on` then acts on it.
+    Yields a function that returns the signal noted so far, or None; see `end_by_signal`.
     """
     noted: dict[int, float] = {}
 
@@ -151,11 +162,10 @@ def delayed_signals() -> Iterator[Callable[[], int | None]]:
         if time.monotonic() - noted.setdefault(number, time.monotonic()) > _REPEAT_SECONDS:
             earlier[number](number, frame)
         elif _rank() == 0 and len(noted) == 1:
-            print("\nfinishing the step, then saving; again: ending at once", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                print("\nfinishing the step; again: ending at once", file=sys.stderr)
 
-    both = (signal.SIGTERM, signal.SIGINT)
-    heeded = [number for number in both if signal.getsignal(number) != signal.SIG_IGN]
-    earlier = {number: signal.signal(number, note) for number in heeded}
+    earlier = {number: signal.signal(number, note) for number in _heeded()}
     try:
         yield lambda: next(iter(noted), None)
     finally:
@@ -163,18 +173,12 @@ def delayed_signals() -> Iterator[Callable[[], int | None]]:
             signal.signal(number, handler)
 
 
-def act_on(number: int) -> NoReturn:
-    """Ends the program as SIGTERM or Ctrl-C does."""
-    if number == signal.SIGTERM:
-        _terminated()
-    raise KeyboardInterrupt
-
-
 def run(main: Callable[[], None]) -> NoReturn:
     """Runs an entry script's `main`; whatever the user can mend ends in one line and exit code 2.
 
-    SIGTERM and Ctrl-C exit with 143 and 130; every other exception keeps its traceback. Under
-    torchrun only the first process speaks, unless another one alone has met an error.
+    Signals that ask for an end exit with 128 + their number; every other exception keeps its
+    traceback. Under torchrun only the first process speaks, unless another one alone has met an
+    error.
     """
     try:
         _run(main)
@@ -208,7 +212,8 @@ def _run(main: Callable[[], None]) -> NoReturn:
     program = Path(sys.argv[0]).name
     if _rank() > 0:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - stays open to the end
-    signal.signal(signal.SIGTERM, _terminated)
+    for number in {*_heeded()} - {signal.SIGINT}:  # which raises KeyboardInterrupt
+        signal.signal(number, lambda number, frame: end_by_signal(number))
     try:
         extensions.load()
         main()
@@ -217,17 +222,16 @@ def _run(main: Callable[[], None]) -> NoReturn:
     except torch.OutOfMemoryError:
         message = _OUT_OF_MEMORY
     except KeyboardInterrupt:
-        if _rank() == 0:
-            print(f"\n{program}: interrupted; the same command again continues", file=sys.stderr)
-        sys.exit(130)
+        end_by_signal(signal.SIGINT)
     except RuntimeError as error:
         cause = getattr(error, "inner_exception", None)  # of torch.compile's
         if isinstance(cause, torch.OutOfMemoryError):
             message = _OUT_OF_MEMORY
-        elif cause and (found := _NO_COMPILER.search(str(cause))):
+        elif cause:
             message = (
-                f"--compile needs a C++ compiler and Python's header files ({found[0].strip()}); "
-                "install them (Debian: apt-get install g++ python3-dev), or leave --compile out"
+                f"--compile failed ({type(cause).__name__}: {str(cause).strip().splitlines()[0]}); "
+                "it needs a C++ compiler and Python's header files (Debian: apt-get install g++ "
+                "python3-dev); without --compile the run goes on"
             )
         elif dist.is_initialized() and _PEER_GONE.search(str(error)):
             message = (

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -18,83 +19,61 @@ from utils.files import (
     save_tensors,
     to_json,
 )
-from utils.labels import first_difference
 from utils.loggers import Logger, Opener
 from utils.runtime import versions
 
 ARGUMENTS, LOG, CHECKPOINT, BEST = "args.yaml", "log.jsonl", "checkpoint.pt", "best.pt"
 RESULT, CURVES = "result.json", "curves.png"
+_OTHER_COLOUR = "tab:gray"
 
 
 class RunFolder:
-    """One training run on disk; the same settings continue it, others are refused."""
+    """One training run on disk; nothing is written before `begin`."""
 
-    def __init__(self, path: Path, settings: dict, others: dict):
-        """Prepares a run; nothing is written before `begin`.
+    def __init__(self, path: Path):
+        """The run in a folder; raises UserError where the folder holds something else."""
+        self.path = Path(path)
+        self.loggers: list[Logger] = []
+        if self.settings() is None and not is_unused(self.path):
+            raise UserError(f"{self.path} is not empty and not a run; choose another --output-dir")
 
-        Args:
-            path: the folder.
-            settings: what decides the result; must agree with an earlier start of this run.
-            others: further arguments, recorded only.
+    def settings(self) -> dict | None:
+        """The settings that the run was begun with; None before that.
 
         Raises:
-            UserError: the folder holds something else, or a run with other settings.
+            UserError: their file is damaged.
         """
-        self.path, self.settings, self.others = Path(path), settings, others
-        self.openers: list[Opener] = []
-        self.loggers: list[Logger] = []
-        recorded = self.path / ARGUMENTS
-        if recorded.exists():
-            try:
-                earlier = yaml.safe_load(recorded.read_text())["settings"]
-            except (yaml.YAMLError, KeyError, TypeError):
-                raise UserError(f"{recorded} is damaged; choose another --output-dir") from None
-            if difference := first_difference(settings, earlier):
-                raise UserError(
-                    f"{self.path} holds a run with other settings ({difference}); choose another "
-                    "--output-dir or the same settings"
-                )
-        elif not is_unused(self.path):
-            raise UserError(f"{self.path} is not empty and not a run; choose another --output-dir")
+        path = self.path / ARGUMENTS
+        if not path.exists():
+            return None
+        try:
+            return yaml.safe_load(path.read_text())["settings"]
+        except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+            raise UserError(f"{path} is damaged; choose another --output-dir") from None
 
     def result(self) -> dict | None:
         """The result of a finished run, else None."""
         path = self.path / RESULT
         return read_json(path) if path.exists() else None
 
-    @property
-    def started(self) -> bool:
-        """Whether there is something to continue."""
-        return (self.path / ARGUMENTS).exists()
-
-    @property
-    def has_checkpoint(self) -> bool:
-        """Whether a checkpoint has been written."""
-        return (self.path / CHECKPOINT).exists()
-
     def checkpoint(self) -> dict | None:
         """The last checkpoint, else None."""
         path = self.path / CHECKPOINT
-        return load_tensors(path, "checkpoint") if self.has_checkpoint else None
+        return load_tensors(path, "checkpoint") if path.exists() else None
 
     def locked(self) -> contextlib.AbstractContextManager:
         """Keeps a second process out of the folder; raises UserError when one has it."""
         return lock(self.path, "training in")
 
-    def begin(self, epochs_done: int) -> None:
-        """Records the arguments, and drops log lines after the checkpoint."""
-        record = {
-            "settings": self.settings,
-            "others": self.others,
-            "versions": versions(),
-            "git_commit": git_commit(),
-        }
-        if not self.started:
+    def begin(self, settings: dict, epochs_done: int, openers: Sequence[Opener] = ()) -> None:
+        """Records a new run's settings, drops log lines after the checkpoint, opens loggers."""
+        record = {"settings": settings, "versions": versions(), "git_commit": git_commit()}
+        if self.settings() is None:
             atomic_write(self.path / ARGUMENTS, yaml.safe_dump(record, sort_keys=False).encode())
         kept = [line for line in self.log_lines() if line["epoch"] <= epochs_done]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         atomic_write(self.path / LOG, text.encode())
-        self.loggers = [start(self.path, self.settings, epochs_done) for start in self.openers]
+        self.loggers = [start(self.path, settings, epochs_done) for start in openers]
 
     def log(self, line: dict) -> None:
         """Appends one epoch to log.jsonl, and tells the loggers."""
@@ -117,9 +96,22 @@ class RunFolder:
         save_tensors(self.path / name, state)
 
     def finish(self, result: dict) -> None:
-        """Draws the curves and writes the result, which marks the run as done."""
-        plot_curves(self.log_lines(), result, self.path / CURVES)
+        """Writes the result, which marks the run as done."""
         atomic_write(self.path / RESULT, to_json(result))
+
+    def draw_curves(self, result: dict, colours: dict[str, str]) -> None:
+        """Draws the curves of a finished run, unless they are drawn; see `plot_curves`."""
+        if not (self.path / CURVES).exists():
+            plot_curves(self.log_lines(), result, colours, self.path / CURVES)
+
+
+def describe(result: dict) -> str:
+    """One line: best and last top-1, label bytes, seconds."""
+    best, last = result["best"], result["last"]
+    return (
+        f"top-1 best {best['top1']:.2f} % (epoch {best['epoch']}), last {last['top1']:.2f} %; "
+        f"{result['label_bytes']:,} label bytes, {result['seconds']:.0f} s"
+    )
 
 
 def git_commit() -> str | None:
@@ -140,24 +132,36 @@ def git_commit() -> str | None:
     return commit + "+" * bool(changes)
 
 
-def shade_phases(axes, kinds: list[str]) -> None:
-    """Shades the phases, by the kind of their epochs, behind a plot over epochs."""
-    colours = {"soft": "#cfe3f5", "hard": "#f9dcc4", "joint": "#d8f0d3", "static": "#e6dbf2"}
+def shade_phases(axes, kinds: list[str], colours: dict[str, str]) -> None:
+    """Shades the phases behind a plot over epochs.
+
+    Args:
+        axes: matplotlib's.
+        kinds: the kind of every epoch.
+        colours: of the kinds; one that is missing is grey.
+    """
+    shades = {kind: {"color": colours.get(kind, _OTHER_COLOUR), "alpha": 0.2} for kind in kinds}
     start = 0
     for end in range(1, len(kinds) + 1):
         if end == len(kinds) or kinds[end] != kinds[start]:
-            axes.axvspan(start, end, color=colours[kinds[start]], lw=0, zorder=0)
+            axes.axvspan(start, end, **shades[kinds[start]], lw=0, zorder=0)
             start = end
     handles = [
-        axes.fill_between([], [], color=colours[kind], label=f"{kind} labels")
-        for kind in dict.fromkeys(kinds)
+        axes.fill_between([], [], **shade, label=f"{kind} labels") for kind, shade in shades.items()
     ]
     axes.legend(handles=handles + axes.get_lines(), loc="best", fontsize=8)
     axes.set_xlim(0, len(kinds))
 
 
-def plot_curves(lines: list[dict], result: dict, path: Path) -> None:
-    """Draws accuracy and training loss over epochs, phases shaded, as PNG."""
+def plot_curves(lines: list[dict], result: dict, colours: dict[str, str], path: Path) -> None:
+    """Draws accuracy and training loss over epochs, phases shaded, as PNG.
+
+    Args:
+        lines: of the log.
+        result: of the run.
+        colours: see `shade_phases`.
+        path: the PNG.
+    """
     from matplotlib.figure import Figure
 
     epochs = [line["epoch"] for line in lines]
@@ -173,13 +177,13 @@ def plot_curves(lines: list[dict], result: dict, path: Path) -> None:
         f"{result['model']} on {result['dataset']}: best {result['best']['top1']:.2f} %, "
         f"last {result['last']['top1']:.2f} %"
     )
-    for kind, style in (("soft", "C0"), ("hard", "C1"), ("joint", "C2"), ("static", "C4")):
+    for kind in dict.fromkeys(kinds):
         values = [line["loss"] if line["kind"] == kind else float("nan") for line in lines]
-        if kind in kinds:
-            lower.plot(epochs, values, style, label=f"{kind}-label loss")
+        colour = colours.get(kind, _OTHER_COLOUR)
+        lower.plot(epochs, values, color=colour, label=f"{kind}-label loss")
     lower.set_yscale("log")
     lower.set_ylabel("training loss")
     lower.set_xlabel("epoch")
     for axes in (upper, lower):
-        shade_phases(axes, kinds)
+        shade_phases(axes, kinds, colours)
     save_png(figure, path)

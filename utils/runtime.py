@@ -7,7 +7,7 @@ import dataclasses
 import datetime
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,26 +101,6 @@ class Runtime:
                     self.total(buffer).div_(self.world)
 
 
-def on_host(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """The same tensors in main memory, one behind: the next is computed while one is copied."""
-    waiting: list[tuple[torch.Tensor, torch.cuda.Event | None]] = []
-    for tensor in tensors:
-        copied = torch.cuda.Event() if tensor.is_cuda else None
-        waiting.append((tensor.to("cpu", non_blocking=True), copied))
-        if copied:
-            copied.record(torch.cuda.current_stream(tensor.device))
-        if len(waiting) > 1:
-            yield _arrived(*waiting.pop(0))
-    for copy in waiting:
-        yield _arrived(*copy)
-
-
-def _arrived(tensor: torch.Tensor, copied: torch.cuda.Event | None) -> torch.Tensor:
-    if copied:
-        copied.synchronize()
-    return tensor
-
-
 def check_outputs(model: nn.Module, dataset: Dataset, device: torch.device, what: str) -> None:
     """Raises UserError unless the network maps one input to one finite logit per class.
 
@@ -183,7 +163,7 @@ def describe(machine: Runtime, input_size: int) -> str:
     That is measured: among processors with instructions for bf16, some are slower with them.
     """
     if machine.device.type == "cuda":
-        return f"{torch.cuda.get_device_name(machine.device)}, precision {machine.precision}"
+        return f"{device_name(machine.device)}, precision {machine.precision}"
     line = f"cpu, precision {machine.precision}, {torch.get_num_threads()} threads"
     if input_size >= _LARGE_INPUT:
         ratio = bf16_speedup()
@@ -192,6 +172,11 @@ def describe(machine: Runtime, input_size: int) -> str:
         if machine.dtype is torch.bfloat16 and ratio < 1 / _CLEARLY:
             line += f"; convolutions are {1 / ratio:.1f} times as fast with --amp off"
     return line
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def bf16_speedup() -> float:

@@ -10,6 +10,7 @@ if not __package__:  # run as a plain script: imports start at the repository ro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -19,8 +20,11 @@ from utils import cli, runtime
 from utils.cli import UserError
 from utils.data import evaluation, images
 from utils.data.datasets import Dataset
+from utils.data.views import normalise
 from utils.files import load_tensors
-from validate import engine
+from utils.metrics import correct_top1_top5
+
+_BATCH_SIZE = 256
 
 
 def main() -> None:
@@ -42,16 +46,50 @@ def main() -> None:
     folder = images.scan(args.val_dir)
     images.check_same_classes(folder, saved["classes"], str(args.checkpoint))
     pixels = evaluation.load(folder, dataset, machine.device, args.val_cache)
-    top1, top5 = engine.evaluate(
+    top1, top5 = accuracy(
         model.to(machine.device, memory_format=torch.channels_last),
-        pixels,
-        folder.labels,
-        torch.tensor(dataset.mean, device=machine.device),
-        torch.tensor(dataset.std, device=machine.device),
-        machine,
-        lambda starts: cli.progress(starts, desc="evaluate", leave=False, delay=2),
+        pixels=pixels,
+        targets=folder.labels,
+        dataset=dataset,
+        machine=machine,
     )
     print(f"top-1 {top1:.4f} %, top-5 {top5:.4f} % of {len(pixels)} images in {args.val_dir}")
+
+
+@torch.inference_mode()
+def accuracy(
+    model: nn.Module,
+    pixels: torch.Tensor,
+    targets: torch.Tensor,
+    dataset: Dataset,
+    machine: runtime.Runtime,
+    after_batch: Callable[[], object] | None = None,
+) -> tuple[float, float]:
+    """Top-1 and top-5 accuracy in percent; under torchrun the ranks share the batches.
+
+    Args:
+        model: the network, on machine.device.
+        pixels: uint8 [N, 3, S, S], see utils.data.evaluation.load.
+        targets: int64 [N].
+        dataset: gives mean and standard deviation.
+        machine: device and precision.
+        after_batch: called after each batch; may raise to end the evaluation there.
+    """
+    model.eval()
+    mean, std = (torch.tensor(each, device=machine.device) for each in (dataset.mean, dataset.std))
+    targets = targets.to(machine.device)
+    correct = torch.zeros(2, dtype=torch.int64, device=machine.device)
+    starts = range(0, len(pixels), _BATCH_SIZE)[machine.rank :: machine.world]
+    for start in cli.progress(starts, desc="evaluate", leave=False, delay=2):
+        rows = slice(start, start + _BATCH_SIZE)
+        batch = images.send(pixels[rows], machine.device).float()
+        with machine.autocast():
+            logits = model(normalise(batch, mean, std))
+        correct += correct_top1_top5(logits.float(), targets[rows])
+        if after_batch:
+            after_batch()
+    top1, top5 = (100 * count / len(pixels) for count in machine.total(correct).tolist())
+    return top1, top5
 
 
 def load_student(checkpoint: Path, name: str | None = None) -> tuple[nn.Module, dict]:

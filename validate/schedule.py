@@ -1,55 +1,62 @@
-"""Pure functions of the epoch: phases, learning rate, temperature, pool of label batches."""
+"""Pure functions of the epoch: phases, learning rate, temperature, which label batches it draws."""
 
 import math
 import re
+from collections.abc import Collection, Sequence
 
 from utils.cli import UserError, did_you_mean
 from utils.data.views import POOL, shuffle
 
-Phase = tuple[str, int]
-KINDS = ("soft", "hard", "joint", "static")
-NAMES = ("hald", *KINDS, "S1", "S2", "S3", "S4", "S5", "S6", "S7", "S8")
+Phase = tuple[str, int]  # a kind of epoch, and how many of them follow one another
+NAMES = ("hald", "S1", "S2", "S3", "S4", "S5", "S6", "S7", "S8")
 
 
-def phases(schedule: str, soft: int, hard: int, passes: int) -> list[Phase]:
+def phases(schedule: str, soft: int, hard: int, passes: int, kinds: Sequence[str]) -> list[Phase]:
     """The phases of a schedule, in order.
 
     Args:
-        schedule: a name of NAMES (HALD's ablation table, arXiv 2512.15647; hald = S6), or the
-            free form "soft:75,hard:150,soft:75". A kind's name trains all soft + hard epochs on
+        schedule: a name of NAMES (HALD's ablation table, arXiv 2512.15647; hald = S6), a kind, or
+            the free form "soft:75,hard:150,soft:75". A kind's name trains all soft + hard epochs on
             that one kind, so that baselines take equally many steps.
         soft, hard: number of soft-label and hard-label epochs.
         passes: stored soft labels per image; the n of S2 to S5.
+        kinds: the names of all kinds of epoch.
 
     Returns:
-        [(kind, epochs), ...] with a kind of KINDS, no empty phase, neighbours merged.
+        [(kind, epochs), ...], no empty phase, neighbours merged.
 
     Raises:
         UserError: unknown name, a free form that does not parse, or no epoch at all.
     """
-    if ":" in schedule:
-        found = _parse(schedule)
-    else:
-        by_name = {
-            "hald": lambda: _sandwich("soft", soft, "hard", hard),
-            **{kind: lambda kind=kind: [(kind, soft + hard)] for kind in KINDS},
-            "S1": lambda: [("hard", hard), ("soft", soft)],
-            "S2": lambda: _alternate({"hard": hard, "soft": soft}, passes),
-            "S3": lambda: _alternate({"hard": hard, "soft": soft}, 2 * passes),
-            "S4": lambda: _alternate({"soft": soft, "hard": hard}, passes),
-            "S5": lambda: _alternate({"soft": soft, "hard": hard}, 2 * passes),
-            "S6": lambda: _sandwich("soft", soft, "hard", hard),
-            "S7": lambda: _sandwich("hard", hard, "soft", soft),
-            "S8": lambda: [("soft", soft), ("hard", hard)],
-        }
-        if schedule not in by_name:
+    match schedule:
+        case "hald" | "S6":
+            parts = _sandwich("soft", soft, "hard", hard)
+        case "S1":
+            parts = [("hard", hard), ("soft", soft)]
+        case "S2":
+            parts = _alternate({"hard": hard, "soft": soft}, passes)
+        case "S3":
+            parts = _alternate({"hard": hard, "soft": soft}, 2 * passes)
+        case "S4":
+            parts = _alternate({"soft": soft, "hard": hard}, passes)
+        case "S5":
+            parts = _alternate({"soft": soft, "hard": hard}, 2 * passes)
+        case "S7":
+            parts = _sandwich("hard", hard, "soft", soft)
+        case "S8":
+            parts = [("soft", soft), ("hard", hard)]
+        case kind if kind in kinds:
+            parts = [(kind, soft + hard)]
+        case text if ":" in text:
+            parts = _parse(text, kinds)
+        case unknown:
+            known = [*NAMES, *kinds]
             raise UserError(
-                f"unknown schedule {schedule!r}{did_you_mean(schedule, NAMES)} "
-                f'(known: {", ".join(NAMES)}, or the form "soft:75,hard:150,soft:75")'
+                f"unknown schedule {unknown!r}{did_you_mean(unknown, known)} "
+                f'(known: {", ".join(known)}, or the form "soft:75,hard:150,soft:75")'
             )
-        found = by_name[schedule]()
     merged: list[Phase] = []
-    for kind, epochs in found:
+    for kind, epochs in parts:
         if merged and merged[-1][0] == kind:
             merged[-1] = (kind, merged[-1][1] + epochs)
         elif epochs:
@@ -66,36 +73,41 @@ def _sandwich(outer: str, outer_epochs: int, inner: str, inner_epochs: int) -> l
 
 def _alternate(remaining: dict[str, int], every: int) -> list[Phase]:
     """Turns of `every` epochs per kind, in the dict's order, until both kinds are used up."""
-    found = []
+    turns = []
     while any(remaining.values()):
         for kind in remaining:
             epochs = min(every, remaining[kind])
             remaining[kind] -= epochs
-            found.append((kind, epochs))
-    return found
+            turns.append((kind, epochs))
+    return turns
 
 
-def _parse(text: str) -> list[Phase]:
-    found = []
+def _parse(text: str, kinds: Sequence[str]) -> list[Phase]:
+    parts = []
     for part in text.split(","):
-        match = re.fullmatch(rf"\s*({'|'.join(KINDS)}):(\d+)\s*", part)
+        match = re.fullmatch(rf"\s*({'|'.join(kinds)}):(\d+)\s*", part)
         if match is None:
             raise UserError(
                 f"schedule {text!r}: {part!r} is not of the form KIND:EPOCHS with KIND one of "
-                + ", ".join(KINDS)
+                + ", ".join(kinds)
             )
-        found.append((match[1], int(match[2])))
-    return found
+        parts.append((match[1], int(match[2])))
+    return parts
 
 
-def epoch_kinds(found: list[Phase]) -> list[str]:
+def epoch_kinds(phases: Sequence[Phase]) -> list[str]:
     """The kind of every epoch."""
-    return [kind for kind, epochs in found for _ in range(epochs)]
+    return [kind for kind, epochs in phases for _ in range(epochs)]
 
 
 def learning_rate(epoch: int, epochs: int, base: float, eta: float) -> float:
     """base * (1 + cos(pi t / (E eta))) / 2: a cosine that eta = 2 stops at half the base rate."""
     return base * 0.5 * (1 + math.cos(math.pi * epoch / (epochs * eta)))
+
+
+def temperature(epoch: int, epochs: int, first: float, last: float) -> float:
+    """From `first` to `last` by equal factors per epoch: T = first * (last / first)^(t / (E-1))."""
+    return first * (last / first) ** (epoch / max(epochs - 1, 1))
 
 
 def auto_soft_epochs(total: int, labels_per_image: int, classes: int) -> int:
@@ -110,48 +122,50 @@ def auto_soft_epochs(total: int, labels_per_image: int, classes: int) -> int:
     return round(total * (3 / 4 if told >= 4 else 1 / 2))
 
 
-def temperature(epoch: int, epochs: int, first: float, last: float) -> float:
-    """From `first` to `last` by equal factors per epoch: T = first * (last / first)^(t / (E-1))."""
-    return first * (last / first) ** (epoch / max(epochs - 1, 1))
+def label_batches(stored: int, keep: int, chosen: str, seed: int) -> list[int]:
+    """The stored label batches that soft epochs draw from: the pool.
 
-
-def pruned(batches: int, keep: int, seed: int) -> list[int]:
-    """`keep` of the numbers below `batches`, chosen at random, in order: LPLD's random pruning."""
-    return sorted(shuffle(seed, POOL, 0, batches)[:keep].tolist())
-
-
-class BatchPool:
-    """All stored label batches, drawn without replacement from shuffle after shuffle.
-
-    The order is a function of (seed, number of refills), so `state` holds all there is to resume.
+    Args:
+        stored, keep: how many there are, and how many of them to use.
+        chosen: "first", or "random": chosen by the seed, LPLD's random pruning.
     """
+    if chosen == "first":
+        return list(range(keep))
+    return sorted(shuffle(seed, POOL, 0, stored)[:keep].tolist())
 
-    def __init__(self, size: int, seed: int):
-        self.size, self.seed = size, seed
-        self.refills, self.position = 0, size
 
-    def refill(self) -> None:
-        """Puts every batch back in a new order; done at the start of each soft phase."""
-        self.refills += 1
-        self.position = 0
+def drawn_from_pool(
+    phases: Sequence[Phase],
+    epoch: int,
+    per_epoch: int,
+    pool: Sequence[int],
+    drawing: Collection[str],
+    seed: int,
+) -> list[int]:
+    """The label batches of an epoch: drawn without replacement from shuffle after shuffle.
 
-    def take(self, count: int) -> list[int]:
-        """The next `count` batch numbers; refills whenever the pool runs out."""
-        taken: list[int] = []
-        while len(taken) < count:
-            if self.position == self.size:
-                self.refill()
-            order = shuffle(self.seed, POOL, self.refills, self.size)
-            chosen = order[self.position : self.position + count - len(taken)]
-            self.position += len(chosen)
-            taken += chosen.tolist()
-        return taken
+    A pure function of the epoch, so that a run that continues needs no state of the pool. Every
+    phase begins with a new shuffle of the whole pool; another follows whenever one is used up.
 
-    @property
-    def state(self) -> dict[str, int]:
-        """What a checkpoint keeps."""
-        return {"refills": self.refills, "position": self.position}
-
-    @state.setter
-    def state(self, saved: dict[str, int]) -> None:
-        self.refills, self.position = saved["refills"], saved["position"]
+    Args:
+        phases: of the whole run.
+        epoch: counted from 0, of a kind that draws from the pool.
+        per_epoch: label batches that such an epoch draws.
+        pool: the label batches to draw from.
+        drawing: the kinds of epoch that draw from the pool.
+        seed: of the run.
+    """
+    shuffles, phase_start = 1, 0  # number 0 is the one that prunes
+    for kind, epochs in phases:
+        if epoch < phase_start + epochs:
+            break
+        phase_start += epochs
+        if kind in drawing:
+            shuffles += math.ceil(epochs * per_epoch / len(pool))
+    start = (epoch - phase_start) * per_epoch
+    drawn: list[int] = []
+    while len(drawn) < per_epoch:
+        used_up, position = divmod(start + len(drawn), len(pool))
+        order = shuffle(seed, POOL, shuffles + used_up, len(pool))
+        drawn += order[position : position + per_epoch - len(drawn)].tolist()
+    return [pool[position] for position in drawn]

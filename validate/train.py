@@ -11,60 +11,265 @@ if not __package__:  # run as a plain script: imports start at the repository ro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import contextlib
+import itertools
+import math
+import time
+from collections.abc import Iterator
 
-from utils import cli, loggers, runlog
+import torch
+
+import models
+from utils import cli, loggers, runlog, runtime
 from utils.cli import UserError
-from validate.plan import Plan, make_plan, parse_arguments
-from validate.session import Session
+from utils.data import datasets, evaluation, images
+from validate import evaluate, schedule, step
+from validate.kinds import KINDS, Batch, Kind, TrainingData
+from validate.settings import Materials, Settings, parse_arguments, resolve
 
-
-def train(plan: Plan, run: runlog.RunFolder, workers: int, compiled: bool, val_cache: str) -> None:
-    """Trains from the run's checkpoint, or from scratch, to the end of the schedule.
-
-    SIGTERM and Ctrl-C end it after the optimiser step under way, with a checkpoint written.
-    """
-    if plan.machine.world > 1:
-        accumulated = plan.machine.world * plan.settings["grad_accum"]
-        print(
-            f"{plan.machine.world} processes: an optimiser step takes {accumulated} batches of "
-            f"{plan.spec.batch_size} = {accumulated * plan.spec.batch_size} views"
-        )
-    if run.started and not run.has_checkpoint:
-        print(f"{run.path}: stopped before its first checkpoint; starting over")
-    session = Session(plan, run, workers, compiled, val_cache)
-    if plan.machine.rank == 0:
-        run.begin(session.reached.epochs)
-    with cli.delayed_signals() as session.noted:
-        while session.reached.epochs < len(plan.kinds):
-            session.train_epoch()
-    session.bar.close()
-    if plan.machine.rank == 0:
-        run.finish(session.result())
-        print(f"{run.path}: {describe_result(session.result())}")
-
-
-def describe_result(result: dict) -> str:
-    """One line: best and last top-1, label bytes, seconds."""
-    best, last = result["best"], result["last"]
-    return (
-        f"top-1 best {best['top1']:.2f} % (epoch {best['epoch']}), last {last['top1']:.2f} %; "
-        f"{result['label_bytes']:,} label bytes, {result['seconds']:.0f} s"
-    )
+_CHECKPOINT_SECONDS = 60  # between checkpoints after epochs that are not evaluated
+_STEPS_TO_AGREE = 8  # between the moments at which ranks ask each other for a signal
 
 
 def main() -> None:
     args = parse_arguments()
-    plan = make_plan(args)
-    others = {name: str(value) for name, value in vars(args).items() if name not in plan.settings}
-    run = runlog.RunFolder(args.output_dir, plan.settings, others)
-    run.openers = loggers.from_arguments(args)
-    if run.started and args.resume == "off":
-        raise UserError(f"{args.output_dir} holds a run already; --resume auto continues it")
+    dataset, machine = datasets.from_arguments(args), runtime.from_arguments(args)
+    print(runtime.describe(machine, dataset.input_size))
+    materials = Materials.open(dataset, args.data_dir, args.val_dir, args.label_dir)
+    if args.val_dir.resolve() == args.data_dir.resolve():
+        print("--val-dir is --data-dir: top-1 is that on the training images")
+    settings = resolve(args, materials, machine)
+    run = runlog.RunFolder(args.output_dir)
+    if recorded := run.settings():
+        settings.check_continues(Settings.from_record(recorded, run.path), run.path)
+        if args.resume == "off":
+            raise UserError(f"{run.path} holds a run already; --resume auto continues it")
+    openers = loggers.from_arguments(args)
     if result := run.result():
-        print(f"{args.output_dir} is done: {describe_result(result)}")
-        return
-    with run.locked() if plan.machine.rank == 0 else contextlib.nullcontext():
-        train(plan, run, args.workers, args.compile, args.val_cache)
+        print(f"{run.path} is done: {runlog.describe(result)}")
+    else:
+        with run.locked() if machine.rank == 0 else contextlib.nullcontext():
+            result = train(settings, materials, machine, run, openers)
+    if machine.rank == 0:
+        run.draw_curves(result, {name: kind.colour for name, kind in KINDS.items()})
+
+
+class Training:
+    """A run in memory: the student, what updates it, and what its epochs are made of.
+
+    It is a function of its arguments, so that analysis/ can train a run once more.
+
+    Attributes:
+        student: the network, channels last.
+        step: makes optimiser steps with the student, compiled or shared among ranks.
+        kinds: by name, those of the schedule.
+        data: what they draw their batches from.
+    """
+
+    def __init__(self, settings: Settings, materials: Materials, machine: runtime.Runtime):
+        self.settings, self.machine = settings, machine
+        torch.manual_seed(settings.seed)
+        try:
+            student = models.build(settings.model, settings.num_classes, settings.input_size)
+        except ValueError as error:
+            raise UserError(f"--model: {error}") from None
+        # Convolutions are faster with channels last, on GPUs in mixed precision and on CPUs.
+        self.student = student.to(machine.device, memory_format=torch.channels_last)
+        runtime.check_outputs(student, settings.facts, machine.device, f"--model {settings.model}")
+        self.optimizer = torch.optim.AdamW(
+            step.parameter_groups(student, settings.weight_decay), lr=settings.lr, fused=True
+        )
+        if machine.rank > 0:  # dropout of its own on every rank
+            torch.manual_seed(settings.seed + machine.rank)
+        source = images.open_images(
+            materials.folder, materials.sizes, settings.facts, machine.device, settings.workers
+        )
+        self.data = TrainingData(settings, materials, source, machine)
+        self.kinds = {name: KINDS[name](self.data) for name in {*settings.kinds}}
+        model = self.student
+        if settings.compile:
+            model = step.compiled(model, machine, settings.grad_accum)
+        if machine.world > 1:
+            model = step.distributed(model)
+        self.step = step.Step(model, self.optimizer, machine.scaler(), machine)
+
+    def begin_epoch(self, epoch: int) -> Kind:
+        """Sets what changes with the epoch, counted from 0; returns its kind."""
+        kinds = self.settings.kinds
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(epoch)
+        if self.settings.reset_optimizer and epoch > 0 and kinds[epoch] != kinds[epoch - 1]:
+            step.forget(self.optimizer)
+        self.data.begin_epoch(epoch)
+        self.step.begin_epoch()
+        self.step.model.train()
+        return self.kinds[kinds[epoch]]
+
+    def learning_rate(self, epoch: int) -> float:
+        """The rate of an epoch, counted from 0."""
+        settings = self.settings
+        return schedule.learning_rate(epoch, len(settings.kinds), settings.lr, settings.eta)
+
+    def batches(self, kind: Kind, epoch: int) -> Iterator[list[Batch]]:
+        """The batches of an epoch, as many at a time as an optimiser step takes."""
+        batches = kind.batches(epoch)
+        while together := list(itertools.islice(batches, self.settings.grad_accum)):
+            yield together
+
+    def state(self) -> dict:
+        """What a checkpoint holds of it; all ranks must ask for it together."""
+        device = self.machine.device
+        random_state = {
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        }
+        return {
+            "model": self.student.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.step.scaler.state_dict(),
+            "random_states": self.machine.gather(random_state),
+        }
+
+    def restore(self, saved: dict) -> None:
+        """Takes over what `state` gave."""
+        self.student.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.step.scaler.load_state_dict(saved["scaler"])
+        own = saved["random_states"][self.machine.rank]
+        torch.set_rng_state(own["cpu"])
+        if self.machine.device.type == "cuda" and own["cuda"] is not None:
+            torch.cuda.set_rng_state(own["cuda"], self.machine.device)
+
+
+def train(
+    settings: Settings,
+    materials: Materials,
+    machine: runtime.Runtime,
+    run: runlog.RunFolder,
+    openers: list[loggers.Opener],
+) -> dict:
+    """Trains from the run's checkpoint, or from scratch, to the end; returns the result.
+
+    SIGTERM, Ctrl-C, SIGUSR1 and SIGHUP end the program after the optimiser step under way. The
+    epochs since the last checkpoint are then trained again: those of a minute, and the last.
+    """
+    epochs, views_per_epoch = len(settings.kinds), len(materials.folder.files)
+    if machine.world > 1:
+        together = machine.world * settings.grad_accum
+        print(
+            f"{machine.world} processes: an optimiser step takes {together} batches of "
+            f"{settings.batch_size} = {together * settings.batch_size} views"
+        )
+    training = Training(settings, materials, machine)
+    validation = evaluation.load(
+        materials.validation, settings.facts, machine.device, settings.val_cache
+    )
+    reached = {"epochs": 0, "seconds": 0.0, "best": None, "last": None}
+    if saved := run.checkpoint():
+        reached = saved["reached"]
+        training.restore(saved)
+        print(f"{run.path}: continuing after epoch {reached['epochs']} of {epochs}")
+    elif run.settings():
+        print(f"{run.path}: stopped before its first checkpoint; starting over")
+    first = checkpointed = reached["epochs"]
+    saved_at = -math.inf
+    network = {  # with the weights, what evaluate.py needs
+        "format": "hald-student",
+        "network": settings.model,
+        "dataset": vars(settings.facts),
+        "classes": materials.folder.classes,
+        "precision": machine.precision,
+    }
+    if machine.rank == 0:
+        run.begin(settings.record(), first, openers)
+    bar = cli.progress(
+        desc="train", unit="view", total=epochs * views_per_epoch, initial=first * views_per_epoch
+    )
+    with bar, cli.delayed_signals() as noted_signal:
+
+        def end_if_asked() -> None:
+            signal = noted_signal()
+            if machine.world > 1:  # all ranks end after the same step: none may wait for another
+                if training.step.steps % _STEPS_TO_AGREE:
+                    return
+                signal = next(filter(None, machine.gather(signal)), None)
+            if signal:
+                cli.end_by_signal(signal, f"from epoch {checkpointed + 1} of {epochs}")
+
+        for epoch in range(first, epochs):
+            started = time.monotonic()
+            kind = training.begin_epoch(epoch)
+            for batches in training.batches(kind, epoch):
+                training.step(batches, kind.loss)
+                bar.update(sum(len(batch.pixels) for batch in batches) * machine.world)
+                end_if_asked()
+            machine.average_buffers(training.student)
+            means = training.step.means()
+            trained = time.monotonic() - started
+            if not math.isfinite(means.loss):
+                raise UserError(
+                    f"the loss became {means.loss} in epoch {epoch + 1} ({kind.name} labels); "
+                    f"the last good checkpoint is kept in {run.path}; try a lower --lr or --amp off"
+                )
+            line = {
+                "epoch": epoch + 1,
+                "kind": kind.name,
+                "lr": training.learning_rate(epoch),
+                "loss": means.loss,
+                "train_top1": means.top1,
+                "train_top5": means.top5,
+                "seconds": round(trained, 3),
+                "images_per_second": round(means.views / trained, 1),
+            }
+            evaluated = epoch + 1 == epochs or (epoch + 1) % settings.eval_every == 0
+            if evaluated:
+                top1, top5 = evaluate.accuracy(
+                    training.student,
+                    pixels=validation,
+                    targets=materials.validation.labels,
+                    dataset=settings.facts,
+                    machine=machine,
+                    after_batch=end_if_asked if machine.world == 1 else None,
+                )
+                line |= {"val_top1": top1, "val_top5": top5}
+                reached["last"] = {"epoch": epoch + 1, "top1": top1, "top5": top5}
+                if reached["best"] is None or top1 > reached["best"]["top1"]:
+                    reached["best"] = reached["last"]
+                    if machine.rank == 0:
+                        weights = {"model": training.student.state_dict()}
+                        run.save(runlog.BEST, {**network, **reached["best"], **weights})
+            reached["epochs"] = epoch + 1
+            reached["seconds"] += time.monotonic() - started
+            if machine.rank == 0:
+                run.log(line)
+            due = machine.from_first(time.monotonic() - saved_at > _CHECKPOINT_SECONDS)
+            if evaluated or due:
+                state = {**network, **training.state(), "reached": reached}
+                if machine.rank == 0:
+                    run.save(runlog.CHECKPOINT, state)
+                checkpointed, saved_at = epoch + 1, time.monotonic()
+            bar.n = (epoch + 1) * views_per_epoch
+            top1 = f"top-1 {reached['last']['top1']:.2f} %" if reached["last"] else "not evaluated"
+            bar.set_postfix_str(
+                f"epoch {epoch + 1}/{epochs} {kind.name} loss {means.loss:.4g} {top1}",
+                refresh=False,
+            )
+    reads_labels = any(KINDS[name].needs_labels for name in training.kinds)
+    result = {
+        "dataset": settings.dataset,
+        "model": settings.model,
+        "best": reached["best"],
+        "last": reached["last"],
+        "epochs": reached["epochs"],
+        "phases": settings.record()["phases"],
+        "seed": settings.seed,
+        "label_bytes": materials.labels.bytes_on_disk(settings.passes) if reads_labels else 0,
+        "seconds": round(reached["seconds"], 1),
+        "device": runtime.device_name(machine.device),
+    }
+    if machine.rank == 0:
+        run.finish(result)
+        print(f"{run.path}: {runlog.describe(result)}")
+    return result
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional as transforms
 
-from utils.cli import UserError, progress
+from utils.cli import ENDING_SIGNALS, UserError, progress
 from utils.data.datasets import Dataset
 from utils.data.views import ORDER, Views, crop_resize, mix, normalise, render, shuffle
 from utils.runtime import usable_cores
@@ -347,11 +347,11 @@ class StreamingImages:
 
 @contextlib.contextmanager
 def _no_signals() -> Iterator[None]:
-    """Keeps SIGTERM and Ctrl-C for good from workers started in it.
+    """Keeps signals that end the program for good from workers started in it.
 
-    They are left to the main process, which ends its workers when it has saved.
+    They are left to the main process, which ends its workers.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
     try:
         yield
     finally:

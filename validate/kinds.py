@@ -1,0 +1,311 @@
+"""The kinds of epoch, a class each: on which batches an epoch trains, and with which loss.
+
+A subclass of `Kind` registers itself: schedules, checks of flags, plots, logs and sweeps read
+`KINDS`. docs/extending.md adds one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from utils.cli import UserError
+from utils.data.views import Mixture, Views, draw
+from utils.labels import LabelSet
+from utils.runtime import Runtime
+from validate import schedule
+
+if TYPE_CHECKING:
+    from validate.settings import Materials, Settings
+
+KINDS: dict[str, type[Kind]] = {}
+
+
+class Batch(NamedTuple):
+    """What one forward and backward pass takes: tensors on the device, of fixed shapes.
+
+    Attributes:
+        pixels: float32 [B, 3, S, S], the network's input.
+        own, partner: int64 [B], the two classes in each view.
+        lam: float32 [B], the share of the own image.
+        teacher: float32 [B, C] logits; None where the loss needs none.
+    """
+
+    pixels: torch.Tensor
+    own: torch.Tensor
+    partner: torch.Tensor
+    lam: torch.Tensor
+    teacher: torch.Tensor | None = None
+
+    @property
+    def mixture(self) -> Mixture:
+        """The hard labels in the views."""
+        return Mixture(own=self.own, partner=self.partner, lam=self.lam)
+
+
+class TrainingData:
+    """What all kinds of epoch draw their batches from, on one of torchrun's ranks.
+
+    Attributes:
+        settings: of the run.
+        source: renders views of the distilled images, see utils.data.images.
+        labels: the label set on the device, or None.
+        temperature, soft_weight: float32 [], of the epoch under way: T, and what multiplies the
+            soft loss. Filled for each epoch, never rebound, so that a captured step sees them.
+    """
+
+    def __init__(self, settings: Settings, materials: Materials, source, machine: Runtime):
+        self.settings, self.source, self.machine = settings, source, machine
+        self.sizes = materials.sizes
+        self.labels = materials.labels.to(machine.device) if materials.labels else None
+        self.hard_labels = materials.folder.labels.to(machine.device)
+        batches = math.ceil(len(self.sizes) / settings.batch_size / machine.world)
+        self.batches_per_epoch = batches * machine.world  # over all ranks, as many on each
+        self.temperature = torch.ones((), device=machine.device)
+        self.soft_weight = torch.ones((), device=machine.device)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Sets what changes with the epoch, counted from 0."""
+        settings = self.settings
+        last = settings.temperature_end or settings.temperature
+        epochs = len(settings.kinds)
+        temperature = schedule.temperature(epoch, epochs, settings.temperature, last)
+        self.temperature.fill_(temperature)
+        self.soft_weight.fill_(temperature**2 if settings.soft_loss_scale == "T2" else 1)
+
+    def stored_batches(self, epoch: int) -> list[int]:
+        """This rank's label batches of an epoch that draws from the pool."""
+        settings = self.settings
+        drawn = schedule.drawn_from_pool(
+            phases=settings.phases,
+            epoch=epoch,
+            per_epoch=self.batches_per_epoch,
+            pool=settings.label_batches(self.labels),
+            drawing={name for name, kind in KINDS.items() if kind.draws_from_pool},
+            seed=settings.seed,
+        )
+        return self._share(drawn)
+
+    def fresh_views(self, epoch: int) -> list[Views]:
+        """This rank's batches of freshly drawn views, one view of every image over all ranks."""
+        views = draw(self.settings.view_spec, self.sizes, self.settings.seed, epoch + 1)
+        return self._share(list(views.to(self.machine.device)))
+
+    def _share(self, batches: list) -> list:
+        """This rank's batches of an epoch; the first ones again where they do not divide evenly."""
+        cycled = itertools.cycle(batches)
+        rank, world = self.machine.rank, self.machine.world
+        return list(itertools.islice(cycled, rank, self.batches_per_epoch, world))
+
+    def render(self, batches: Sequence[Views]) -> Iterator[Batch]:
+        """Batches of these views, without a teacher."""
+        for views, pixels in zip(batches, self.source.render(batches), strict=True):
+            yield Batch(pixels, *views.mixture(self.hard_labels, self.source.size))
+
+    def render_stored(self, batch_indices: Sequence[int]) -> Iterator[Batch]:
+        """Batches of stored views, as the teacher saw them, with its labels."""
+        views = [self.labels.views(index) for index in batch_indices]
+        for index, batch in zip(batch_indices, self.render(views), strict=True):
+            yield batch._replace(teacher=self.labels[index].logits)
+
+
+class Kind:
+    """A kind of epoch. Subclasses set the class attributes and define `batches` and `loss`.
+
+    Class attributes:
+        name: in schedules, logs and plots.
+        colour: of its phases and its loss in plots, as matplotlib takes it.
+        needs_labels: whether it needs a label set.
+        draws_from_pool: whether its epochs draw from the pool of stored label batches.
+        flags: names of the settings that mean something only for some kinds, this one among them.
+    """
+
+    name: ClassVar[str]
+    colour: ClassVar[str]
+    needs_labels: ClassVar[bool] = True
+    draws_from_pool: ClassVar[bool] = False
+    flags: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls):
+        KINDS[cls.name] = cls
+
+    @classmethod
+    def check(cls, settings: Settings, labels: LabelSet | None) -> None:
+        """Raises UserError for what it cannot train on."""
+
+    def __init__(self, data: TrainingData):
+        self.data, self.settings = data, data.settings
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        """What an epoch, counted from 0, trains on; a function of the settings and the epoch."""
+        raise NotImplementedError
+
+    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """float32 [], the mean loss of a batch.
+
+        Tensor arithmetic alone: reading a value would make the host wait for the GPU.
+
+        Args:
+            logits: float32 [B, C], the student's.
+            batch: what it saw.
+        """
+        raise NotImplementedError
+
+    def soft_loss(self, logits: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        """`soft_loss` at the temperature and with the weight of the epoch."""
+        return soft_loss(logits, teacher, self.data.temperature) * self.data.soft_weight
+
+    def hard_loss(self, logits: torch.Tensor, mixture: Mixture) -> torch.Tensor:
+        """`hard_loss` with the smoothing of the run."""
+        return hard_loss(logits, mixture, self.settings.label_smoothing)
+
+
+class Soft(Kind):
+    """Stored views with the teacher's labels for them."""
+
+    name = "soft"
+    colour = "tab:blue"
+    draws_from_pool = True
+    flags = ("temperature_end", "slc_from")
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        return self.data.render_stored(self.data.stored_batches(epoch))
+
+    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return self.soft_loss(logits, batch.teacher)
+
+
+class Hard(Kind):
+    """Fresh views with the classes of their images."""
+
+    name = "hard"
+    colour = "tab:orange"
+    needs_labels = False
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        return self.data.render(self.data.fresh_views(epoch))
+
+    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return self.hard_loss(logits, batch.mixture)
+
+
+class Joint(Kind):
+    """Stored views with hard_share * hard loss + (1 - hard_share) * soft loss."""
+
+    name = "joint"
+    colour = "tab:green"
+    draws_from_pool = True
+    flags = ("temperature_end", "slc_from", "hard_share")
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        return self.data.render_stored(self.data.stored_batches(epoch))
+
+    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        hard = self.hard_loss(logits, batch.mixture)
+        soft = self.soft_loss(logits, batch.teacher)
+        share = self.settings.hard_share
+        return share * hard + (1 - share) * soft
+
+
+class Static(Kind):
+    """Fresh views with one soft label per whole image (arXiv 2406.10485).
+
+    A mixed view gets the mixture of its two images' probabilities.
+    """
+
+    name = "static"
+    colour = "tab:purple"
+    flags = ("temperature_end",)
+
+    @classmethod
+    def check(cls, settings: Settings, labels: LabelSet | None) -> None:
+        if settings.slc_from == "random":
+            raise UserError(
+                "--slc-from random would leave images without a label for static epochs"
+            )
+        if labels.spec.mix != "none":
+            raise UserError(
+                f"static epochs need one label per image, but {labels.path} labels "
+                f"{labels.spec.mix} views; make a set of whole images: relabel/generate.py "
+                "--mix none --min-scale 1"
+            )
+
+    def __init__(self, data: TrainingData):
+        super().__init__(data)
+        self.image_logits = static_labels(data.labels, data.settings.passes)
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        fresh = self.data.fresh_views(epoch)
+        for views, batch in zip(fresh, self.data.render(fresh), strict=True):
+            teacher = self.image_logits[views.index]
+            if (partner := views.partner()) is not None:
+                temperature = self.data.temperature
+                teacher = mixed_logits(teacher, teacher[partner], batch.lam, temperature)
+            yield batch._replace(teacher=teacher)
+
+    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return self.soft_loss(logits, batch.teacher)
+
+
+def soft_loss(
+    student: torch.Tensor, teacher: torch.Tensor, temperature: torch.Tensor | float
+) -> torch.Tensor:
+    """KL(softmax(teacher / T) || softmax(student / T)), mean over the batch, without T^2.
+
+    Args:
+        student, teacher: float32 [B, C] logits.
+        temperature: T.
+    """
+    return F.kl_div(
+        F.log_softmax(student / temperature, dim=1),
+        F.log_softmax(teacher / temperature, dim=1),
+        reduction="batchmean",
+        log_target=True,
+    )
+
+
+def hard_loss(logits: torch.Tensor, mixture: Mixture, smoothing: float) -> torch.Tensor:
+    """Cross-entropy with label smoothing against both classes of each view, weighted by lambda.
+
+    Args:
+        logits: float32 [B, C].
+        mixture: the classes in each view.
+        smoothing: s; the target is 1 - s + s / C for the class and s / C elsewhere.
+    """
+    own, partner = (
+        F.cross_entropy(logits, target, label_smoothing=smoothing, reduction="none")
+        for target in (mixture.own, mixture.partner)
+    )
+    return (mixture.lam * own + (1 - mixture.lam) * partner).mean()
+
+
+def static_labels(labels: LabelSet, passes: int) -> torch.Tensor:
+    """float32 [images, C]: the mean of each image's logits over the first passes."""
+    images, classes = labels.manifest["images"]["count"], labels.manifest["num_classes"]
+    total = torch.zeros(images, classes, device=labels.device)
+    for index in range(passes * labels.batches_per_pass):
+        total.index_add_(0, labels.views(index).index, labels[index].logits)
+    return total / passes
+
+
+def mixed_logits(
+    own: torch.Tensor,
+    partner: torch.Tensor,
+    lam: torch.Tensor,
+    temperature: torch.Tensor | float,
+) -> torch.Tensor:
+    """Logits whose probabilities at T are lam * those of `own` + (1 - lam) * those of `partner`.
+
+    Args:
+        own, partner: float32 [B, C].
+        lam: float32 [B].
+        temperature: T.
+    """
+    shares = torch.stack([lam, 1 - lam]).log()[:, :, None]
+    log_probabilities = torch.log_softmax(torch.stack([own, partner]) / temperature, dim=2)
+    return temperature * torch.logsumexp(shares + log_probabilities, dim=0)
