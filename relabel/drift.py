@@ -144,7 +144,7 @@ def squared_distance(labels: LabelSet, soft: torch.Tensor, index: torch.Tensor, 
     """float64 [n]: squared distance of soft labels to those of the same images in another pass."""
     views, codes, place = before
     rows = place[index]
-    mixture = labels.mixture(views)[rows]
+    mixture = labels.mixture(views).rows(rows)
     other = labels.codec.expand(tuple(code[rows] for code in codes), mixture).softmax(1)
     return (soft - other).double().square().sum(1)
 
