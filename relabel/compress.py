@@ -48,8 +48,11 @@ def main() -> None:
     if args.out_dir.resolve() == args.label_dir.resolve():
         raise UserError("--out-dir is --label-dir; the labels need a folder of their own")
     settings = {
-        key: value for key, value in source.manifest.items() if key not in ("teacher_top1", "files")
-    } | {"codec": parameters, "recoded_from": source.manifest["codec"], "passes": source.passes}
+        **source.manifest,
+        "passes": source.passes,
+        "codec": parameters,
+        "recoded_from": source.manifest["codec"],
+    }
     if args.slc is not None:
         settings["slc"] = args.slc
     writer = LabelWriter(args.out_dir, settings, source.sizes, "--out-dir")

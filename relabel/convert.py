@@ -21,12 +21,12 @@ import dataclasses
 import numpy as np
 import torch
 
-from utils import cli, runtime
+from utils import cli
 from utils.cli import UserError, bounded
 from utils.data import datasets, images
-from utils.data.views import RATIO, Views
+from utils.data.views import Views
 from utils.files import load_tensors, sha256_file
-from utils.labels import LabelWriter
+from utils.labels import LabelWriter, make_settings
 from utils.metrics import near_chance
 
 TEMPERATURE = 20.0
@@ -230,33 +230,28 @@ def main() -> None:
     first = beginning.views
     check_fit(args, beginning, folder.labels, dataset)
     mix = "none" if first.mix_index is None else "mixup" if first.mix_box is None else "cutmix"
-    same_size = bool((sizes == sizes[0]).all())
-    settings = {
-        "dataset": dataset.name,
-        "num_classes": dataset.num_classes,
-        "classes": folder.classes,
-        "ipc": ipc,
-        "slc": ipc * len(orders),
-        "passes": len(orders),
-        "batch_size": first.batch_size,
-        "image_size": sizes[0].tolist() if same_size else None,
-        "input_size": dataset.input_size,
-        "mean": list(dataset.mean),
-        "std": list(dataset.std),
-        "seed": None,
-        "crop_scale": [args.min_scale, 1.0],
-        "crop_ratio": list(RATIO),
-        "mix": mix,
-        "teachers": [],
-        "imported": {
-            "layout": "FKD",
-            "temperature": TEMPERATURE,
-            "sampler_indices_sha256": sha256_file(args.fkd_dir / _INDICES),
+    settings = make_settings(
+        dataset=dataset,
+        classes=folder.classes,
+        counts=folder.counts(),
+        ipc=ipc,
+        sizes=sizes,
+        images_sha256=fingerprint,
+        passes=len(orders),
+        batch_size=first.batch_size,
+        seed=None,
+        min_scale=args.min_scale,
+        mix=mix,
+        origin={
+            "teachers": [],
+            "imported": {
+                "layout": "FKD",
+                "temperature": TEMPERATURE,
+                "sampler_indices_sha256": sha256_file(args.fkd_dir / _INDICES),
+            },
         },
-        "codec": {"name": "fp16"},
-        "images": {"count": len(folder.files), "per_class": ipc, "sha256": fingerprint},
-        "versions": runtime.versions(),
-    }
+        codec={"name": "fp16"},
+    )
     writer = LabelWriter(args.out_dir, settings, sizes, "--out-dir")
     if writer.complete():
         print(f"{args.out_dir} is complete and verified: nothing to do")

@@ -24,8 +24,8 @@ from relabel.teacher import Ensemble, load_teacher, use_batch_statistics
 from utils import cli, runtime
 from utils.cli import UserError, bounded
 from utils.data import datasets, images
-from utils.data.views import MIXES, RATIO, Mixture, Views, centre_views
-from utils.labels import LabelSet, LabelWriter, codecs
+from utils.data.views import MIXES, Mixture, Views, centre_views
+from utils.labels import LabelSet, LabelWriter, codecs, make_settings
 from utils.labels.codecs.klt import FIT_LABELS
 from utils.metrics import near_chance
 
@@ -284,38 +284,29 @@ def main() -> None:
         for module in teacher.model.modules()
     ):
         print("no teacher has BatchNorm: BSSL changes nothing")
-    same_size = bool((sizes == sizes[0]).all())
-    settings = {
-        "dataset": dataset.name,
-        "num_classes": dataset.num_classes,
-        "classes": folder.classes,
-        "ipc": ipc,
-        "slc": args.slc,
-        "passes": passes,
-        "batch_size": args.batch_size,
-        "image_size": sizes[0].tolist() if same_size else None,
-        "input_size": dataset.input_size,
-        "mean": list(dataset.mean),
-        "std": list(dataset.std),
-        "seed": args.seed,
-        "crop_scale": [args.min_scale, 1.0],
-        "crop_ratio": list(RATIO),
-        "mix": args.mix,
-        "teachers": [
-            {"name": teacher.name, "weights_sha256": teacher.sha256, "share": share}
-            for teacher, share in zip(teachers.teachers, teachers.shares, strict=True)
-        ],
-        "bssl": args.bssl,
-        "precision": machine.precision,
-        "views_per_forward": views_per_forward(args, machine.device),
-        "codec": codecs.from_arguments(args),
-        "images": {
-            "count": len(folder.files),
-            "per_class": ipc or folder.counts(),
-            "sha256": fingerprint,
+    settings = make_settings(
+        dataset=dataset,
+        classes=folder.classes,
+        counts=folder.counts(),
+        ipc=ipc,
+        sizes=sizes,
+        images_sha256=fingerprint,
+        passes=passes,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        min_scale=args.min_scale,
+        mix=args.mix,
+        origin={
+            "teachers": [
+                {"name": teacher.name, "weights_sha256": teacher.sha256, "share": share}
+                for teacher, share in zip(teachers.teachers, teachers.shares, strict=True)
+            ],
+            "bssl": args.bssl,
+            "precision": machine.precision,
+            "views_per_forward": views_per_forward(args, machine.device),
         },
-        "versions": runtime.versions(),
-    }
+        codec=codecs.from_arguments(args),
+    )
     writer = LabelWriter(args.label_dir, settings, sizes)
     if machine.from_first(machine.rank == 0 and writer.complete()):
         print(f"{args.label_dir} is complete and verified: nothing to do")
