@@ -10,7 +10,6 @@ if not __package__:  # run as a plain script: imports start at the repository ro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-from collections.abc import Iterator
 
 import torch
 
@@ -19,6 +18,7 @@ from utils import cli
 from utils.cli import UserError
 from utils.data.views import Mixture
 from utils.labels import LabelSet, LabelWriter, codecs
+from utils.labels.codecs.base import labels_to_fit
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -33,10 +33,14 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def all_passes(source: LabelSet) -> Iterator[tuple[torch.Tensor, Mixture]]:
-    """The labels of all passes, a chunk at a time."""
-    for number in range(source.passes):
-        yield from source.expanded(*source.load_pass(number))
+def first_passes(source: LabelSet) -> list[tuple[torch.Tensor, Mixture]]:
+    """Logits and mixture of the first passes, as many as a codec is fitted to."""
+    needed = -(-labels_to_fit(source.manifest["num_classes"]) // len(source.hard_labels))
+    samples = []
+    for pass_index in range(min(needed, source.passes)):
+        whole = source.whole_pass(pass_index)
+        samples.append((whole.logits, source.mixture(whole.views)))
+    return samples
 
 
 def main() -> None:
@@ -62,13 +66,17 @@ def main() -> None:
     with writer.begun():
         if writer.codec is None:
             print(f"fitting codec {args.codec}", flush=True)
-            writer.fit(all_passes(source))
-        for number in cli.progress(range(source.passes), desc="compress", unit="pass"):
-            if not writer.verified(number):
-                views, codes = source.load_pass(number)
-                logits = (chunk for chunk, _ in source.expanded(views, codes))
-                correct = source.teacher_correct(number)
-                writer.write_pass(number, logits, views, source.hard_labels, correct)
+            writer.fit(first_passes(source))
+        for pass_index in cli.progress(range(source.passes), desc="compress", unit="pass"):
+            if not writer.verified(pass_index):
+                whole = source.whole_pass(pass_index)
+                writer.write_pass(
+                    pass_index,
+                    whole.logits,
+                    whole.views,
+                    source.hard_labels,
+                    source.teacher_correct(pass_index),
+                )
         writer.finish()
     result = LabelSet.open(args.out_dir)
     labels = source.passes * source.manifest["images"]["count"]

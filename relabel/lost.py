@@ -8,18 +8,20 @@ from utils.cli import UserError
 from utils.labels import LabelSet
 from utils.labels.codecs.base import information
 
+_ROWS = 1024  # labels compared at once, in double precision
+
 
 def compare(
     labels: LabelSet, reference: LabelSet, passes: Iterable[int], temperatures: Sequence[float]
 ) -> tuple[list[float], float]:
     """Distortion at each temperature, and the share of labels with the same first class.
 
-    See utils.labels.codecs.base.distortion. A chunk of labels is expanded at a time.
+    See utils.labels.codecs.base.distortion. Two passes are in memory at a time.
 
     Args:
         labels: the set.
         reference: the labels that it was made from.
-        passes: numbers of the passes to compare.
+        passes: which to compare.
         temperatures: those of the distortions.
 
     Raises:
@@ -27,21 +29,17 @@ def compare(
     """
     sums = torch.zeros(len(temperatures), 2, dtype=torch.float64)
     agree = count = 0
-    for number in passes:
-        (views, codes), (other_views, other_codes) = (
-            each.load_pass(number) for each in (labels, reference)
-        )
-        if views.checksum() != other_views.checksum():
+    for pass_index in passes:
+        stored, expected = labels.whole_pass(pass_index), reference.whole_pass(pass_index)
+        if stored.views.checksum() != expected.views.checksum():
             raise UserError(
-                f"views of pass {number} in {labels.path} differ from those in {reference.path}"
+                f"views of pass {pass_index} in {labels.path} differ from those in {reference.path}"
             )
-        pairs = zip(
-            labels.expanded(views, codes), reference.expanded(views, other_codes), strict=True
-        )
-        for (found, _), (expected, _) in pairs:
-            agree += int((found.argmax(1) == expected.argmax(1)).sum())
-            count += len(found)
-            told = [information(expected, found, t) for t in temperatures]
+        agree += int((stored.logits.argmax(1) == expected.logits.argmax(1)).sum())
+        count += len(stored.logits)
+        pairs = zip(stored.logits.split(_ROWS), expected.logits.split(_ROWS), strict=True)
+        for decoded, teacher in pairs:
+            told = [information(teacher, decoded, t) for t in temperatures]
             sums += torch.tensor(told, dtype=torch.float64)
     missing, told = sums.unbind(1)
     # As in `distortion`, labels that say nothing have nothing to lose.

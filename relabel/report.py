@@ -232,7 +232,7 @@ def write_tables(out: Path, labels: LabelSet, found: drift.Drift, names: list[st
     rows = []
     for view in found.worst:
         top = [f"{classes[label]} {value:.4f}" for label, value in view.top]
-        place = [view.number, view.row, view.image, names[view.image], round(view.area, 4)]
+        place = [view.pass_index, view.row, view.image, names[view.image], round(view.area, 4)]
         rows.append([*place, classes[view.expected], round(view.own, 5), *top])
     write_rows(out / "views.csv", [*header, "first", "second", "third"], rows)
 
@@ -275,7 +275,7 @@ def draw_views(
         pairs, cli.progress(found.worst, desc="contact sheet", unit="view"), strict=False
     ):
         batch, place = divmod(view.row, labels.spec.batch_size)
-        views = labels.views(view.number * labels.batches_per_pass + batch)
+        views = labels.views(view.pass_index * labels.batches_per_pass + batch)
         sources = [
             images.pixels_of(images.decode(folder.files[index])) for index in views.index.tolist()
         ]

@@ -1,7 +1,7 @@
 """Reading a finished label set; what is incomplete, damaged or of another version is refused."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from utils.labels.manifest import (
     why_not_complete,
 )
 
-_ROWS = 1024  # labels expanded at once where a whole pass is read
+_ROWS = 1024  # labels expanded at once where a whole pass is read, as codecs need room meanwhile
 
 
 @dataclasses.dataclass
@@ -112,14 +112,6 @@ class LabelSet:
         """The hard labels in these views."""
         return views.mixture(self.hard_labels, self.spec.input_size)
 
-    def expanded(self, views: Views, codes: Codes) -> Iterator[tuple[torch.Tensor, Mixture]]:
-        """A pass (see `load_pass`) as float32 [n, C] logits and their mixtures, in chunks."""
-        mixture = self.mixture(views)
-        for start in range(0, len(views.index), _ROWS):
-            rows = slice(start, start + _ROWS)
-            known = mixture.rows(rows)
-            yield self.codec.expand(tuple(code[rows] for code in codes), known), known
-
     def passes_for(self, slc: int) -> int:
         """How many passes hold `slc` labels per class; raises UserError when none do."""
         ipc, stored = self.manifest["ipc"], self.manifest["slc"]
@@ -200,3 +192,12 @@ class LabelSet:
                 "incompatible version"
             )
         return views, self.codec.unpack(stored["payload"].tobytes())
+
+    def whole_pass(self, pass_index: int) -> LabelBatch:
+        """All views of a pass, read from disk, and their float32 [images, C] logits; CPU."""
+        views, codes = self.load_pass(pass_index)
+        mixture, parts = self.mixture(views), []
+        for start in range(0, len(views.index), _ROWS):
+            rows = slice(start, start + _ROWS)
+            parts.append(self.codec.expand(tuple(code[rows] for code in codes), mixture.rows(rows)))
+        return LabelBatch(views, torch.cat(parts))

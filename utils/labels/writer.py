@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from utils.data.views import Mixture, Views, draw
 from utils.files import LOCK, atomic_write, is_unused, lock, seal, sha256_file
 from utils.labels import codecs
 from utils.labels.arrays import npz_bytes, read_npz, views_to_arrays
-from utils.labels.codecs.base import Codec, blocks, join
+from utils.labels.codecs.base import Codec
 from utils.labels.manifest import (
     CODEC,
     FORMAT,
@@ -82,23 +82,21 @@ class LabelWriter:
             fitted = read_npz(self.path / CODEC)
         self.codec = codecs.from_manifest(parameters, self.settings["num_classes"], fitted)
 
-    def fit(self, chunks: Iterable[tuple[torch.Tensor, Mixture]]) -> None:
-        """Fits the codec, where that is needed, and records its fitted part.
+    def fit(self, samples: list[tuple[torch.Tensor, Mixture]]) -> None:
+        """Fits the codec and records its fitted part.
 
         Args:
-            chunks: logits float32 [n, C] and mixtures from the first pass on; read as far as
-                needed.
+            samples: logits float32 [images, C] and mixture of each of the first passes.
         """
-        if self.codec is None:
-            count = self.settings["images"]["count"]
-            self.codec = codecs.fit(
-                self.settings["codec"],
-                ((centre(logits), mixture) for logits, mixture in chunks),
-                self.settings["num_classes"],
-                labels=count * self.settings["passes"],
-                pass_labels=count,
-            )
-            atomic_write(self.path / CODEC, npz_bytes(self.codec.arrays()))
+        count = self.settings["images"]["count"]
+        self.codec = codecs.fit(
+            self.settings["codec"],
+            [(centre(logits), mixture) for logits, mixture in samples],
+            self.settings["num_classes"],
+            labels=count * self.settings["passes"],
+            pass_labels=count,
+        )
+        atomic_write(self.path / CODEC, npz_bytes(self.codec.arrays()))
 
     @contextlib.contextmanager
     def begun(self) -> Iterator[None]:
@@ -160,7 +158,7 @@ class LabelWriter:
     def write_pass(
         self,
         pass_index: int,
-        logits: torch.Tensor | Iterable[torch.Tensor],
+        logits: torch.Tensor,
         views: Views,
         hard_labels: torch.Tensor,
         teacher_correct: int | None = None,
@@ -169,20 +167,15 @@ class LabelWriter:
 
         Args:
             pass_index: which pass.
-            logits: float32 [images, C], the teacher's logits, at once or as a stream of chunks.
+            logits: float32 [images, C], the teacher's logits.
             views: the same views; stored only where `draw(pass_index)` does not give them again.
             hard_labels: int64 [images], the class of every image.
             teacher_correct: views whose main class the teacher names; counted when None.
         """
         mixture = views.mixture(hard_labels, self.spec.input_size)
-        mainly = mixture.main_class()
-        codes, correct = [], 0
-        for rows, block in blocks([logits] if isinstance(logits, torch.Tensor) else logits):
-            correct += int((block.argmax(1) == mainly[rows]).sum())
-            codes.append(self.codec.encode(centre(block), mixture.rows(rows)))
-        payload = self.codec.pack_codes(join(codes))
         if teacher_correct is None:
-            teacher_correct = correct
+            teacher_correct = int((logits.argmax(1) == mixture.main_class()).sum())
+        payload = self.codec.pack(centre(logits), mixture)
         arrays = {
             "payload": np.frombuffer(payload, dtype=np.uint8),
             "views_sha256": np.frombuffer(views.checksum(), dtype=np.uint8),

@@ -12,7 +12,6 @@ are described in the docstrings of the four codecs; all numbers are little-endia
 """
 
 import argparse
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -47,15 +46,15 @@ def needs_fit(parameters: dict) -> bool:
 
 def fit(
     parameters: dict,
-    chunks: Iterable[tuple[torch.Tensor, Mixture]],
+    samples: list[tuple[torch.Tensor, Mixture]],
     num_classes: int,
     labels: int,
     pass_labels: int,
 ) -> Codec:
-    """The codec of a manifest's "codec" entry, fitted to the first labels of a stream (Klt.fit)."""
+    """The codec of a manifest's "codec" entry, fitted to the first labels of a set (Klt.fit)."""
     options = {key: value for key, value in parameters.items() if key != "name"}
     return CODECS[parameters["name"]].fit(
-        chunks, num_classes, labels, pass_labels=pass_labels, **options
+        samples, num_classes, labels, pass_labels=pass_labels, **options
     )
 
 

@@ -1,7 +1,6 @@
 """What all codecs share: their verbs, what the reader of a label knows, and distortion."""
 
 import math
-from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,6 +13,13 @@ Codes = tuple[torch.Tensor, ...]
 
 TEMPERATURE = 20.0  # at which distortion is measured
 BLOCK = 4096  # labels encoded at once
+_FIT_LABELS = 20_000
+_FIT_VALUES = 1 << 28  # logits kept for fitting: 1 GiB
+
+
+def labels_to_fit(num_classes: int) -> int:
+    """How many labels of a set a codec is fitted to, where it holds so many."""
+    return min(_FIT_LABELS, _FIT_VALUES // num_classes)
 
 
 def distortion(
@@ -74,38 +80,13 @@ class Codec:
 
     def pack(self, logits: torch.Tensor, mixture: Mixture) -> bytes:
         """Bytes of float32 [N, C] centred logits."""
-        parts = [self.encode(block, mixture.rows(rows)) for rows, block in blocks([logits])]
-        return self.pack_codes(join(parts))
-
-
-def blocks(chunks: Iterable[torch.Tensor]) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Rows of a stream [n, C], [m, C], ... in blocks of 4096, whatever sizes they come in.
-
-    The same labels then always go through the same matrix products, and become the same bytes.
-
-    Yields:
-        the place of each block in the stream, and the block.
-    """
-    start, waiting = 0, []
-
-    def block() -> tuple[slice, torch.Tensor]:
-        nonlocal start, waiting
-        rows = torch.cat(waiting)
-        rows, waiting = rows[:BLOCK], [rows[BLOCK:]]
-        start += len(rows)
-        return slice(start - len(rows), start), rows
-
-    for chunk in chunks:
-        waiting.append(chunk)
-        while sum(map(len, waiting)) >= BLOCK:
-            yield block()
-    if sum(map(len, waiting)):
-        yield block()
-
-
-def join(chunks: list[Codes]) -> Codes:
-    """The codes of several blocks of labels as one."""
-    return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
+        # In blocks of a fixed size, whatever the whole: the same labels then always go through the
+        # same matrix products, and become the same bytes.
+        codes = []
+        for start in range(0, len(logits), BLOCK):
+            rows = slice(start, start + BLOCK)
+            codes.append(self.encode(logits[rows], mixture.rows(rows)))
+        return self.pack_codes(tuple(torch.cat(parts) for parts in zip(*codes, strict=True)))
 
 
 def half(values: torch.Tensor, name: str) -> torch.Tensor:

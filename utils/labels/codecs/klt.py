@@ -1,7 +1,6 @@
 """The codec klt: a basis and class means fitted to the labels, one quantiser step."""
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -9,13 +8,11 @@ import torch
 
 from utils.cli import UserError
 from utils.data.views import Mixture
-from utils.labels.codecs.base import BLOCK, Codec, Codes, distortion, half
+from utils.labels.codecs.base import BLOCK, Codec, Codes, distortion, half, labels_to_fit
 from utils.labels.packing import LARGEST, pack_integers, unpack_integers
 
 # What klt aims at without a target: near-lossless. Settled by the study of accuracy per byte.
 DEFAULT_DISTORTION = 0.002
-FIT_LABELS = 20_000
-_FIT_VALUES = 1 << 28  # logits kept for fitting: 1 GiB
 
 
 def _entropy_bits(values: torch.Tensor) -> torch.Tensor:
@@ -207,21 +204,21 @@ class Klt(Codec):
     @classmethod
     def fit(
         cls,
-        chunks: Iterable[tuple[torch.Tensor, Mixture]],
+        samples: list[tuple[torch.Tensor, Mixture]],
         num_classes: int,
         labels: int,
         bytes_per_label: float | None = None,
         distortion: float | None = None,
         pass_labels: int | None = None,
     ) -> "Klt":
-        """Fits basis, class means and step to the first labels of a stream.
+        """Fits basis, class means and step to the first labels of a set.
 
         Of a sample of at most 20,000 labels, four fifths give the basis and the means and the
         fifth label each is held back, to find the step that meets the target on labels that were
         not fitted. Where the sample is the whole set, all of it serves both ends.
 
         Args:
-            chunks: centred logits float32 [n, C] and their mixtures; read as far as needed.
+            samples: centred logits float32 [n, C] and their mixtures, on the CPU.
             num_classes: C.
             labels: how many labels the fitted part will serve; its bytes count pro rata.
             bytes_per_label: budget, fitted part included.
@@ -234,20 +231,11 @@ class Klt(Codec):
         target = {"bytes_per_label": bytes_per_label}
         if bytes_per_label is None:
             target = {"distortion": DEFAULT_DISTORTION if distortion is None else distortion}
-        logits, mixture = _sample(chunks, min(labels, FIT_LABELS, _FIT_VALUES // num_classes))
+        count = min(labels, labels_to_fit(num_classes))
+        logits = torch.cat([logits for logits, _ in samples])[:count]
+        parts = zip(*(mixture for _, mixture in samples), strict=True)
+        mixture = Mixture(*(torch.cat(part)[:count] for part in parts))
         return _Fit(logits, mixture, num_classes, labels, pass_labels).search(target)
-
-
-def _sample(chunks: Iterable, count: int) -> tuple[torch.Tensor, Mixture]:
-    """The first `count` labels of a stream, or all when there are fewer."""
-    parts, found = [], 0
-    for logits, mixture in chunks:
-        parts.append((logits.cpu(), mixture.own.cpu(), mixture.partner.cpu(), mixture.lam.cpu()))
-        found += len(logits)
-        if found >= count:
-            break
-    logits, own, partner, lam = (torch.cat(part)[:count] for part in zip(*parts, strict=True))
-    return logits, Mixture(own, partner, lam)
 
 
 class _Fit:
