@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from torchvision.models import ResNet18_Weights
 
 from relabel import drift
-from relabel.lost import compare
+from relabel.compress import compare
 from utils import cli
 from utils.cli import UserError
 from utils.data import images

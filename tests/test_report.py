@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from relabel import compress, drift, report
-from relabel.lost import compare
+from relabel.compress import compare
 from utils.labels import LabelSet, LabelWriter
 from utils.labels.codecs.base import distortion
 from utils.results import write_csv
