@@ -1,7 +1,6 @@
 """Local-view semantic drift of a label set, in numbers: how far soft labels of crops go astray."""
 
 import dataclasses
-import heapq
 
 import numpy as np
 import torch
@@ -64,34 +63,25 @@ class Drift:
     worst: list[Drifted]
 
 
-@dataclasses.dataclass
-class Shown:
-    """What each view of a pass mainly shows; tensors with one entry per view.
+def shown(labels: LabelSet, views: Views) -> tuple[torch.Tensor, ...]:
+    """What each view mainly shows: four tensors with one entry per view.
 
-    Attributes:
-        image: int64, the image that covers most of the view.
-        area: float64, its crop's share of the image.
-        classes: int64 [N, 2], the class of that image and of the other.
+    The image that covers most of it (int64), its crop's share of that image (float64), that
+    image's class (int64), and the class of the other image in the view (int64).
     """
-
-    image: torch.Tensor
-    area: torch.Tensor
-    classes: torch.Tensor
-
-
-def shown(labels: LabelSet, views: Views) -> Shown:
-    """What each of these views mainly shows."""
     mixture = labels.mixture(views)
     sizes = torch.from_numpy(labels.sizes[views.index]).double()
     area = views.box[:, 2:].double().prod(1) / sizes.prod(1)
-    image, classes = views.index, torch.stack([mixture.own, mixture.partner], 1)
     partner = views.partner()
-    if partner is not None:
-        other = ~mixture.own_covers_most()
-        image = torch.where(other, image[partner], image)
-        area = torch.where(other, area[partner], area)
-        classes = torch.where(other[:, None], classes.flip(1), classes)
-    return Shown(image, area, classes)
+    if partner is None:
+        return views.index, area, mixture.own, mixture.partner
+    own = mixture.own_covers_most()
+    return (
+        torch.where(own, views.index, views.index[partner]),
+        torch.where(own, area, area[partner]),
+        mixture.main_class(),
+        torch.where(own, mixture.partner, mixture.own),
+    )
 
 
 def measure(labels: LabelSet, worst: int) -> Drift:
@@ -111,28 +101,39 @@ def measure(labels: LabelSet, worst: int) -> Drift:
     none, worst_by_image, before = 0, {}, None
     for pass_index in cli.progress(range(labels.passes), desc="report", unit="pass"):
         whole = labels.whole_pass(pass_index)
-        index, soft = whole.views.index, whole.logits.softmax(1)
-        seen = shown(labels, whole.views)
-        main_class, other_class = seen.classes.unbind(1)
-        bins = (seen.area * 10).long().clamp(0, 9)
+        soft = whole.logits.softmax(1)
+        image, area, main_class, other_class = shown(labels, whole.views)
+        bins = (area * 10).long().clamp(0, 9)
         first = soft.argmax(1)
         own = soft.gather(1, main_class[:, None])[:, 0]
         astray = first != main_class
         none += int((astray & (first != other_class)).sum())
-        views_of.index_add_(0, seen.image, torch.ones_like(first))
-        astray_of.index_add_(0, seen.image, astray.long())
+        views_of.index_add_(0, image, torch.ones_like(first))
+        astray_of.index_add_(0, image, astray.long())
         by_area.index_add_(0, bins, torch.stack([torch.ones_like(first), astray], 1))
         own_by_area.index_add_(0, bins, own.double())
-        by_image = index.argsort()
+        by_image = soft[whole.views.index.argsort()]
         if before is not None:
-            last_soft, last_by_image = before
-            for rows, last_rows in zip(
-                by_image.split(1024), last_by_image.split(1024), strict=True
-            ):
-                distance = (soft[rows] - last_soft[last_rows]).double().square().sum(1)
-                spread[index[rows]] += distance
-        before = soft, by_image
-        _keep_worst(worst_by_image, worst, pass_index, soft, own, astray, seen)
+            parts = zip(*(each.split(1024) for each in (spread, by_image, before)), strict=True)
+            for total, now, last in parts:
+                total += (now - last).double().square().sum(1)
+        before = by_image
+        gap = torch.where(astray, soft.amax(1) - own, torch.zeros_like(own))
+        for row in gap.topk(min(4 * worst, len(gap))).indices.tolist():
+            known = worst_by_image.get(int(image[row]))
+            if gap[row] == 0 or (known and known.gap >= gap[row]):
+                continue
+            top = soft[row].topk(min(3, soft.shape[1]))
+            worst_by_image[int(image[row])] = Drifted(
+                gap=float(gap[row]),
+                pass_index=pass_index,
+                row=row,
+                image=int(image[row]),
+                area=float(area[row]),
+                expected=int(main_class[row]),
+                top=list(zip(top.indices.tolist(), top.values.tolist(), strict=True)),
+                own=float(own[row]),
+            )
     spread = spread / (2 * (labels.passes - 1)) if labels.passes > 1 else spread * float("nan")
     own_by_area /= by_area[:, 0].clamp(min=1)
     return Drift(
@@ -144,36 +145,3 @@ def measure(labels: LabelSet, worst: int) -> Drift:
         none=none,
         worst=sorted(worst_by_image.values(), reverse=True)[:worst],
     )
-
-
-def _keep_worst(
-    worst_by_image: dict[int, Drifted],
-    worst: int,
-    pass_index: int,
-    soft: torch.Tensor,
-    own: torch.Tensor,
-    astray: torch.Tensor,
-    seen: Shown,
-) -> None:
-    """Adds views of a pass to the worst ones so far, one per image."""
-    gap = torch.where(astray, soft.amax(1) - own, torch.zeros_like(own))
-    for row in gap.topk(min(4 * worst, len(gap))).indices.tolist():
-        image = int(seen.image[row])
-        known = worst_by_image.get(image)
-        if gap[row] == 0 or (known and known.gap >= gap[row]):
-            continue
-        top = soft[row].topk(min(3, soft.shape[1]))
-        worst_by_image[image] = Drifted(
-            gap=float(gap[row]),
-            pass_index=pass_index,
-            row=row,
-            image=image,
-            area=float(seen.area[row]),
-            expected=int(seen.classes[row, 0]),
-            top=list(zip(top.indices.tolist(), top.values.tolist(), strict=True)),
-            own=float(own[row]),
-        )
-    if len(worst_by_image) > 4 * worst:
-        keep = heapq.nlargest(worst, worst_by_image.values())
-        worst_by_image.clear()
-        worst_by_image.update({view.image: view for view in keep})

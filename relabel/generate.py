@@ -24,10 +24,12 @@ from relabel.teacher import Ensemble, load_teacher, use_batch_statistics
 from utils import cli, runtime
 from utils.cli import UserError, bounded
 from utils.data import datasets, images
-from utils.data.views import MIXES, Views, centre_views
+from utils.data.views import MIXES, Views, ViewSpec, centre_views
 from utils.labels import LabelSet, LabelWriter, codecs, make_settings
 from utils.labels.codecs.base import labels_to_fit
 from utils.metrics import near_chance
+
+ImageSource = images.ResidentImages | images.StreamingImages
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -141,7 +143,9 @@ def views_per_forward(args: argparse.Namespace, device: torch.device) -> int:
     return max(wanted // args.batch_size, 1) * args.batch_size
 
 
-def load_teachers(args: argparse.Namespace, dataset: datasets.Dataset, machine) -> Ensemble:
+def load_teachers(
+    args: argparse.Namespace, dataset: datasets.Dataset, machine: runtime.Runtime
+) -> Ensemble:
     """The teachers that the flags name."""
     for flag, values in (("weights", args.teacher_weights), ("shares", args.teacher_shares)):
         if values is not None and len(values) != len(args.teacher):
@@ -162,15 +166,15 @@ def load_teachers(args: argparse.Namespace, dataset: datasets.Dataset, machine) 
 def check_class_order(
     args: argparse.Namespace,
     teachers: Ensemble,
-    source,
+    source: ImageSource,
     sizes: np.ndarray,
     labels: torch.Tensor,
-    device: torch.device,
 ) -> None:
     """Stops when the teacher hardly recognises the images: their classes are in another order.
 
     Looks at unmixed central views of at most 1,024 images with running statistics.
     """
+    device = teachers.runtime.device
     chosen = np.linspace(0, len(sizes) - 1, min(len(sizes), 1024)).astype(int)
     views = centre_views(sizes[chosen], views_per_forward(args, device))
     views.index = torch.from_numpy(chosen)[views.index]
@@ -194,7 +198,7 @@ def check_class_order(
 
 
 def label_pass(
-    pass_index: int, writer: LabelWriter, teachers: Ensemble, source, bar: tqdm
+    pass_index: int, writer: LabelWriter, teachers: Ensemble, source: ImageSource, bar: tqdm
 ) -> tuple[Views, torch.Tensor]:
     """Draws, renders and labels the views of a pass, several batches in a forward pass.
 
@@ -257,7 +261,7 @@ def pass_writer(writer: LabelWriter, device: torch.device) -> Iterator[Callable[
 
 
 def fit_codec(
-    writer: LabelWriter, teachers: Ensemble, source, hard_labels: torch.Tensor
+    writer: LabelWriter, teachers: Ensemble, source: ImageSource, hard_labels: torch.Tensor
 ) -> dict[int, torch.Tensor]:
     """Fits the writer's codec to the first passes; returns their logits by pass index."""
     count, passes = len(hard_labels), writer.settings["passes"]
@@ -272,7 +276,9 @@ def fit_codec(
     return labelled
 
 
-def make_passes(writer: LabelWriter, teachers: Ensemble, source, hard_labels: torch.Tensor) -> None:
+def make_passes(
+    writer: LabelWriter, teachers: Ensemble, source: ImageSource, hard_labels: torch.Tensor
+) -> None:
     """Fits the codec where that is needed, and makes the missing passes, shared among ranks."""
     machine, count = teachers.runtime, len(hard_labels)
     labelled, missing = {}, []
@@ -321,16 +327,13 @@ def main() -> None:
         print("no teacher has BatchNorm: BSSL changes nothing")
     settings = make_settings(
         dataset=dataset,
-        classes=folder.classes,
-        counts=folder.counts(),
-        ipc=ipc,
+        folder=folder,
         sizes=sizes,
         images_sha256=fingerprint,
+        ipc=ipc,
         passes=passes,
-        batch_size=args.batch_size,
+        spec=ViewSpec(dataset.input_size, args.batch_size, min_scale=args.min_scale, mix=args.mix),
         seed=args.seed,
-        min_scale=args.min_scale,
-        mix=args.mix,
         origin={
             "teachers": [
                 {"name": teacher.name, "weights_sha256": teacher.sha256, "share": share}
@@ -348,7 +351,7 @@ def main() -> None:
         return
     source = images.open_images(folder, sizes, dataset, machine.device, args.workers)
     if machine.rank == 0:
-        check_class_order(args, teachers, source, sizes, folder.labels, machine.device)
+        check_class_order(args, teachers, source, sizes, folder.labels)
     if args.bssl:
         for teacher in teachers.teachers:
             use_batch_statistics(teacher.model)

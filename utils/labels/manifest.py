@@ -7,7 +7,8 @@ import numpy as np
 
 from utils.cli import UserError
 from utils.data.datasets import Dataset
-from utils.data.views import RATIO, ViewSpec
+from utils.data.images import ImageFolder
+from utils.data.views import ViewSpec
 from utils.files import read_json, read_sealed
 from utils.runtime import versions
 
@@ -28,16 +29,13 @@ def pass_name(pass_index: int) -> str:
 def make_settings(
     *,
     dataset: Dataset,
-    classes: list[str],
-    counts: list[int],
-    ipc: int | None,
+    folder: ImageFolder,
     sizes: np.ndarray,
     images_sha256: str,
+    ipc: int | None,
     passes: int,
-    batch_size: int,
+    spec: ViewSpec,
     seed: int | None,
-    min_scale: float,
-    mix: str,
     origin: dict[str, Any],
     codec: dict[str, Any],
 ) -> dict[str, Any]:
@@ -45,39 +43,37 @@ def make_settings(
 
     Args:
         dataset: its facts, the number of classes counted.
-        classes: class names in order.
-        counts: images per class.
-        ipc: the same for every class, or None where labels are not counted by class.
-        sizes: int [images, 2], height and width of every image in pixels.
-        images_sha256: fingerprint of the image folder.
+        folder: the images; sizes: int [images, 2], their heights and widths in pixels.
+        images_sha256: fingerprint of the folder.
+        ipc: images per class, or None where labels are not counted by class.
         passes: soft labels per image.
-        batch_size: views per batch.
-        seed: of the views; None where they are stored.
-        min_scale: smallest crop as a share of the image's area.
-        mix: one of utils.data.views.MIXES.
+        spec: of the views; seed: what they are drawn with, or None where they are stored.
         origin: where the labels come from, "teachers" first.
         codec: the codec's name and options.
     """
-    same_size = bool((sizes == sizes[0]).all())
     return {
         "dataset": dataset.name,
         "num_classes": dataset.num_classes,
-        "classes": classes,
+        "classes": folder.classes,
         "ipc": ipc,
         "slc": None if ipc is None else ipc * passes,
         "passes": passes,
-        "batch_size": batch_size,
-        "image_size": sizes[0].tolist() if same_size else None,
-        "input_size": dataset.input_size,
+        "batch_size": spec.batch_size,
+        "image_size": sizes[0].tolist() if (sizes == sizes[0]).all() else None,
+        "input_size": spec.input_size,
         "mean": list(dataset.mean),
         "std": list(dataset.std),
         "seed": seed,
-        "crop_scale": [min_scale, 1.0],
-        "crop_ratio": list(RATIO),
-        "mix": mix,
+        "crop_scale": [spec.min_scale, spec.max_scale],
+        "crop_ratio": list(spec.ratio),
+        "mix": spec.mix,
         **origin,
         "codec": codec,
-        "images": {"count": len(sizes), "per_class": ipc or counts, "sha256": images_sha256},
+        "images": {
+            "count": len(sizes),
+            "per_class": ipc or folder.counts(),
+            "sha256": images_sha256,
+        },
         "versions": versions(),
     }
 

@@ -146,26 +146,19 @@ class LabelSet:
             images: fingerprint of the image folder.
         """
         manifest = self.manifest
-        stored = {
-            "dataset": manifest["dataset"],
-            "number of classes": manifest["num_classes"],
-            "input size": manifest["input_size"],
-            "mean": manifest["mean"],
-            "std": manifest["std"],
-            "class list": manifest["classes"],
-            "images (SHA-256 over names and contents)": manifest["images"]["sha256"],
-        }
-        expected = {
-            "dataset": dataset.name,
-            "number of classes": dataset.num_classes,
-            "input size": dataset.input_size,
-            "mean": list(dataset.mean),
-            "std": list(dataset.std),
-            "class list": list(classes),
-            "images (SHA-256 over names and contents)": images,
-        }
-        if difference := first_difference(expected, stored):
-            raise UserError(f"the labels in {self.path} were made for something else: {difference}")
+        for what, expected, stored in (
+            ("dataset", dataset.name, manifest["dataset"]),
+            ("number of classes", dataset.num_classes, manifest["num_classes"]),
+            ("input size", dataset.input_size, manifest["input_size"]),
+            ("mean", list(dataset.mean), manifest["mean"]),
+            ("std", list(dataset.std), manifest["std"]),
+            ("class list", list(classes), manifest["classes"]),
+            ("images (SHA-256 over names and contents)", images, manifest["images"]["sha256"]),
+        ):
+            if difference := first_difference({what: expected}, {what: stored}):
+                raise UserError(
+                    f"the labels in {self.path} were made for something else: {difference}"
+                )
 
     def _pass(self, pass_index: int) -> tuple[Views, Codes]:
         if pass_index not in self._loaded:
