@@ -10,15 +10,17 @@ if not __package__:  # run as a plain script: imports start at the repository ro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from relabel.lost import compare
 from utils import cli
 from utils.cli import UserError
 from utils.data.views import Mixture
 from utils.labels import LabelSet, LabelWriter, codecs
+from utils.labels.codecs.base import information, labels_to_fit
+
+_ROWS = 1024  # labels compared at once, in double precision
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -33,10 +35,49 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def all_passes(source: LabelSet) -> Iterator[tuple[torch.Tensor, Mixture]]:
-    """The labels of all passes, a chunk at a time."""
-    for number in range(source.passes):
-        yield from source.expanded(*source.load_pass(number))
+def first_passes(source: LabelSet) -> list[tuple[torch.Tensor, Mixture]]:
+    """Logits and mixture of the first passes, as many as a codec is fitted to."""
+    needed = -(-labels_to_fit(source.manifest["num_classes"]) // len(source.hard_labels))
+    samples = []
+    for pass_index in range(min(needed, source.passes)):
+        whole = source.whole_pass(pass_index)
+        samples.append((whole.logits, source.mixture(whole.views)))
+    return samples
+
+
+def compare(
+    labels: LabelSet, reference: LabelSet, passes: Iterable[int], temperatures: Sequence[float]
+) -> tuple[list[float], float]:
+    """Distortion at each temperature, and the share of labels with the same first class.
+
+    See utils.labels.codecs.base.distortion. Two passes are in memory at a time.
+
+    Args:
+        labels: the set.
+        reference: the labels that it was made from.
+        passes: which to compare.
+        temperatures: those of the distortions.
+
+    Raises:
+        UserError: the sets label different views.
+    """
+    sums = torch.zeros(len(temperatures), 2, dtype=torch.float64)
+    agree = count = 0
+    for pass_index in passes:
+        stored, expected = labels.whole_pass(pass_index), reference.whole_pass(pass_index)
+        if stored.views.checksum() != expected.views.checksum():
+            raise UserError(
+                f"views of pass {pass_index} in {labels.path} differ from those in {reference.path}"
+            )
+        agree += int((stored.logits.argmax(1) == expected.logits.argmax(1)).sum())
+        count += len(stored.logits)
+        pairs = zip(stored.logits.split(_ROWS), expected.logits.split(_ROWS), strict=True)
+        for decoded, teacher in pairs:
+            told = [information(teacher, decoded, t) for t in temperatures]
+            sums += torch.tensor(told, dtype=torch.float64)
+    missing, told = sums.unbind(1)
+    # As in `distortion`, labels that say nothing have nothing to lose.
+    return torch.where(told > 0, missing / told, 0).tolist(), agree / count
 
 
 def main() -> None:
@@ -48,8 +89,11 @@ def main() -> None:
     if args.out_dir.resolve() == args.label_dir.resolve():
         raise UserError("--out-dir is --label-dir; the labels need a folder of their own")
     settings = {
-        key: value for key, value in source.manifest.items() if key not in ("teacher_top1", "files")
-    } | {"codec": parameters, "recoded_from": source.manifest["codec"], "passes": source.passes}
+        **source.manifest,
+        "passes": source.passes,
+        "codec": parameters,
+        "recoded_from": source.manifest["codec"],
+    }
     if args.slc is not None:
         settings["slc"] = args.slc
     writer = LabelWriter(args.out_dir, settings, source.sizes, "--out-dir")
@@ -59,13 +103,17 @@ def main() -> None:
     with writer.begun():
         if writer.codec is None:
             print(f"fitting codec {args.codec}", flush=True)
-            writer.fit(all_passes(source))
-        for number in cli.progress(range(source.passes), desc="compress", unit="pass"):
-            if not writer.verified(number):
-                views, codes = source.load_pass(number)
-                logits = (chunk for chunk, _ in source.expanded(views, codes))
-                correct = source.teacher_correct(number)
-                writer.write_pass(number, logits, views, source.hard_labels, correct)
+            writer.fit(first_passes(source))
+        for pass_index in cli.progress(range(source.passes), desc="compress", unit="pass"):
+            if not writer.verified(pass_index):
+                whole = source.whole_pass(pass_index)
+                writer.write_pass(
+                    pass_index,
+                    whole.logits,
+                    whole.views,
+                    source.hard_labels,
+                    source.teacher_correct(pass_index),
+                )
         writer.finish()
     result = LabelSet.open(args.out_dir)
     labels = source.passes * source.manifest["images"]["count"]

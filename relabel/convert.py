@@ -21,12 +21,12 @@ import dataclasses
 import numpy as np
 import torch
 
-from utils import cli, runtime
+from utils import cli
 from utils.cli import UserError, bounded
 from utils.data import datasets, images
-from utils.data.views import RATIO, Views
+from utils.data.views import Views, ViewSpec
 from utils.files import load_tensors, sha256_file
-from utils.labels import LabelWriter
+from utils.labels import LabelWriter, make_settings
 from utils.metrics import near_chance
 
 TEMPERATURE = 20.0
@@ -95,18 +95,16 @@ def read_pass(
     parts: dict[str, list[torch.Tensor]] = {
         name: [] for name in ("box", "flip", "mix_index", "mix_box", "mix_lam", "probabilities")
     }
-    for number, batch in enumerate(batches):
-        where = f"{path}, batch {number}"
+    for position, batch in enumerate(batches):
+        where = f"{path}, batch {position}"
         if not isinstance(batch, (list, tuple)) or len(batch) != 6:
             raise UserError(f"{where}: expected coords, flips, mix_index, lam, bbox, soft_labels")
         coords, flips, mix_index, lam, bbox, probabilities = batch
         coords, flips = torch.as_tensor(coords).float(), torch.as_tensor(flips).bool()
         count = len(flips)
-        indices = order[start : start + count]
-        if count != min(batch_size, len(order) - start) or coords.shape != (count, 4):
-            raise UserError(
-                f"{where}: {count} views where {min(batch_size, len(order) - start)} belong"
-            )
+        belong = min(batch_size, len(order) - start)
+        if count != belong or coords.shape != (count, 4):
+            raise UserError(f"{where}: {count} views where {belong} belong")
         if probabilities.shape != (count, num_classes):
             raise UserError(
                 f"{where}: soft labels are {tuple(probabilities.shape)}, expected "
@@ -114,7 +112,7 @@ def read_pass(
             )
         if not torch.isfinite(probabilities).all():
             raise UserError(f"{where}: soft labels are not finite")
-        parts["box"].append(_boxes(coords, sizes[indices], where))
+        parts["box"].append(_boxes(coords, sizes[order[start : start + count]], where))
         parts["flip"].append(flips)
         parts["probabilities"].append(probabilities.float())
         if mix_index is not None:
@@ -156,15 +154,22 @@ def _assemble(
     if mixed and len(parts["mix_index"]) != batches:
         raise UserError(f"{path} has mixed batches without mix_index")
     views = Views(
-        torch.tensor(order),
-        torch.cat(parts["box"]),
-        torch.cat(parts["flip"]),
-        batch_size,
-        torch.cat(parts["mix_index"]) if mixed else None,
-        torch.stack(parts["mix_box"]) if cutmix else None,
-        torch.stack(parts["mix_lam"]) if mixed and not cutmix else None,
+        index=torch.tensor(order),
+        box=torch.cat(parts["box"]),
+        flip=torch.cat(parts["flip"]),
+        batch_size=batch_size,
+        mix_index=torch.cat(parts["mix_index"]) if mixed else None,
+        mix_box=torch.stack(parts["mix_box"]) if cutmix else None,
+        mix_lam=torch.stack(parts["mix_lam"]) if mixed and not cutmix else None,
     )
     return PublishedPass(views, torch.cat(parts["probabilities"]))
+
+
+def mix_of(views: Views) -> str:
+    """How views are mixed, as the manifest says it."""
+    if views.mix_index is None:
+        return "none"
+    return "mixup" if views.mix_box is None else "cutmix"
 
 
 def to_logits(probabilities: torch.Tensor) -> torch.Tensor:
@@ -180,14 +185,14 @@ def read_order(path: Path, images_count: int) -> list[list[int]]:
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path} is not a dictionary of image indices")
     passes = []
-    for number in range(len(content)):
-        order = content.get(str(number), content.get(number))
+    for pass_index in range(len(content)):
+        order = content.get(str(pass_index), content.get(pass_index))
         if order is None:
-            raise UserError(f"{path} has no entry for pass {number}")
+            raise UserError(f"{path} has no entry for pass {pass_index}")
         order = [int(index) for index in order]
         if sorted(order) != list(range(images_count)):
             raise UserError(
-                f"{path}: pass {number} lists {len(order)} images, which are not the "
+                f"{path}: pass {pass_index} lists {len(order)} images, which are not the "
                 f"{images_count} of the image folder once each"
             )
         passes.append(order)
@@ -201,8 +206,8 @@ def check_fit(
     dataset: datasets.Dataset,
 ) -> None:
     """Stops when the labels hardly ever name the class of the image: other images or order."""
-    mainly = one.views.mixture(hard_labels, dataset.input_size).main_class()
-    hits, count = int((one.probabilities.argmax(1) == mainly).sum()), len(mainly)
+    main_class = one.views.mixture(hard_labels, dataset.input_size).main_class()
+    hits, count = int((one.probabilities.argmax(1) == main_class).sum()), len(main_class)
     if near_chance(hits, count, dataset.num_classes) and not args.force:
         raise UserError(
             f"only {100 * hits / count:.1f} % of the labels in {args.fkd_dir} name the class of "
@@ -216,61 +221,52 @@ def main() -> None:
     dataset = datasets.from_arguments(args)
     folder = images.scan(args.data_dir, dataset.num_classes)
     dataset = dataclasses.replace(dataset, num_classes=len(folder.classes))
-    ipc = folder.ipc()
     if not args.fkd_dir.is_dir():
         raise UserError(f"published label folder not found: {args.fkd_dir}")
     sizes, fingerprint = images.inspect(folder)
     orders = read_order(args.fkd_dir / _INDICES, len(folder.files))
 
-    def published(number: int) -> PublishedPass:
-        path = args.fkd_dir / f"epoch_{number}.tar"
-        return read_pass(path, orders[number], sizes, dataset.num_classes, dataset.input_size)
+    def published(pass_index: int) -> PublishedPass:
+        path = args.fkd_dir / f"epoch_{pass_index}.tar"
+        return read_pass(path, orders[pass_index], sizes, dataset.num_classes, dataset.input_size)
 
     beginning = published(0)
-    first = beginning.views
     check_fit(args, beginning, folder.labels, dataset)
-    mix = "none" if first.mix_index is None else "mixup" if first.mix_box is None else "cutmix"
-    same_size = bool((sizes == sizes[0]).all())
-    settings = {
-        "dataset": dataset.name,
-        "num_classes": dataset.num_classes,
-        "classes": folder.classes,
-        "ipc": ipc,
-        "slc": ipc * len(orders),
-        "passes": len(orders),
-        "batch_size": first.batch_size,
-        "image_size": sizes[0].tolist() if same_size else None,
-        "input_size": dataset.input_size,
-        "mean": list(dataset.mean),
-        "std": list(dataset.std),
-        "seed": None,
-        "crop_scale": [args.min_scale, 1.0],
-        "crop_ratio": list(RATIO),
-        "mix": mix,
-        "teachers": [],
-        "imported": {
-            "layout": "FKD",
-            "temperature": TEMPERATURE,
-            "sampler_indices_sha256": sha256_file(args.fkd_dir / _INDICES),
+    first = beginning.views
+    settings = make_settings(
+        dataset=dataset,
+        folder=folder,
+        sizes=sizes,
+        images_sha256=fingerprint,
+        ipc=folder.ipc(),
+        passes=len(orders),
+        spec=ViewSpec(
+            dataset.input_size, first.batch_size, min_scale=args.min_scale, mix=mix_of(first)
+        ),
+        seed=None,
+        origin={
+            "teachers": [],
+            "imported": {
+                "layout": "FKD",
+                "temperature": TEMPERATURE,
+                "sampler_indices_sha256": sha256_file(args.fkd_dir / _INDICES),
+            },
         },
-        "codec": {"name": "fp16"},
-        "images": {"count": len(folder.files), "per_class": ipc, "sha256": fingerprint},
-        "versions": runtime.versions(),
-    }
+        codec={"name": "fp16"},
+    )
     writer = LabelWriter(args.out_dir, settings, sizes, "--out-dir")
     if writer.complete():
         print(f"{args.out_dir} is complete and verified: nothing to do")
         return
     with writer.begun():
-        for number in cli.progress(range(len(orders)), desc="convert", unit="pass"):
-            if writer.verified(number):
+        for pass_index in cli.progress(range(len(orders)), desc="convert", unit="pass"):
+            if writer.verified(pass_index):
                 continue
-            one = published(number)
-            if one.views.batch_size != first.batch_size or (one.views.mix_box is None) != (
-                first.mix_box is None
-            ):
-                raise UserError(f"pass {number} has another batch size or mixing than pass 0")
-            writer.write_pass(number, to_logits(one.probabilities), one.views, folder.labels)
+            one = published(pass_index)
+            boxes_differ = (one.views.mix_box is None) != (first.mix_box is None)
+            if one.views.batch_size != first.batch_size or boxes_differ:
+                raise UserError(f"pass {pass_index} has another batch size or mixing than pass 0")
+            writer.write_pass(pass_index, to_logits(one.probabilities), one.views, folder.labels)
         manifest = writer.finish()
     print(
         f"{args.out_dir}: {len(orders)} passes of {len(folder.files)} soft labels; teacher top-1 "

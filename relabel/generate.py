@@ -13,21 +13,23 @@ if not __package__:  # run as a plain script: imports start at the repository ro
 import argparse
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from relabel.background import pass_writer
 from relabel.teacher import Ensemble, load_teacher, use_batch_statistics
 from utils import cli, runtime
 from utils.cli import UserError, bounded
 from utils.data import datasets, images
-from utils.data.views import MIXES, RATIO, Mixture, Views, centre_views
-from utils.labels import LabelSet, LabelWriter, codecs
-from utils.labels.codecs.klt import FIT_LABELS
+from utils.data.views import MIXES, Views, ViewSpec, centre_views
+from utils.labels import LabelSet, LabelWriter, codecs, make_settings
+from utils.labels.codecs.base import labels_to_fit
 from utils.metrics import near_chance
+
+ImageSource = images.ResidentImages | images.StreamingImages
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -141,7 +143,9 @@ def views_per_forward(args: argparse.Namespace, device: torch.device) -> int:
     return max(wanted // args.batch_size, 1) * args.batch_size
 
 
-def load_teachers(args: argparse.Namespace, dataset: datasets.Dataset, machine) -> Ensemble:
+def load_teachers(
+    args: argparse.Namespace, dataset: datasets.Dataset, machine: runtime.Runtime
+) -> Ensemble:
     """The teachers that the flags name."""
     for flag, values in (("weights", args.teacher_weights), ("shares", args.teacher_shares)):
         if values is not None and len(values) != len(args.teacher):
@@ -162,15 +166,15 @@ def load_teachers(args: argparse.Namespace, dataset: datasets.Dataset, machine) 
 def check_class_order(
     args: argparse.Namespace,
     teachers: Ensemble,
-    source,
+    source: ImageSource,
     sizes: np.ndarray,
     labels: torch.Tensor,
-    device: torch.device,
 ) -> None:
     """Stops when the teacher hardly recognises the images: their classes are in another order.
 
     Looks at unmixed central views of at most 1,024 images with running statistics.
     """
+    device = teachers.runtime.device
     chosen = np.linspace(0, len(sizes) - 1, min(len(sizes), 1024)).astype(int)
     views = centre_views(sizes[chosen], views_per_forward(args, device))
     views.index = torch.from_numpy(chosen)[views.index]
@@ -193,77 +197,114 @@ def check_class_order(
         )
 
 
-def label_views(
-    number: int, views: Views, together: int, teachers: Ensemble, source, bar: tqdm
-) -> Iterator[torch.Tensor]:
-    """Renders and labels the views of a pass, `together` of them in a forward pass.
+def label_pass(
+    pass_index: int, writer: LabelWriter, teachers: Ensemble, source: ImageSource, bar: tqdm
+) -> tuple[Views, torch.Tensor]:
+    """Draws, renders and labels the views of a pass, several batches in a forward pass.
 
-    Yields:
-        float32 [n, C] logits on the CPU; how they are grouped depends on the pass alone.
+    Args:
+        pass_index: which pass.
+        writer: of the label set; its settings say how many views a forward pass takes.
+        teachers: what labels.
+        source: the images (utils.data.images).
+        bar: moved on by the views that are labelled.
+
+    Returns:
+        The views, and float32 [images, C] logits in main memory.
+
+    Raises:
+        UserError: logits that are not finite.
     """
-    groups = views.to(teachers.runtime.device).groups(together // views.batch_size)
-    labelled = (teachers.logits(pixels, views.batch_size) for pixels in source.render(groups))
-    for logits in runtime.on_host(labelled):
-        if not logits.isfinite().all():
-            raise UserError(
-                f"the teacher gave NaN or infinite logits in pass {number}; try --amp off, else "
-                "its weights are broken"
-            )
-        bar.update(len(logits))
-        yield logits
+    views, device = writer.draw(pass_index), teachers.runtime.device
+    on_gpu = device.type == "cuda"
+    logits = torch.empty(len(views.index), writer.settings["num_classes"], pin_memory=on_gpu)
+    groups = views.to(device).groups(writer.settings["views_per_forward"] // views.batch_size)
+    start = 0
+    for pixels in source.render(groups):
+        labelled = teachers.logits(pixels, views.batch_size)
+        logits[start : start + len(labelled)].copy_(labelled, non_blocking=on_gpu)
+        start += len(labelled)
+        bar.update(len(labelled))
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    if not logits.isfinite().all():
+        raise UserError(
+            f"the teacher gave NaN or infinite logits in pass {pass_index}; try --amp off, else "
+            "its weights are broken"
+        )
+    return views, logits
+
+
+@contextlib.contextmanager
+def pass_writer(writer: LabelWriter, device: torch.device) -> Iterator[Callable[..., None]]:
+    """Gives a function like `writer.write_pass`; on leaving, what it was given is on disk.
+
+    Beside a GPU it returns at once and a thread packs and writes, one pass at a time, while the
+    next is labelled; an error of the thread is raised by the next call, or on leaving. On a CPU
+    another thread takes a core from the teacher's, which wait for each other at every layer: a
+    small network then labelled half as fast (measured).
+    """
+    if device.type != "cuda":
+        yield writer.write_pass
+        return
+    with ThreadPoolExecutor(1) as thread:
+        in_flight: list[Future] = []
+
+        def write_pass(*arguments) -> None:
+            if in_flight:
+                in_flight.pop().result()
+            in_flight.append(thread.submit(writer.write_pass, *arguments))
+
+        yield write_pass
+        if in_flight:
+            in_flight.pop().result()
 
 
 def fit_codec(
-    writer: LabelWriter, teachers: Ensemble, source, labels: torch.Tensor
-) -> dict[int, list[torch.Tensor]]:
-    """Fits the writer's codec to the first labels; returns the logits of passes labelled whole."""
-    kept: dict[int, list[torch.Tensor]] = {}
-    total = writer.settings["passes"] * len(labels)
-    together = writer.settings["views_per_forward"]
-    with cli.progress(total=min(FIT_LABELS, total), desc="fit codec", unit="view") as bar:
-
-        def chunks() -> Iterator[tuple[torch.Tensor, Mixture]]:
-            for number in range(writer.settings["passes"]):
-                views, kept[number], start = writer.draw(number), [], 0
-                mixture = views.mixture(labels, writer.spec.input_size)
-                for logits in label_views(number, views, together, teachers, source, bar):
-                    kept[number].append(logits)
-                    yield logits, mixture.rows(slice(start, start + len(logits)))
-                    start += len(logits)
-
-        writer.fit(chunks())
-    return {n: parts for n, parts in kept.items() if sum(map(len, parts)) == len(labels)}
+    writer: LabelWriter, teachers: Ensemble, source: ImageSource, hard_labels: torch.Tensor
+) -> dict[int, torch.Tensor]:
+    """Fits the writer's codec to the first passes; returns their logits by pass index."""
+    count, passes = len(hard_labels), writer.settings["passes"]
+    needed = min(-(-labels_to_fit(writer.settings["num_classes"]) // count), passes)
+    labelled, samples = {}, []
+    with cli.progress(total=needed * count, desc="fit codec", unit="view") as bar:
+        for pass_index in range(needed):
+            views, logits = label_pass(pass_index, writer, teachers, source, bar)
+            labelled[pass_index] = logits
+            samples.append((logits, views.mixture(hard_labels, writer.spec.input_size)))
+    writer.fit(samples)
+    return labelled
 
 
-def make_passes(writer: LabelWriter, teachers: Ensemble, source, hard_labels: torch.Tensor) -> None:
+def make_passes(
+    writer: LabelWriter, teachers: Ensemble, source: ImageSource, hard_labels: torch.Tensor
+) -> None:
     """Fits the codec where that is needed, and makes the missing passes, shared among ranks."""
     machine, count = teachers.runtime, len(hard_labels)
-    fitting, missing = {}, []
+    labelled, missing = {}, []
     if machine.rank == 0:
         if writer.codec is None:
-            fitting = fit_codec(writer, teachers, source, hard_labels)
+            labelled = fit_codec(writer, teachers, source, hard_labels)
         passes = range(writer.settings["passes"])
-        missing = [number for number in passes if not writer.verified(number)]
+        missing = [pass_index for pass_index in passes if not writer.verified(pass_index)]
         if len(missing) < len(passes):
             done = len(passes) - len(missing)
             print(f"{done} of {len(passes)} passes are there and verified: skipped")
-    missing, fitted = machine.from_first((missing, list(fitting)))
+    missing, fitted = machine.from_first((missing, list(labelled)))
     writer.open_codec()
-    unlabelled = [number for number in missing if number not in fitted]
-    mine = [number for number in missing if number in fitting] + unlabelled[
-        machine.rank :: machine.world
-    ]
-    together = writer.settings["views_per_forward"]
+    unlabelled = [pass_index for pass_index in missing if pass_index not in fitted]
+    mine = unlabelled[machine.rank :: machine.world]
+    # What rank 0 labelled for the fit is not labelled again.
+    mine = [pass_index for pass_index in missing if pass_index in labelled] + mine
     bar = cli.progress(total=len(mine) * count, desc="relabel", unit="view")
-    with bar, pass_writer(writer, machine.device) as writes:
-        for number in mine:
-            views = writer.draw(number)
-            logits = fitting.pop(number, None)
-            if logits is None:
-                logits = label_views(number, views, together, teachers, source, bar)
-            else:
+    with bar, pass_writer(writer, machine.device) as write_pass:
+        for pass_index in mine:
+            if pass_index in labelled:
+                views, logits = writer.draw(pass_index), labelled.pop(pass_index)
                 bar.update(count)
-            writes.write_pass(number, logits, views, hard_labels)
+            else:
+                views, logits = label_pass(pass_index, writer, teachers, source, bar)
+            write_pass(pass_index, logits, views, hard_labels)
     machine.barrier()
 
 
@@ -284,45 +325,33 @@ def main() -> None:
         for module in teacher.model.modules()
     ):
         print("no teacher has BatchNorm: BSSL changes nothing")
-    same_size = bool((sizes == sizes[0]).all())
-    settings = {
-        "dataset": dataset.name,
-        "num_classes": dataset.num_classes,
-        "classes": folder.classes,
-        "ipc": ipc,
-        "slc": args.slc,
-        "passes": passes,
-        "batch_size": args.batch_size,
-        "image_size": sizes[0].tolist() if same_size else None,
-        "input_size": dataset.input_size,
-        "mean": list(dataset.mean),
-        "std": list(dataset.std),
-        "seed": args.seed,
-        "crop_scale": [args.min_scale, 1.0],
-        "crop_ratio": list(RATIO),
-        "mix": args.mix,
-        "teachers": [
-            {"name": teacher.name, "weights_sha256": teacher.sha256, "share": share}
-            for teacher, share in zip(teachers.teachers, teachers.shares, strict=True)
-        ],
-        "bssl": args.bssl,
-        "precision": machine.precision,
-        "views_per_forward": views_per_forward(args, machine.device),
-        "codec": codecs.from_arguments(args),
-        "images": {
-            "count": len(folder.files),
-            "per_class": ipc or folder.counts(),
-            "sha256": fingerprint,
+    settings = make_settings(
+        dataset=dataset,
+        folder=folder,
+        sizes=sizes,
+        images_sha256=fingerprint,
+        ipc=ipc,
+        passes=passes,
+        spec=ViewSpec(dataset.input_size, args.batch_size, min_scale=args.min_scale, mix=args.mix),
+        seed=args.seed,
+        origin={
+            "teachers": [
+                {"name": teacher.name, "weights_sha256": teacher.sha256, "share": share}
+                for teacher, share in zip(teachers.teachers, teachers.shares, strict=True)
+            ],
+            "bssl": args.bssl,
+            "precision": machine.precision,
+            "views_per_forward": views_per_forward(args, machine.device),
         },
-        "versions": runtime.versions(),
-    }
+        codec=codecs.from_arguments(args),
+    )
     writer = LabelWriter(args.label_dir, settings, sizes)
     if machine.from_first(machine.rank == 0 and writer.complete()):
         print(f"{args.label_dir} is complete and verified: nothing to do")
         return
     source = images.open_images(folder, sizes, dataset, machine.device, args.workers)
     if machine.rank == 0:
-        check_class_order(args, teachers, source, sizes, folder.labels, machine.device)
+        check_class_order(args, teachers, source, sizes, folder.labels)
     if args.bssl:
         for teacher in teachers.teachers:
             use_batch_statistics(teacher.model)

@@ -14,23 +14,24 @@ if not __package__:  # run as a plain script: imports start at the repository ro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-import csv
-import io
 
 import numpy as np
 from matplotlib.figure import Figure
 from torchvision.models import ResNet18_Weights
 
 from relabel import drift
-from relabel.lost import compare
+from relabel.compress import compare
 from utils import cli
 from utils.cli import UserError
 from utils.data import images
 from utils.data.views import crop_resize, mix
 from utils.files import atomic_write, to_json
 from utils.labels import LabelSet, pass_name
+from utils.results import write_csv
 
 TEMPERATURES = (20.0, 4.0, 1.0)
+_RANKS = ("first", "second", "third")
+_VIEW_COLUMNS = ("pass", "row", "image", "file", "crop_area", "class", "probability", *_RANKS)
 _VIEW_ARRAYS = ("index", "box", "flip", "mix_index", "mix_box", "mix_lam")
 
 
@@ -59,8 +60,8 @@ def parse_arguments() -> argparse.Namespace:
 def sizes(labels: LabelSet) -> dict[str, int]:
     """Bytes on disk by purpose; they add up to `labels.bytes_on_disk()`."""
     payload = views = 0
-    for number in range(labels.passes):
-        with np.load(labels.path / pass_name(number), allow_pickle=False) as stored:
+    for pass_index in range(labels.passes):
+        with np.load(labels.path / pass_name(pass_index), allow_pickle=False) as stored:
             payload += stored["payload"].nbytes
             views += sum(stored[name].nbytes for name in _VIEW_ARRAYS if name in stored)
 
@@ -68,14 +69,14 @@ def sizes(labels: LabelSet) -> dict[str, int]:
         path = labels.path / name
         return path.stat().st_size if path.exists() else 0
 
-    found = {
+    parts = {
         "logits": payload,
         "codec, fitted part": file("codec.npz"),
         "views": views,
         "image sizes": file("sizes.npz"),
         "manifest": file("manifest.json"),
     }
-    return {**found, "checksums, headers": labels.bytes_on_disk() - sum(found.values())}
+    return {**parts, "checksums, headers": labels.bytes_on_disk() - sum(parts.values())}
 
 
 def published(classes: int) -> dict[str, float]:
@@ -156,146 +157,154 @@ def class_names(labels: LabelSet) -> list[str]:
     return labels.manifest["classes"]
 
 
-def drift_table(labels: LabelSet, found: drift.Drift) -> tuple[str, dict]:
+def drift_table(labels: LabelSet, measured: drift.Drift) -> tuple[str, dict]:
     """Tr(Sigma) and views astray, overall and by the crop's area."""
-    total, astray = int(found.views.sum()), int(found.astray.sum())
-    numbers = {
-        "mean Tr(Sigma)": float(np.nanmean(found.spread)) if labels.passes > 1 else None,
+    total, astray = int(measured.views.sum()), int(measured.astray.sum())
+    spread = float(np.nanmean(measured.spread)) if labels.passes > 1 else None
+    values = {
+        "mean Tr(Sigma)": spread,
         "views": total,
         "astray": astray / total,
-        "none of the view's classes": found.none / total,
+        "none of the view's classes": measured.none / total,
     }
-    spread = f"{numbers['mean Tr(Sigma)']:.4f}" if labels.passes > 1 else "needs two passes"
+    spread_text = "needs two passes" if spread is None else f"{spread:.4f}"
     lines = [
-        f"Tr(Sigma) of an image's soft labels, mean over images: {spread}",
+        f"Tr(Sigma) of an image's soft labels, mean over images: {spread_text}",
         f"first class not the mainly shown image's: {100 * astray / total:.1f} % of {total:,} "
-        f"views; none of the view's classes: {100 * found.none / total:.1f} %",
+        f"views; none of the view's classes: {100 * measured.none / total:.1f} %",
         f"{'crop area':>12}{'views':>10}{'astray (%)':>12}{'p(own class)':>14}",
     ]
-    for low, high, (views, wrong), own in zip(
-        drift.AREA_EDGES, drift.AREA_EDGES[1:], found.by_area, found.own_by_area, strict=False
-    ):
-        share = f"{100 * wrong / views:>12.1f}{own:>14.3f}" if views else f"{'-':>12}{'-':>14}"
-        lines.append(f"{low:>6.1f}-{high:>4.1f} {views:>10,}{share}")
-    return "\n".join(lines), numbers
+    for k, (views, wrong) in enumerate(measured.by_area):
+        share = f"{'-':>12}{'-':>14}"
+        if views:
+            share = f"{100 * wrong / views:>12.1f}{measured.own_by_area[k]:>14.3f}"
+        lines.append(
+            f"{drift.AREA_EDGES[k]:>6.1f}-{drift.AREA_EDGES[k + 1]:>4.1f} {views:>10,}{share}"
+        )
+    return "\n".join(lines), values
 
 
-def write_rows(path: Path, header: list[str], rows: list[list]) -> None:
-    """A CSV file."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer)
-    writer.writerow(header)
-    writer.writerows(rows)
-    atomic_write(path, buffer.getvalue().encode())
-
-
-def class_rows(labels: LabelSet, found: drift.Drift) -> list[list]:
-    """class, name, views, share astray, mean Tr(Sigma); the classes that drift most first."""
+def class_rows(labels: LabelSet, measured: drift.Drift) -> list[dict]:
+    """What drifts in each class that views show, the classes that drift most first."""
     own, names = labels.hard_labels.numpy(), class_names(labels)
     classes = labels.manifest["num_classes"]
-    views = np.bincount(own, found.views, classes)
-    astray = np.bincount(own, found.astray, classes) / np.maximum(views, 1)
-    spread = np.bincount(own, found.spread, classes) / np.maximum(
-        np.bincount(own, minlength=classes), 1
-    )
-    order = np.argsort(-astray, kind="stable")
+    views = np.bincount(own, measured.views, classes)
+    astray = np.bincount(own, measured.astray, classes) / np.maximum(views, 1)
+    images_of = np.maximum(np.bincount(own, minlength=classes), 1)
+    spread = np.bincount(own, measured.spread, classes) / images_of
     return [
-        [c, names[c], int(views[c]), round(astray[c], 4), round(spread[c], 5)]
-        for c in order.tolist()
-        if views[c]
+        {
+            "class": label,
+            "name": names[label],
+            "views": int(views[label]),
+            "astray_share": round(astray[label], 4),
+            "mean_tr_sigma": round(spread[label], 5),
+        }
+        for label in np.argsort(-astray, kind="stable").tolist()
+        if views[label]
     ]
 
 
-def write_tables(out: Path, labels: LabelSet, found: drift.Drift, names: list[str]) -> None:
-    """images.csv, classes.csv, crop_area.csv, views.csv."""
-    own = labels.hard_labels.tolist()
+def write_tables(out: Path, labels: LabelSet, measured: drift.Drift, files: list[str]) -> None:
+    """images.csv, classes.csv, crop_area.csv, views.csv; `files` names every image."""
     classes = class_names(labels)
-    write_rows(
-        out / "images.csv",
-        ["image", "file", "class", "views", "astray", "tr_sigma"],
-        [
-            [i, names[i], own[i], found.views[i], found.astray[i], round(found.spread[i], 6)]
-            for i in range(len(own))
-        ],
-    )
-    header = ["class", "name", "views", "astray_share", "mean_tr_sigma"]
-    write_rows(out / "classes.csv", header, class_rows(labels, found))
-    write_rows(
-        out / "crop_area.csv",
-        ["from", "to", "views", "astray", "mean_probability_of_own_class"],
-        [
-            [drift.AREA_EDGES[k], drift.AREA_EDGES[k + 1], *found.by_area[k], found.own_by_area[k]]
-            for k in range(10)
-        ],
-    )
-    header = ["pass", "row", "image", "file", "crop_area", "class", "probability"]
-    rows = []
-    for view in found.worst:
-        top = [f"{classes[label]} {value:.4f}" for label, value in view.top]
-        place = [view.number, view.row, view.image, names[view.image], round(view.area, 4)]
-        rows.append([*place, classes[view.expected], round(view.own, 5), *top])
-    write_rows(out / "views.csv", [*header, "first", "second", "third"], rows)
+    by_image = [
+        {
+            "image": image,
+            "file": file,
+            "class": int(labels.hard_labels[image]),
+            "views": measured.views[image],
+            "astray": measured.astray[image],
+            "tr_sigma": round(measured.spread[image], 6),
+        }
+        for image, file in enumerate(files)
+    ]
+    by_area = [
+        {
+            "from": drift.AREA_EDGES[k],
+            "to": drift.AREA_EDGES[k + 1],
+            "views": measured.by_area[k, 0],
+            "astray": measured.by_area[k, 1],
+            "mean_probability_of_own_class": measured.own_by_area[k],
+        }
+        for k in range(10)
+    ]
+    worst = []
+    for view in measured.worst:
+        row = {
+            "pass": view.pass_index,
+            "row": view.row,
+            "image": view.image,
+            "file": files[view.image],
+            "crop_area": round(view.area, 4),
+            "class": classes[view.expected],
+            "probability": round(view.own, 5),
+        }
+        for rank, (label, probability) in zip(_RANKS, view.top, strict=False):
+            row[rank] = f"{classes[label]} {probability:.4f}"
+        worst.append(row)
+    write_csv(by_image, out / "images.csv")
+    write_csv(class_rows(labels, measured), out / "classes.csv")
+    write_csv(by_area, out / "crop_area.csv")
+    write_csv(worst, out / "views.csv", columns=_VIEW_COLUMNS)
 
 
-def draw_drift(path: Path, labels: LabelSet, found: drift.Drift) -> None:
+def draw_drift(path: Path, labels: LabelSet, measured: drift.Drift) -> None:
     """Three panels: drift against crop area, over classes, and Tr(Sigma) over images."""
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     centres = np.arange(10) / 10 + 0.05
-    views, astray = found.by_area.T
-    there = views > 0
-    shares = 100 * astray[there] / views[there]
-    left.bar(centres[there], shares, 0.09, color="C1", label="first class is another")
-    left.plot(centres[there], 100 * found.own_by_area[there], "C0o-", label="mean p(own class)")
+    views, astray = measured.by_area.T
+    shown = views > 0
+    shares = 100 * astray[shown] / views[shown]
+    left.bar(centres[shown], shares, 0.09, color="C1", label="first class is another")
+    left.plot(centres[shown], 100 * measured.own_by_area[shown], "C0o-", label="mean p(own class)")
     left.set(xlabel="crop area / image area", ylabel="views (%)", xlim=(0, 1), ylim=(0, 100))
     left.legend()
-    shares = 100 * np.array([row[3] for row in class_rows(labels, found)])
+    shares = 100 * np.array([row["astray_share"] for row in class_rows(labels, measured)])
     middle.bar(np.arange(len(shares)), shares, 1.0, color="C1")
     middle.set(xlabel="class, sorted", ylabel="views with another first class (%)", ylim=(0, 100))
     if labels.passes > 1:
-        right.hist(found.spread, bins=30, color="C0")
+        right.hist(measured.spread, bins=30, color="C0")
     right.set(xlabel="Tr(Σ) of an image's soft labels", ylabel="images", xlim=(0, None))
-    figure.suptitle(f"Drift of {len(found.views):,} images, {found.views.sum():,} views")
+    figure.suptitle(f"Drift of {len(measured.views):,} images, {measured.views.sum():,} views")
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
 def draw_views(
-    path: Path, labels: LabelSet, found: drift.Drift, folder: images.ImageFolder
+    path: Path, labels: LabelSet, worst: list[drift.Drifted], folder: images.ImageFolder
 ) -> None:
     """The views that drift most: image with the crop's box, the view as rendered, and its label."""
-    columns = min(4, len(found.worst))
-    rows = -(-len(found.worst) // columns)
+    columns = min(4, len(worst))
+    rows = -(-len(worst) // columns)
     figure = Figure(figsize=(4.2 * columns, 2.75 * rows), layout="constrained")
     panels = figure.subplots(rows, 2 * columns, squeeze=False)
     names = class_names(labels)
     for axes in panels.flat:
         axes.set_axis_off()
-    pairs = panels.reshape(-1, 2)
-    for (left, right), view in zip(
-        pairs, cli.progress(found.worst, desc="contact sheet", unit="view"), strict=False
-    ):
-        batch, place = divmod(view.row, labels.spec.batch_size)
-        views = labels.views(view.number * labels.batches_per_pass + batch)
+    bar = cli.progress(worst, desc="contact sheet", unit="view")
+    for (left, right), view in zip(panels.reshape(-1, 2), bar, strict=False):
+        batch, row = divmod(view.row, labels.spec.batch_size)
+        views = labels.views(view.pass_index * labels.batches_per_pass + batch)
         sources = [
             images.pixels_of(images.decode(folder.files[index])) for index in views.index.tolist()
         ]
         crops = crop_resize(sources, views.box, views.flip, labels.spec.input_size)
-        shown = mix(crops, views)[place]
-        partner = views.partner()
-        if int(views.index[place]) != view.image:
-            place = int(partner[place])
-        top, left_edge, height, width = views.box[place].tolist()
-        left.imshow(sources[place].permute(1, 2, 0).numpy())
-        corners = [left_edge, left_edge + width], [top, top + height]
+        rendered = mix(crops, views)[row]
+        if int(views.index[row]) != view.image:
+            row = int(views.partner()[row])
+        top, left_edge, height, width = views.box[row].tolist()
+        bottom, right_edge = top + height, left_edge + width
+        left.imshow(sources[row].permute(1, 2, 0).numpy())
         left.plot(
-            [corners[0][k] for k in (0, 1, 1, 0, 0)],
-            [corners[1][k] for k in (0, 0, 1, 1, 0)],
+            [left_edge, right_edge, right_edge, left_edge, left_edge],
+            [top, top, bottom, bottom, top],
             color="yellow",
             lw=2,
         )
         left.set_title(f"{shorten(names[view.expected])}\np = {view.own:.2f}", fontsize=8)
-        right.imshow(shown.round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
-        lines = [f"{shorten(names[c])} {p:.2f}" for c, p in view.top]
+        right.imshow(rendered.round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
+        lines = [f"{shorten(names[label])} {probability:.2f}" for label, probability in view.top]
         right.set_title("\n".join(lines), fontsize=8, color="firebrick")
     figure.suptitle(
         "Views that drift most. Left: image, its class, the crop's box; right: the view and the "
@@ -328,27 +337,33 @@ def main() -> None:
         f"{manifest['images']['count']} images x {labels.passes} passes, codec "
         f"{manifest['codec']['name']}; teacher top-1 on the views {manifest['teacher_top1']:.1f} %"
     )
-    text, report = size_table(labels, sizes(labels))
+    text, size_report = size_table(labels, sizes(labels))
     print(f"\n{text}")
-    text, measured = loss_table(labels, reference)
+    text, loss_report = loss_table(labels, reference)
     print(f"\n{text}", flush=True)
-    found = drift.measure(labels, args.samples)
-    text, numbers = drift_table(labels, found)
+    measured = drift.measure(labels, args.samples)
+    text, drift_report = drift_table(labels, measured)
     print(f"\n{text}")
     if folder and out is None:
         out = labels.path.with_name(labels.path.name + "_report")
     if out is None:
         return
     out.mkdir(parents=True, exist_ok=True)
-    names = [str(number) for number in range(len(found.views))]
-    if folder:
-        names = [path.relative_to(folder.root).as_posix() for path in folder.files]
-    report = {"sizes": report, "lost": measured, "drift": numbers, "codec": manifest["codec"]}
+    report = {
+        "sizes": size_report,
+        "lost": loss_report,
+        "drift": drift_report,
+        "codec": manifest["codec"],
+    }
     atomic_write(out / "report.json", to_json(report))
-    write_tables(out, labels, found, names)
-    draw_drift(out / "drift.png", labels, found)
-    if folder and found.worst:
-        draw_views(out / "views.png", labels, found, folder)
+    if folder:
+        files = [path.relative_to(folder.root).as_posix() for path in folder.files]
+    else:
+        files = [str(image) for image in range(len(measured.views))]
+    write_tables(out, labels, measured, files)
+    draw_drift(out / "drift.png", labels, measured)
+    if folder and measured.worst:
+        draw_views(out / "views.png", labels, measured.worst, folder)
     print(f"\ntables and pictures: {out}")
 
 

@@ -1,7 +1,5 @@
 """Codecs: hand-worked cases, error bounds, budgets, and equal bytes for equal labels."""
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -52,11 +50,11 @@ def logits(mixture) -> torch.Tensor:
 
 
 def fit(logits: torch.Tensor, mixture: Mixture, labels: int = 1200, **target) -> Klt:
-    chunks = [
+    samples = [
         (logits[:500], mixture.rows(slice(500))),
         (logits[500:], mixture.rows(slice(500, None))),
     ]
-    return Klt.fit(chunks, CLASSES, labels, **target)
+    return Klt.fit(samples, CLASSES, labels, **target)
 
 
 def decoded(codec, logits: torch.Tensor, mixture: Mixture) -> torch.Tensor:
@@ -193,7 +191,7 @@ def test_klt_of_labels_that_are_all_the_same(labels, scale):
     assert torch.allclose(decoded(codec, same, unmixed(labels)), same, atol=0.02)
 
 
-def test_equal_labels_give_equal_bytes_however_they_arrive(logits, mixture):
+def test_equal_labels_give_equal_bytes(logits, mixture):
     codec, again = (fit(logits, mixture, bytes_per_label=12) for _ in range(2))
     assert all(
         one.tobytes() == other.tobytes()
@@ -202,18 +200,19 @@ def test_equal_labels_give_equal_bytes_however_they_arrive(logits, mixture):
     read = codecs.from_manifest(codec.parameters(), CLASSES, codec.arrays())
     payload = codec.pack(logits, mixture)
     assert payload == again.pack(logits, mixture) == read.pack(logits, mixture)
-    ends = [*range(0, 1200, 77), 1200]
-    chunks = [logits[start:end] for start, end in itertools.pairwise(ends)]
-    parts = [codec.encode(block, mixture.rows(rows)) for rows, block in base.blocks(chunks)]
-    assert codec.pack_codes(base.join(parts)) == payload
 
 
-def test_blocks_cut_a_stream_at_fixed_places(monkeypatch):
-    monkeypatch.setattr(base, "BLOCK", 4)
-    stream = [torch.full((count, 1), float(count)) for count in (3, 6, 1, 0, 1)]
-    found = [(rows.start, rows.stop, len(block)) for rows, block in base.blocks(stream)]
-    assert found == [(0, 4, 4), (4, 8, 4), (8, 11, 3)]
-    assert list(base.blocks([])) == []
+def test_a_pass_is_encoded_in_blocks_and_packed_at_once(monkeypatch, logits, mixture):
+    monkeypatch.setattr(base, "BLOCK", 500)
+    codec, encoded = TopK(CLASSES, 3), []
+    monkeypatch.setattr(
+        codec, "encode", lambda *block: encoded.append(block) or TopK.encode(codec, *block)
+    )
+    payload = codec.pack(logits, mixture)
+    assert [len(rows) for rows, _ in encoded] == [500, 500, 200]
+    assert torch.equal(torch.cat([rows for rows, _ in encoded]), logits)
+    assert torch.equal(torch.cat([known.partner for _, known in encoded]), mixture.partner)
+    assert payload == codec.pack_codes(TopK(CLASSES, 3).encode(logits, mixture))
 
 
 def test_batches_expand_like_the_whole_pass(logits, mixture):

@@ -7,10 +7,11 @@ import pytest
 import torch
 from conftest import generate_arguments, tree
 
-from relabel import compress, generate
+from relabel import compress, generate, report
+from utils import extensions
 from utils.cli import UserError
 from utils.files import seal
-from utils.labels import LabelSet
+from utils.labels import LabelSet, codecs
 from utils.labels.codecs.base import distortion
 
 PASSES = 10
@@ -166,3 +167,59 @@ def test_the_source_is_never_the_target(long_set, command):
     refused = recode(command, long_set, long_set, "--codec", "klt")
     assert refused.code == 2 and "need a folder of their own" in refused.err
     assert tree(long_set) == before
+
+
+SIGNS = """
+from utils.cli import bounded
+from utils.labels.codecs.base import Codec
+
+
+class Signs(Codec):
+    name = "signs"
+    flags = {"signs_scale": {"type": bounded(float, 0), "metavar": "X", "help": "what 1 means"}}
+
+    def __init__(self, num_classes, signs_scale):
+        super().__init__(num_classes, signs_scale=signs_scale)
+
+    def encode(self, logits, mixture):
+        return (logits.sign().char(),)
+
+    def pack_codes(self, codes):
+        return codes[0].numpy().tobytes()
+
+    def unpack(self, payload):
+        import torch
+        return (torch.frombuffer(bytearray(payload), dtype=torch.int8).view(-1, self.num_classes),)
+
+    def expand(self, codes, mixture):
+        return codes[0].float() * self.options["signs_scale"]
+"""
+
+
+def test_a_codec_is_added_by_one_file(world, tmp_path, command, monkeypatch):
+    monkeypatch.setattr(extensions, "FOLDER", tmp_path / "more_codecs")
+    monkeypatch.syspath_prepend(tmp_path)
+    extensions.FOLDER.mkdir()
+    (extensions.FOLDER / "signs.py").write_text(SIGNS)
+    flags = ("--codec", "signs", "--signs-scale", 3)
+    arguments = generate_arguments(world.data, tmp_path / "a", world.weights, "--slc", 6)
+    try:
+        done = command(generate.main, *arguments, *flags)
+        assert done.code == 0, done.err
+        assert recode(command, world.labels, tmp_path / "b", *flags).code == 0
+        expected = 3 * all_logits(world.labels).sign()
+        assert torch.equal(all_logits(tmp_path / "a"), expected)
+        assert torch.equal(all_logits(tmp_path / "b"), expected)
+        told = command(report.main, "--label-dir", tmp_path / "b")
+        assert told.code == 0 and "codec signs (signs_scale 3.0)" in told.out
+        refused = recode(command, world.labels, tmp_path / "c", "--codec", "signs")
+        assert refused.code == 2 and "--codec signs needs --signs-scale" in refused.err
+        refused = recode(command, world.labels, tmp_path / "c", "--codec", "klt", *flags[2:])
+        assert refused.code == 2 and "--signs-scale belongs to codec signs" in refused.err
+    finally:
+        codecs.CODECS.pop("signs", None)
+
+
+def test_two_codecs_of_one_name_are_refused():
+    with pytest.raises(UserError, match="there is a codec fp16 already"):
+        type("Other", (codecs.Codec,), {"name": "fp16"})

@@ -182,7 +182,7 @@ def test_convert_refuses(world, tmp_path, command, case):
 
 def test_stored_views_take_at_most_ten_bytes_each_at_224_pixels():
     from utils.data.views import ViewSpec, draw
-    from utils.labels import _views_to_arrays
+    from utils.labels.arrays import views_to_arrays
 
     views = draw(ViewSpec(224, 16), np.full((10000, 2), 224), 0)
-    assert sum(array.nbytes for array in _views_to_arrays(views).values()) <= 10 * 10000
+    assert sum(array.nbytes for array in views_to_arrays(views).values()) <= 10 * 10000

@@ -10,7 +10,6 @@ from torch import nn
 
 import models
 from relabel import generate, teacher
-from relabel.background import BackgroundWriter, pass_writer
 from utils.labels import LabelSet
 
 
@@ -119,81 +118,66 @@ class Recorder:
     """In place of a LabelWriter: keeps what it is given, may fail, may wait."""
 
     def __init__(self, fails_at: int | None = None):
-        self.written, self.fails_at, self.thread = [], fails_at, None
+        self.written, self.fails_at, self.threads = [], fails_at, set()
         self.may_write = threading.Event()
         self.may_write.set()
 
-    def write_pass(self, number, chunks, views, hard_labels):
-        self.may_write.wait()
-        rows = torch.cat(list(chunks))
-        if number == self.fails_at:
+    def write_pass(self, pass_index, logits):
+        assert self.may_write.wait(60)
+        if pass_index == self.fails_at:
             raise OSError("disk full")
-        self.thread = threading.get_ident()
-        self.written.append((number, rows.tolist()))
+        self.threads.add(threading.get_ident())
+        self.written.append((pass_index, logits))
 
 
-def chunks(number: int):
-    return (torch.tensor([10 * number + place]) for place in range(3))
+CUDA = torch.device("cuda")
 
 
-def test_passes_are_written_in_order_by_one_other_thread():
+def test_passes_are_written_in_order_by_one_other_thread_beside_a_gpu():
     recorder = Recorder()
-    with BackgroundWriter(recorder) as background:
-        for number in range(5):
-            background.write_pass(number, chunks(number), None, None)
-    assert recorder.written == [(n, [10 * n, 10 * n + 1, 10 * n + 2]) for n in range(5)]
-    assert recorder.thread != threading.get_ident()
+    with generate.pass_writer(recorder, CUDA) as write_pass:
+        for pass_index in range(5):
+            write_pass(pass_index, 10 * pass_index)
+    assert recorder.written == [(0, 0), (1, 10), (2, 20), (3, 30), (4, 40)]
+    assert len(recorder.threads) == 1 and threading.get_ident() not in recorder.threads
 
 
-def test_passes_are_written_beside_a_gpu_and_in_line_on_a_cpu():
+def test_passes_are_written_in_line_on_a_cpu():
     recorder = Recorder()
-    with pass_writer(recorder, torch.device("cpu")) as writes:
-        writes.write_pass(0, chunks(0), None, None)
-        assert recorder.thread == threading.get_ident()
-    with pass_writer(recorder, torch.device("cuda")) as writes:
-        writes.write_pass(1, chunks(1), None, None)
-    assert recorder.thread != threading.get_ident()
-    assert [number for number, _ in recorder.written] == [0, 1]
+    with generate.pass_writer(recorder, torch.device("cpu")) as write_pass:
+        write_pass(0, 7)
+        assert recorder.written == [(0, 7)]
+    assert recorder.threads == {threading.get_ident()}
 
 
-def test_the_next_pass_is_labelled_while_the_last_one_is_written():
-    recorder, labelled = Recorder(), []
+def test_the_next_pass_is_labelled_while_one_is_written_and_no_more_than_one_waits():
+    recorder = Recorder()
     recorder.may_write.clear()
-    with BackgroundWriter(recorder) as background:
-        background.write_pass(0, chunks(0), None, None)
+    with generate.pass_writer(recorder, CUDA) as write_pass:
+        write_pass(0, None)
+        assert recorder.written == []  # and here the next one is labelled
+        second = threading.Thread(target=write_pass, args=(1, None))
+        second.start()
+        second.join(0.2)
+        assert second.is_alive()
+        recorder.may_write.set()
+        second.join()
+    assert [pass_index for pass_index, _ in recorder.written] == [0, 1]
 
-        def second():
-            for chunk in chunks(1):
-                labelled.append(list(recorder.written))
-                yield chunk
-            recorder.may_write.set()
 
-        background.write_pass(1, second(), None, None)
-    assert labelled == [[], [], []] and [number for number, _ in recorder.written] == [0, 1]
-
-
-def test_an_error_of_the_writing_thread_surfaces():
+@pytest.mark.parametrize("fails_at", [0, 1])
+def test_an_error_of_the_writing_thread_surfaces(fails_at):
     with (
         pytest.raises(OSError, match="disk full"),
-        BackgroundWriter(Recorder(fails_at=1)) as background,
+        generate.pass_writer(Recorder(fails_at), CUDA) as write_pass,
     ):
-        for number in range(9):
-            background.write_pass(number, chunks(number), None, None)
-    with (
-        pytest.raises(OSError, match="disk full"),
-        BackgroundWriter(Recorder(fails_at=0)) as background,
-    ):
-        background.write_pass(0, chunks(0), None, None)
+        for pass_index in range(fails_at + 1):
+            write_pass(pass_index, None)
 
 
-def test_a_pass_that_is_not_labelled_whole_is_not_written():
+def test_what_was_handed_over_is_written_when_labelling_stops():
     recorder = Recorder()
-
-    def broken():
-        yield torch.zeros(1)
+    with pytest.raises(KeyboardInterrupt), generate.pass_writer(recorder, CUDA) as write_pass:
+        write_pass(0, None)
         raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt), BackgroundWriter(recorder) as background:
-        background.write_pass(0, chunks(0), None, None)
-        background.write_pass(1, broken(), None, None)
-    assert [number for number, _ in recorder.written] == [0]
+    assert [pass_index for pass_index, _ in recorder.written] == [0]

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from relabel import compress, drift, report
-from relabel.lost import compare
+from relabel.compress import compare
 from utils.labels import LabelSet, LabelWriter
 from utils.labels.codecs.base import distortion
+from utils.results import write_csv
 
 CLASSES = 4
 
@@ -147,6 +148,13 @@ def test_tables_and_pictures(world, tmp_path, command):
     assert sum(int(row["views"]) for row in rows) == 24
     found = json.loads((tmp_path / "R" / "report.json").read_text())
     assert found["sizes"]["bytes"]["total"] == LabelSet.open(world.labels).bytes_on_disk()
+
+
+def test_a_table_without_rows_has_its_header(tmp_path):
+    write_csv([], tmp_path / "none.csv", "nothing", columns=("pass", "row"))
+    assert (tmp_path / "none.csv").read_text() == "# nothing\npass,row\n"
+    write_csv([{"row": 1}], tmp_path / "one.csv", columns=("pass", "row"))
+    assert (tmp_path / "one.csv").read_text() == "pass,row\n,1\n"
 
 
 def test_other_images_are_refused(world, command):

@@ -5,6 +5,7 @@ import datetime
 import io
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,11 +21,20 @@ def provenance(command: str) -> str:
     return f"{datetime.date.today()}; {machine}; torch {torch.__version__}; {command}"
 
 
-def write_csv(rows: list[dict], path: Path, *about: str) -> None:
-    """The rows as comma-separated values under a header, and under comments where there are any."""
+def write_csv(
+    rows: list[dict], path: Path, *about: str, columns: Sequence[str] | None = None
+) -> None:
+    """Writes rows as comma-separated values under a header.
+
+    Args:
+        rows: a dictionary for each line; what one lacks stays empty.
+        path: the file.
+        about: comments above the header.
+        columns: the header (default: the keys of the first row).
+    """
     text = io.StringIO()
     text.writelines(f"# {line}\n" for line in about)
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, fieldnames=columns or list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     atomic_write(path, text.getvalue().encode())

@@ -1,7 +1,7 @@
 """What all codecs share: their verbs, what the reader of a label knows, and distortion."""
 
+import abc
 import math
-from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,6 +14,13 @@ Codes = tuple[torch.Tensor, ...]
 
 TEMPERATURE = 20.0  # at which distortion is measured
 BLOCK = 4096  # labels encoded at once
+_FIT_LABELS = 20_000
+_FIT_VALUES = 1 << 28  # logits kept for fitting: 1 GiB
+
+
+def labels_to_fit(num_classes: int) -> int:
+    """How many labels of a set a codec is fitted to, where it holds so many."""
+    return min(_FIT_LABELS, _FIT_VALUES // num_classes)
 
 
 def distortion(
@@ -38,74 +45,81 @@ def information(
     return float(lost), float(told)
 
 
-class Codec:
-    """What all codecs share. `options` are the parameters that the manifest holds by name."""
+CODECS: dict[str, type["Codec"]] = {}  # by name; a class adds itself when it is defined
+
+
+class Codec(abc.ABC):
+    """What all codecs share. A subclass with a name is a codec that --codec knows.
+
+    Attributes:
+        name: of the codec, in the manifest and for --codec.
+        flags: the options by name, each with the keywords of argparse's add_argument. The flag of
+            `bytes_per_label` is --bytes-per-label; the manifest holds the values by name, and the
+            constructor takes them as keywords.
+        fitted: whether codec.npz holds a part fitted to the labels: then there is a class method
+            `fit` (see Klt), and the constructor takes the keyword `arrays`, too.
+    """
 
     name: ClassVar[str]
-    options: ClassVar[tuple[str, ...]] = ()
-    fitted: ClassVar[bool] = False  # whether codec.npz holds a part fitted on the labels
+    flags: ClassVar[dict[str, dict[str, Any]]] = {}
+    fitted: ClassVar[bool] = False
 
-    def __init__(self, num_classes: int):
-        self.num_classes = num_classes
+    def __init_subclass__(cls, **keywords: Any):
+        super().__init_subclass__(**keywords)
+        if cls.name in CODECS:
+            raise UserError(f"{cls.__module__}: there is a codec {cls.name} already")
+        CODECS[cls.name] = cls
+
+    def __init__(self, num_classes: int, **options: Any):
+        """A codec of labels with so many classes; `options` are what the manifest holds by name."""
+        self.num_classes, self.options = num_classes, options
+
+    @classmethod
+    def options_from(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """The options that the given flags ask for; raises UserError when one is missing."""
+        for option in cls.flags:
+            if option not in given:
+                raise UserError(f"--codec {cls.name} needs {flag(option)}")
+        return given
 
     def parameters(self) -> dict[str, Any]:
         """What the manifest says of this codec."""
-        return {"name": self.name, **{option: getattr(self, option) for option in self.options}}
+        return {"name": self.name, **self.options}
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The fitted part, for codec.npz; empty when nothing is fitted."""
         return {}
 
+    @abc.abstractmethod
     def encode(self, logits: torch.Tensor, mixture: Mixture) -> Codes:
         """Codes of float32 [N, C] centred logits, each tensor with one row per label."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def pack_codes(self, codes: Codes) -> bytes:
         """Bytes of the codes of one pass; the same codes give the same bytes."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def unpack(self, payload: bytes) -> Codes:
         """Codes of all labels of a payload, on the CPU; raises UserError when it is damaged."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def expand(self, codes: Codes, mixture: Mixture) -> torch.Tensor:
         """float32 [B, C] centred logits from the codes of B labels, on the codes' device."""
-        raise NotImplementedError
 
     def pack(self, logits: torch.Tensor, mixture: Mixture) -> bytes:
         """Bytes of float32 [N, C] centred logits."""
-        parts = [self.encode(block, mixture.rows(rows)) for rows, block in blocks([logits])]
-        return self.pack_codes(join(parts))
+        # In blocks of a fixed size, whatever the whole: the same labels then always go through the
+        # same matrix products, and become the same bytes.
+        codes = []
+        for start in range(0, len(logits), BLOCK):
+            rows = slice(start, start + BLOCK)
+            codes.append(self.encode(logits[rows], mixture.rows(rows)))
+        return self.pack_codes(tuple(torch.cat(parts) for parts in zip(*codes, strict=True)))
 
 
-def blocks(chunks: Iterable[torch.Tensor]) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Rows of a stream [n, C], [m, C], ... in blocks of 4096, whatever sizes they come in.
-
-    The same labels then always go through the same matrix products, and become the same bytes.
-
-    Yields:
-        the place of each block in the stream, and the block.
-    """
-    start, waiting = 0, []
-
-    def block() -> tuple[slice, torch.Tensor]:
-        nonlocal start, waiting
-        rows = torch.cat(waiting)
-        rows, waiting = rows[:BLOCK], [rows[BLOCK:]]
-        start += len(rows)
-        return slice(start - len(rows), start), rows
-
-    for chunk in chunks:
-        waiting.append(chunk)
-        while sum(map(len, waiting)) >= BLOCK:
-            yield block()
-    if sum(map(len, waiting)):
-        yield block()
-
-
-def join(chunks: list[Codes]) -> Codes:
-    """The codes of several blocks of labels as one."""
-    return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
+def flag(option: str) -> str:
+    """The flag of an option."""
+    return "--" + option.replace("_", "-")
 
 
 def half(values: torch.Tensor, name: str) -> torch.Tensor:

@@ -1,21 +1,18 @@
 """The codec klt: a basis and class means fitted to the labels, one quantiser step."""
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from utils.cli import UserError
+from utils.cli import UserError, bounded
 from utils.data.views import Mixture
-from utils.labels.codecs.base import BLOCK, Codec, Codes, distortion, half
+from utils.labels.codecs.base import BLOCK, Codec, Codes, distortion, flag, half, labels_to_fit
 from utils.labels.packing import LARGEST, pack_integers, unpack_integers
 
 # What klt aims at without a target: near-lossless. Settled by the study of accuracy per byte.
 DEFAULT_DISTORTION = 0.002
-FIT_LABELS = 20_000
-_FIT_VALUES = 1 << 28  # logits kept for fitting: 1 GiB
 
 
 def _entropy_bits(values: torch.Tensor) -> torch.Tensor:
@@ -135,17 +132,30 @@ class Klt(Codec):
 
     name = "klt"
     fitted = True
+    flags: ClassVar = {
+        "bytes_per_label": {
+            "type": bounded(float, 0.1),
+            "metavar": "N",
+            "help": "budget for the logits, basis and class means included",
+        },
+        "distortion": {
+            "type": bounded(float, 1e-6, 1),
+            "metavar": "X",
+            "help": "share of the label's information lost at temperature 20 "
+            f"(default without a budget: {DEFAULT_DISTORTION})",
+        },
+    }
 
-    def __init__(self, num_classes: int, target: dict[str, float], arrays: dict[str, np.ndarray]):
+    def __init__(self, num_classes: int, arrays: dict[str, np.ndarray], **target: float):
         """A fitted codec.
 
         Args:
             num_classes: C.
-            target: what it was fitted to, {"bytes_per_label": N} or {"distortion": X}.
             arrays: the content of codec.npz.
+            target: what it was fitted to, bytes_per_label or distortion.
         """
-        super().__init__(num_classes)
-        self.target, self._arrays = target, arrays
+        super().__init__(num_classes, **target)
+        self._arrays = arrays
         parts = split_fitted(arrays["fitted"])
         self.step = parts["step"].item()
         deviation = torch.from_numpy(parts["deviation"].astype(np.float32))
@@ -165,8 +175,11 @@ class Klt(Codec):
         self.projection = torch.linalg.solve(gram, rows).T.float().contiguous()
         self._device = torch.device("cpu")
 
-    def parameters(self) -> dict[str, Any]:
-        return {"name": self.name, **self.target}
+    @classmethod
+    def options_from(cls, given: dict[str, Any]) -> dict[str, Any]:
+        if len(given) > 1:
+            raise UserError("--distortion is not allowed with --bytes-per-label")
+        return given or {"distortion": DEFAULT_DISTORTION}
 
     def arrays(self) -> dict[str, np.ndarray]:
         return self._arrays
@@ -207,47 +220,36 @@ class Klt(Codec):
     @classmethod
     def fit(
         cls,
-        chunks: Iterable[tuple[torch.Tensor, Mixture]],
+        samples: list[tuple[torch.Tensor, Mixture]],
         num_classes: int,
         labels: int,
-        bytes_per_label: float | None = None,
-        distortion: float | None = None,
         pass_labels: int | None = None,
+        **target: float,
     ) -> "Klt":
-        """Fits basis, class means and step to the first labels of a stream.
+        """Fits basis, class means and step to the first labels of a set.
 
         Of a sample of at most 20,000 labels, four fifths give the basis and the means and the
         fifth label each is held back, to find the step that meets the target on labels that were
         not fitted. Where the sample is the whole set, all of it serves both ends.
 
         Args:
-            chunks: centred logits float32 [n, C] and their mixtures; read as far as needed.
+            samples: centred logits float32 [n, C] and their mixtures, on the CPU.
             num_classes: C.
             labels: how many labels the fitted part will serve; its bytes count pro rata.
-            bytes_per_label: budget, fitted part included.
-            distortion: target at temperature 20; by default DEFAULT_DISTORTION.
             pass_labels: labels packed together (default: as many as there are).
+            target: bytes_per_label, a budget, the fitted part included; or distortion, at
+                temperature 20. By default DEFAULT_DISTORTION.
 
         Raises:
             UserError: no step is coarse enough for the budget.
         """
-        target = {"bytes_per_label": bytes_per_label}
-        if bytes_per_label is None:
-            target = {"distortion": DEFAULT_DISTORTION if distortion is None else distortion}
-        logits, mixture = _sample(chunks, min(labels, FIT_LABELS, _FIT_VALUES // num_classes))
-        return _Fit(logits, mixture, num_classes, labels, pass_labels).search(target)
-
-
-def _sample(chunks: Iterable, count: int) -> tuple[torch.Tensor, Mixture]:
-    """The first `count` labels of a stream, or all when there are fewer."""
-    parts, found = [], 0
-    for logits, mixture in chunks:
-        parts.append((logits.cpu(), mixture.own.cpu(), mixture.partner.cpu(), mixture.lam.cpu()))
-        found += len(logits)
-        if found >= count:
-            break
-    logits, own, partner, lam = (torch.cat(part)[:count] for part in zip(*parts, strict=True))
-    return logits, Mixture(own, partner, lam)
+        count = min(labels, labels_to_fit(num_classes))
+        logits = torch.cat([logits for logits, _ in samples])[:count]
+        parts = zip(*(mixture for _, mixture in samples), strict=True)
+        mixture = Mixture(*(torch.cat(part)[:count] for part in parts))
+        return _Fit(logits, mixture, num_classes, labels, pass_labels).search(
+            target or {"distortion": DEFAULT_DISTORTION}
+        )
 
 
 class _Fit:
@@ -299,9 +301,8 @@ class _Fit:
             if not low < place < high:
                 place = (low + high) / 2
         if best is None:
-            flag = "--" + name.replace("_", "-")
             raise UserError(
-                f"{flag} {wanted:g} cannot be met by codec klt for {self.labels} labels"
+                f"{flag(name)} {wanted:g} cannot be met by codec klt for {self.labels} labels"
             )
         return best
 
@@ -354,7 +355,7 @@ class _Fit:
             "basis": packed(basis[kept].T),
             "class_means": packed(means[:, kept]),
         }
-        return Klt(self.num_classes, target, {"fitted": join_fitted(parts)})
+        return Klt(self.num_classes, {"fitted": join_fitted(parts)}, **target)
 
 
 def packed(whole: torch.Tensor) -> np.ndarray:

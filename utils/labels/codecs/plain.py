@@ -1,9 +1,11 @@
 """The codecs that look at one label at a time: fp16, topk and quant."""
 
+from typing import ClassVar
+
 import numpy as np
 import torch
 
-from utils.cli import UserError
+from utils.cli import UserError, bounded
 from utils.data.views import Mixture
 from utils.labels.codecs.base import Codec, Codes, half
 from utils.labels.packing import pack_bits, unpack_bits
@@ -60,10 +62,10 @@ class TopK(Codec):
     """
 
     name = "topk"
-    options = ("topk",)
+    flags: ClassVar = {"topk": {"type": bounded(int, 1), "metavar": "K", "help": "logits kept"}}
 
     def __init__(self, num_classes: int, topk: int):
-        super().__init__(num_classes)
+        super().__init__(num_classes, topk=topk)
         if not 1 <= topk < num_classes:
             raise UserError(f"--topk {topk} must be between 1 and classes - 1 = {num_classes - 1}")
         self.topk = topk
@@ -103,10 +105,12 @@ class Quant(Codec):
     """
 
     name = "quant"
-    options = ("bits",)
+    flags: ClassVar = {
+        "bits": {"type": bounded(int, 1, 8), "metavar": "N", "help": "bits per class"}
+    }
 
     def __init__(self, num_classes: int, bits: int):
-        super().__init__(num_classes)
+        super().__init__(num_classes, bits=bits)
         if not 1 <= bits <= 8:
             raise UserError(f"--bits {bits} must be between 1 and 8")
         self.bits = bits

@@ -1,0 +1,131 @@
+"""The manifest of a label set: how it is made, read and compared, and the names of its files."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.cli import UserError
+from utils.data.datasets import Dataset
+from utils.data.images import ImageFolder
+from utils.data.views import ViewSpec
+from utils.files import read_json, read_sealed
+from utils.runtime import versions
+
+FORMAT, VERSION = "hald-labels", 1
+MANIFEST, PARTIAL = "manifest.json", "manifest.partial.json"
+SIZES, CODEC = "sizes.npz", "codec.npz"
+# What is known only when all passes are there; everything else is a label set's settings.
+RESULTS = {"teacher_top1", "files"}
+# Recorded, but free to differ when an interrupted set is continued.
+NOT_COMPARED = {"versions", *RESULTS}
+
+
+def pass_name(pass_index: int) -> str:
+    """File name of a pass."""
+    return f"pass_{pass_index:04d}.npz"
+
+
+def make_settings(
+    *,
+    dataset: Dataset,
+    folder: ImageFolder,
+    sizes: np.ndarray,
+    images_sha256: str,
+    ipc: int | None,
+    passes: int,
+    spec: ViewSpec,
+    seed: int | None,
+    origin: dict[str, Any],
+    codec: dict[str, Any],
+) -> dict[str, Any]:
+    """A manifest without results, for a `LabelWriter`.
+
+    Args:
+        dataset: its facts, the number of classes counted.
+        folder: the images; sizes: int [images, 2], their heights and widths in pixels.
+        images_sha256: fingerprint of the folder.
+        ipc: images per class, or None where labels are not counted by class.
+        passes: soft labels per image.
+        spec: of the views; seed: what they are drawn with, or None where they are stored.
+        origin: where the labels come from, "teachers" first.
+        codec: the codec's name and options.
+    """
+    return {
+        "dataset": dataset.name,
+        "num_classes": dataset.num_classes,
+        "classes": folder.classes,
+        "ipc": ipc,
+        "slc": None if ipc is None else ipc * passes,
+        "passes": passes,
+        "batch_size": spec.batch_size,
+        "image_size": sizes[0].tolist() if (sizes == sizes[0]).all() else None,
+        "input_size": spec.input_size,
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
+        "seed": seed,
+        "crop_scale": [spec.min_scale, spec.max_scale],
+        "crop_ratio": list(spec.ratio),
+        "mix": spec.mix,
+        **origin,
+        "codec": codec,
+        "images": {
+            "count": len(sizes),
+            "per_class": ipc or folder.counts(),
+            "sha256": images_sha256,
+        },
+        "versions": versions(),
+    }
+
+
+def view_spec(manifest: dict) -> ViewSpec:
+    """What the views of a manifest's label set are drawn from."""
+    min_scale, max_scale = manifest["crop_scale"]
+    return ViewSpec(
+        input_size=manifest["input_size"],
+        batch_size=manifest["batch_size"],
+        min_scale=min_scale,
+        max_scale=max_scale,
+        ratio=tuple(manifest["crop_ratio"]),
+        mix=manifest["mix"],
+    )
+
+
+def read_manifest(path: Path) -> dict:
+    """A manifest, whole or partial, verified; raises UserError."""
+    raw = read_json(path)
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise UserError(f"{path} is not the manifest of a label set")
+    if raw.get("version") != VERSION:
+        raise UserError(
+            f"{path.parent} has label format version {raw.get('version')}; this code reads "
+            f"version {VERSION}"
+        )
+    return read_sealed(path)
+
+
+def why_not_complete(folder: Path) -> str:
+    """What is wrong with a folder that has no manifest."""
+    if not folder.is_dir():
+        return f"label folder not found: {folder}"
+    if (folder / PARTIAL).exists():
+        passes = read_manifest(folder / PARTIAL)["passes"]
+        done = sum((folder / pass_name(pass_index)).exists() for pass_index in range(passes))
+        return (
+            f"the label set {folder} is incomplete: {done} of {passes} passes; run the "
+            "relabel/generate.py command that started it again"
+        )
+    return f"{folder} holds no label set (no {MANIFEST})"
+
+
+def first_difference(expected: dict, stored: dict, skip: frozenset | set = frozenset()) -> str:
+    """ "field: expected X, found Y" of the first field in which two manifests differ, or ""."""
+    for key in [*expected, *(key for key in stored if key not in expected)]:
+        if key not in skip and expected.get(key) != stored.get(key):
+            return f"{key}: expected {_short(expected.get(key))}, found {_short(stored.get(key))}"
+    return ""
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

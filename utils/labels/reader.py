@@ -1,0 +1,196 @@
+"""Reading a finished label set; what is incomplete, damaged or of another version is refused."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils.cli import UserError
+from utils.data.datasets import Dataset
+from utils.data.views import Mixture, Views, draw
+from utils.files import sha256_file
+from utils.labels import codecs
+from utils.labels.arrays import read_npz, views_from_arrays
+from utils.labels.codecs.base import Codec, Codes
+from utils.labels.manifest import (
+    CODEC,
+    MANIFEST,
+    SIZES,
+    first_difference,
+    pass_name,
+    read_manifest,
+    view_spec,
+    why_not_complete,
+)
+
+_ROWS = 1024  # labels expanded at once where a whole pass is read, as codecs need room meanwhile
+
+
+@dataclasses.dataclass
+class LabelBatch:
+    """One stored batch: its views and the teacher's labels for them.
+
+    Attributes:
+        views: the batch's views.
+        logits: float32 [B, C], centred per label.
+    """
+
+    views: Views
+    logits: torch.Tensor
+
+
+class LabelSet:
+    """A finished label set, opened for reading: `labels[i]` is stored batch i.
+
+    Batches are numbered pass by pass: batch i is batch i % batches_per_pass of pass
+    i // batches_per_pass. Codes are loaded pass by pass when first used and then kept.
+    """
+
+    def __init__(self, path: Path, manifest: dict, sizes: np.ndarray, codec: Codec):
+        self.path, self.manifest, self.sizes, self.codec = path, manifest, sizes, codec
+        self.spec = view_spec(manifest)
+        self.device = torch.device("cpu")
+        self.passes = manifest["passes"]
+        self.batches_per_pass = -(-manifest["images"]["count"] // manifest["batch_size"])
+        self.hard_labels = torch.repeat_interleave(
+            torch.arange(manifest["num_classes"]), torch.tensor(manifest["images"]["per_class"])
+        )
+        self._loaded: dict[int, tuple[Views, Codes]] = {}
+
+    @classmethod
+    def open(cls, path: Path) -> "LabelSet":
+        """Opens a label set after verifying its version and the checksum of every file.
+
+        Raises:
+            UserError: no label set there, or an incomplete, damaged or newer one.
+        """
+        path = Path(path)
+        if not (path / MANIFEST).exists():
+            raise UserError(why_not_complete(path))
+        manifest = read_manifest(path / MANIFEST)
+        expected = {pass_name(pass_index) for pass_index in range(manifest["passes"])}
+        if missing := sorted(expected - set(manifest["files"])):
+            raise UserError(f"{path / MANIFEST} is damaged: it does not list {missing[0]}")
+        for name, checksum in manifest["files"].items():
+            if not (path / name).is_file():
+                raise UserError(f"{path / name} is missing from the label set")
+            if sha256_file(path / name) != checksum:
+                raise UserError(f"{path / name} is damaged: its checksum is not the manifest's")
+        if unknown := sorted({file.name for file in path.glob("pass_*")} - expected):
+            raise UserError(f"{path / unknown[0]} does not belong to this label set; move it away")
+        if manifest["image_size"] is None:
+            sizes = read_npz(path / SIZES)["sizes"].astype(np.int32)
+        else:
+            sizes = np.tile(np.array(manifest["image_size"]), (manifest["images"]["count"], 1))
+        fitted = read_npz(path / CODEC) if (path / CODEC).exists() else {}
+        codec = codecs.from_manifest(manifest["codec"], manifest["num_classes"], fitted)
+        return cls(path, manifest, sizes, codec)
+
+    def __len__(self) -> int:
+        """Number of stored batches: passes x batches per pass."""
+        return self.passes * self.batches_per_pass
+
+    def __getitem__(self, batch: int) -> LabelBatch:
+        """Stored batch `batch`, its logits expanded, on the set's device."""
+        if not 0 <= batch < len(self):
+            raise IndexError(f"batch {batch} of {len(self)}")
+        pass_index, position = divmod(batch, self.batches_per_pass)
+        views, codes = self._pass(pass_index)
+        chosen = views[position]
+        start = position * views.batch_size
+        rows = tuple(code[start : start + len(chosen.index)] for code in codes)
+        return LabelBatch(chosen, self.codec.expand(rows, self.mixture(chosen)))
+
+    def views(self, batch: int) -> Views:
+        """The views of stored batch `batch`, on the set's device."""
+        pass_index, position = divmod(batch, self.batches_per_pass)
+        return self._pass(pass_index)[0][position]
+
+    def mixture(self, views: Views) -> Mixture:
+        """The hard labels in these views."""
+        return views.mixture(self.hard_labels, self.spec.input_size)
+
+    def passes_for(self, slc: int) -> int:
+        """How many passes hold `slc` labels per class; raises UserError when none do."""
+        ipc, stored = self.manifest["ipc"], self.manifest["slc"]
+        if ipc is None:
+            raise UserError(f"{self.path} was made with --passes: it has no labels per class")
+        if slc % ipc or slc > stored:
+            raise UserError(
+                f"--slc {slc}: {self.path} holds {stored} soft labels per class, {ipc} images "
+                f"each; use a multiple of {ipc} up to {stored}"
+            )
+        return slc // ipc
+
+    def to(self, device: torch.device) -> "LabelSet":
+        """Moves views, codes and hard labels to a device, where they stay."""
+        self.device = device
+        self.hard_labels = self.hard_labels.to(device)
+        self._loaded.clear()
+        return self
+
+    def bytes_on_disk(self, passes: int | None = None) -> int:
+        """Bytes of the manifest, the fitted codec and so many passes (None: all)."""
+        names = [pass_name(pass_index) for pass_index in range(passes or self.passes)]
+        extra = [name for name in (CODEC, SIZES) if name in self.manifest["files"]]
+        return sum((self.path / name).stat().st_size for name in [MANIFEST, *extra, *names])
+
+    def check(self, dataset: Dataset, classes: Sequence[str], images: str) -> None:
+        """Raises UserError, naming the field, unless the labels were made for exactly this.
+
+        Args:
+            dataset: its facts, the number of classes counted.
+            classes: class names in order.
+            images: fingerprint of the image folder.
+        """
+        manifest = self.manifest
+        for what, expected, stored in (
+            ("dataset", dataset.name, manifest["dataset"]),
+            ("number of classes", dataset.num_classes, manifest["num_classes"]),
+            ("input size", dataset.input_size, manifest["input_size"]),
+            ("mean", list(dataset.mean), manifest["mean"]),
+            ("std", list(dataset.std), manifest["std"]),
+            ("class list", list(classes), manifest["classes"]),
+            ("images (SHA-256 over names and contents)", images, manifest["images"]["sha256"]),
+        ):
+            if difference := first_difference({what: expected}, {what: stored}):
+                raise UserError(
+                    f"the labels in {self.path} were made for something else: {difference}"
+                )
+
+    def _pass(self, pass_index: int) -> tuple[Views, Codes]:
+        if pass_index not in self._loaded:
+            views, codes = self.load_pass(pass_index)
+            codes = tuple(code.to(self.device) for code in codes)
+            self._loaded[pass_index] = views.to(self.device), codes
+        return self._loaded[pass_index]
+
+    def teacher_correct(self, pass_index: int) -> int:
+        """Views of a pass whose main class the teacher named."""
+        return int(read_npz(self.path / pass_name(pass_index))["teacher_correct"])
+
+    def load_pass(self, pass_index: int) -> tuple[Views, Codes]:
+        """Views and codes of one pass, read from disk, the views drawn again and verified."""
+        path = self.path / pass_name(pass_index)
+        stored = read_npz(path)
+        if self.manifest["seed"] is None:
+            views = views_from_arrays(stored, self.spec.batch_size)
+        else:
+            views = draw(self.spec, self.sizes, self.manifest["seed"] + pass_index)
+        if views.checksum() != stored["views_sha256"].tobytes():
+            raise UserError(
+                f"{path}: the views are not those that were labelled; the set was made by an "
+                "incompatible version"
+            )
+        return views, self.codec.unpack(stored["payload"].tobytes())
+
+    def whole_pass(self, pass_index: int) -> LabelBatch:
+        """All views of a pass, read from disk, and their float32 [images, C] logits; CPU."""
+        views, codes = self.load_pass(pass_index)
+        mixture, parts = self.mixture(views), []
+        for start in range(0, len(views.index), _ROWS):
+            rows = slice(start, start + _ROWS)
+            parts.append(self.codec.expand(tuple(code[rows] for code in codes), mixture.rows(rows)))
+        return LabelBatch(views, torch.cat(parts))

@@ -1,0 +1,202 @@
+"""Writing a label set pass by pass, in any order and from several processes."""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils.cli import UserError
+from utils.data.views import Mixture, Views, draw
+from utils.files import LOCK, atomic_write, is_unused, lock, seal, sha256_file
+from utils.labels import codecs
+from utils.labels.arrays import npz_bytes, read_npz, views_to_arrays
+from utils.labels.codecs.base import Codec
+from utils.labels.manifest import (
+    CODEC,
+    FORMAT,
+    MANIFEST,
+    NOT_COMPARED,
+    PARTIAL,
+    RESULTS,
+    SIZES,
+    VERSION,
+    first_difference,
+    pass_name,
+    read_manifest,
+    view_spec,
+)
+from utils.labels.reader import LabelSet
+
+
+def centre(logits: torch.Tensor) -> torch.Tensor:
+    """Logits [N, C] minus their mean per label: the same probabilities at every temperature."""
+    return logits - logits.mean(dim=1, keepdim=True)
+
+
+class LabelWriter:
+    """Writes a label set pass by pass; every file is written whole or not at all.
+
+    `manifest.partial.json` holds the settings while passes are missing; `manifest.json` appears
+    when all are there. The result does not depend on the order of passes or on interruptions.
+    """
+
+    def __init__(self, path: Path, settings: dict, sizes: np.ndarray, flag: str = "--label-dir"):
+        """Prepares to start a label set, or to continue one with the same settings.
+
+        Args:
+            path: its folder; nothing is written before `begun`.
+            settings: from `make_settings`, or a manifest, whose results are left out.
+            sizes: int [images, 2], height and width of every image.
+            flag: the flag that names the folder, for messages.
+
+        Raises:
+            UserError: the folder holds something else, or a label set with other settings.
+        """
+        self.path = Path(path)
+        settings = {key: value for key, value in settings.items() if key not in RESULTS}
+        self.settings = {"format": FORMAT, "version": VERSION, **settings}
+        self.spec = view_spec(self.settings)
+        self.sizes = sizes
+        existing = self._existing_settings()
+        if existing is not None:
+            if difference := first_difference(self.settings, existing, NOT_COMPARED):
+                raise UserError(
+                    f"{self.path} holds a label set made with other settings ({difference}); "
+                    f"choose another {flag} or the same settings"
+                )
+            self.settings["versions"] = existing["versions"]
+        elif not is_unused(self.path):
+            raise UserError(f"{self.path} is not empty and not a label set; choose another folder")
+        self.codec: Codec | None = None
+        self.open_codec()
+
+    def open_codec(self) -> None:
+        """Sets `codec`, which stays None while its fitted part has yet to be fitted."""
+        parameters, fitted = self.settings["codec"], {}
+        if codecs.needs_fit(parameters):
+            if not (self.path / CODEC).exists():
+                return
+            fitted = read_npz(self.path / CODEC)
+        self.codec = codecs.from_manifest(parameters, self.settings["num_classes"], fitted)
+
+    def fit(self, samples: list[tuple[torch.Tensor, Mixture]]) -> None:
+        """Fits the codec and records its fitted part.
+
+        Args:
+            samples: logits float32 [images, C] and mixture of each of the first passes.
+        """
+        count = self.settings["images"]["count"]
+        self.codec = codecs.fit(
+            self.settings["codec"],
+            [(centre(logits), mixture) for logits, mixture in samples],
+            self.settings["num_classes"],
+            labels=count * self.settings["passes"],
+            pass_labels=count,
+        )
+        atomic_write(self.path / CODEC, npz_bytes(self.codec.arrays()))
+
+    @contextlib.contextmanager
+    def begun(self) -> Iterator[None]:
+        """Makes the folder, keeps other processes out of it, and records the settings."""
+        with lock(self.path, "writing labels to"):
+            if not (self.path / PARTIAL).exists():
+                atomic_write(self.path / PARTIAL, seal(self.settings))
+            if self.settings["image_size"] is None and not (self.path / SIZES).exists():
+                compact = {"sizes": np.asarray(self.sizes, dtype="<u4")}
+                atomic_write(self.path / SIZES, npz_bytes(compact))
+            yield
+
+    def _existing_settings(self) -> dict | None:
+        for name in (MANIFEST, PARTIAL):
+            if (self.path / name).exists():
+                return read_manifest(self.path / name)
+        return None
+
+    def complete(self) -> bool:
+        """Whether the set is finished; if so, everything in it has been verified."""
+        if not (self.path / MANIFEST).exists():
+            return False
+        LabelSet.open(self.path)
+        if any((self.path / name).exists() for name in (PARTIAL, LOCK)):  # a kill at the very end
+            with lock(self.path, "writing labels to"):
+                (self.path / PARTIAL).unlink(missing_ok=True)
+        return True
+
+    def draw(self, pass_index: int) -> Views:
+        """The views of a pass."""
+        return draw(self.spec, self.sizes, self.settings["seed"] + pass_index)
+
+    def verified(self, pass_index: int) -> bool:
+        """Whether a pass has been written; raises UserError when its file is not this set's."""
+        path = self.path / pass_name(pass_index)
+        if not path.exists():
+            return False
+        stored = read_npz(path)
+        checksum = stored.pop("sha256", np.empty(0)).tobytes()
+        if checksum != self._checksum(pass_index, stored):
+            raise UserError(
+                f"{path} is damaged, or another label set's: delete it and run the same command "
+                "again"
+            )
+        return True
+
+    def _checksum(self, pass_index: int, arrays: dict[str, np.ndarray]) -> bytes:
+        """SHA-256 of a pass: its index, its content, and the settings and codec it was made with.
+
+        Versions are left out: a set may be continued with others.
+        """
+        settings = {k: v for k, v in self.settings.items() if k not in NOT_COMPARED}
+        fitted = self.codec.arrays()
+        digest = hashlib.sha256(seal({**settings, "pass": pass_index}))
+        for name, array in [*sorted(fitted.items()), *sorted(arrays.items())]:
+            digest.update(f"{name} {array.dtype} {array.shape}\n".encode() + array.tobytes())
+        return digest.digest()
+
+    def write_pass(
+        self,
+        pass_index: int,
+        logits: torch.Tensor,
+        views: Views,
+        hard_labels: torch.Tensor,
+        teacher_correct: int | None = None,
+    ) -> None:
+        """Packs and writes one pass.
+
+        Args:
+            pass_index: which pass.
+            logits: float32 [images, C], the teacher's logits.
+            views: the same views; stored only where `draw(pass_index)` does not give them again.
+            hard_labels: int64 [images], the class of every image.
+            teacher_correct: views whose main class the teacher names; counted when None.
+        """
+        mixture = views.mixture(hard_labels, self.spec.input_size)
+        if teacher_correct is None:
+            teacher_correct = int((logits.argmax(1) == mixture.main_class()).sum())
+        payload = self.codec.pack(centre(logits), mixture)
+        arrays = {
+            "payload": np.frombuffer(payload, dtype=np.uint8),
+            "views_sha256": np.frombuffer(views.checksum(), dtype=np.uint8),
+            "teacher_correct": np.array(teacher_correct, dtype="<i8"),
+        }
+        if self.settings["seed"] is None:
+            arrays |= views_to_arrays(views)
+        arrays["sha256"] = np.frombuffer(self._checksum(pass_index, arrays), dtype=np.uint8)
+        atomic_write(self.path / pass_name(pass_index), npz_bytes(arrays))
+
+    def finish(self) -> dict:
+        """Writes the manifest once every pass is there, and returns it."""
+        names = [pass_name(pass_index) for pass_index in range(self.settings["passes"])]
+        correct = sum(int(read_npz(self.path / name)["teacher_correct"]) for name in names)
+        extra = [name for name in (CODEC, SIZES) if (self.path / name).exists()]
+        labels = self.settings["images"]["count"] * self.settings["passes"]
+        manifest = {
+            **self.settings,
+            "teacher_top1": round(100 * correct / labels, 4),
+            "files": {name: sha256_file(self.path / name) for name in extra + names},
+        }
+        atomic_write(self.path / MANIFEST, seal(manifest))
+        (self.path / PARTIAL).unlink(missing_ok=True)
+        return manifest
