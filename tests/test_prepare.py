@@ -5,6 +5,7 @@ import hashlib
 import os
 import pickle
 import struct
+import subprocess
 import sys
 import tarfile
 
@@ -13,11 +14,10 @@ import pytest
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from scripts import prepare_links, prepare_torchvision, prepare_val
+from scripts import prepare_torchvision, prepare_val
 from utils import cli
 from utils.cli import UserError
 from utils.data import images
-from utils.files import read_json
 
 
 def run(monkeypatch, script, *arguments):
@@ -682,157 +682,21 @@ def test_imagenet_without_labels_is_refused(flat, tmp_path, monkeypatch, capsys)
     assert "also needs --labels" in capsys.readouterr().err
 
 
-# Links
+# Numbered class folders
 
 
-def class_folders(root, *names):
+@pytest.mark.parametrize("prefix", ["", "class_", "it's $x "])
+def test_the_line_that_refuses_unpadded_folders_renames_them(tmp_path, prefix):
+    root = tmp_path / "my images"
+    names = [f"{prefix}{label}" for label in range(11)]
     for name in names:
         (root / name).mkdir(parents=True)
         (root / name / "image.png").write_bytes(name.encode())
-    return root
-
-
-def link_arguments(root, out, *more):
-    return (f"--data-dir={root}", f"--out-dir={out}", *more)
-
-
-def test_wordnet_ids_become_numbers_in_sorted_order(tmp_path, monkeypatch):
-    root = class_folders(tmp_path / "in", "n02105855", "n01440764", "n09193705")
-    out, before = tmp_path / "out", contents(root)
-    run(monkeypatch, prepare_links, *link_arguments(root, out))
-    expected = {"00000": "n01440764", "00001": "n02105855", "00002": "n09193705"}
-    assert read_json(out / "class_names.json") == expected
-    assert {name: (out / name).readlink() for name in expected} == {
-        name: root / folder for name, folder in expected.items()
-    }
-    assert [path.read_bytes().decode() for path in images.scan(out, 3).files] == sorted(
-        expected.values()
-    )
-    assert contents(root) == before
-
-
-def test_numbers_become_the_recorded_names_again(tmp_path, monkeypatch):
-    names = ["n01440764", "n02105855"]
-    numbers, back = tmp_path / "numbers", tmp_path / "back"
-    run(
-        monkeypatch, prepare_links, *link_arguments(class_folders(tmp_path / "in", *names), numbers)
-    )
-    record = f"--names={numbers / 'class_names.json'}"
-    run(monkeypatch, prepare_links, *link_arguments(numbers, back, record))
-    assert images.scan(back).classes == names
-    assert [(back / name / "image.png").read_text() for name in names] == names
-
-
-@pytest.mark.parametrize(
-    "lines", ["n01440764 tench, fish\nn02105855 dog\n", "n01440764\nn02105855"]
-)
-def test_numbers_become_the_names_of_a_text_file(tmp_path, monkeypatch, lines):
-    root, out = class_folders(tmp_path / "in", "0", "1"), tmp_path / "out"
-    (tmp_path / "names.txt").write_text(lines)
-    arguments = link_arguments(root, out, f"--names={tmp_path / 'names.txt'}")
-    run(monkeypatch, prepare_links, *arguments)
-    assert (out / "n01440764").readlink() == root / "0"
-    assert (out / "n02105855").readlink() == root / "1"
-
-
-def test_unpadded_numbers_are_linked_in_number_order(tmp_path, monkeypatch):
-    root = class_folders(tmp_path / "in", *map(str, range(11)))
-    with pytest.raises(UserError, match="scrambled"):
+    with pytest.raises(UserError, match="scrambled") as refused:
         images.scan(root)
-    out = tmp_path / "out"
-    run(monkeypatch, prepare_links, *link_arguments(root, out))
-    expected = [str(number) for number in range(11)]
-    assert [path.read_bytes().decode() for path in images.scan(out, 11).files] == expected
-
-
-def test_numbers_from_1_keep_their_order(tmp_path, monkeypatch):
-    root, out = class_folders(tmp_path / "in", *map(str, range(1, 12))), tmp_path / "out"
-    run(monkeypatch, prepare_links, *link_arguments(root, out))
-    assert (out / "00001").readlink() == root / "2"
-
-
-@pytest.mark.parametrize(
-    ("folders", "message"),
-    [
-        (["n01440764", "0"], "'0' is a number beside other names"),
-        (["n01440764", "train"], "'train' is neither"),
-        (["0", "1", "3"], "there is no folder 2"),
-        (["0", "1", "01"], "the number 1 is there twice"),
-        (["5", "6"], "begin at 5"),
-        (["00000", "00001"], "use it as it is"),
-    ],
-)
-def test_folders_that_cannot_be_linked_are_refused(tmp_path, monkeypatch, folders, message):
-    root = class_folders(tmp_path / "in", *folders)
-    assert message in error_of(monkeypatch, prepare_links, *link_arguments(root, tmp_path / "out"))
-    assert not list(tmp_path.glob("out*"))
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("names.txt", "b\na\n", "classes would be scrambled"),
-        ("names.txt", "a\na\n", "classes would be scrambled"),
-        ("names.txt", "a\nb\nc\n", "has 3 names"),
-        ("names.txt", "a\n../b\n", "no folder can be"),
-        ("names.json", '{"first": "a"}', "must map numbers to names"),
-        ("names.json", "{", "is damaged"),
-        ("other.txt", "a\nb\n", "not found"),
-    ],
-)
-def test_names_that_cannot_be_used_are_refused(tmp_path, monkeypatch, name, content, message):
-    root = class_folders(tmp_path / "in", "0", "1")
-    (tmp_path / name).write_text(content)
-    flag = f"--names={tmp_path / name.replace('other', 'names')}"
-    arguments = link_arguments(root, tmp_path / "out", flag)
-    assert message in error_of(monkeypatch, prepare_links, *arguments)
-
-
-def test_names_for_wordnet_ids_are_refused(tmp_path, monkeypatch):
-    root = class_folders(tmp_path / "in", "n01440764")
-    arguments = link_arguments(root, tmp_path / "out", "--names=x")
-    assert "goes with numbered folders" in error_of(monkeypatch, prepare_links, *arguments)
-
-
-def test_missing_and_empty_folders_are_refused(tmp_path, monkeypatch):
-    arguments = link_arguments(tmp_path / "no", tmp_path / "out")
-    assert "not found" in error_of(monkeypatch, prepare_links, *arguments)
-    (tmp_path / "no").mkdir()
-    assert "is empty" in error_of(monkeypatch, prepare_links, *arguments)
-
-
-def test_links_inside_the_source_are_refused(tmp_path, monkeypatch):
-    root = class_folders(tmp_path / "in", "n01440764")
-    message = error_of(monkeypatch, prepare_links, *link_arguments(root, root / "out"))
-    assert "inside the source" in message
-
-
-def test_second_linking_says_done(tmp_path, monkeypatch, capsys):
-    root, out = class_folders(tmp_path / "in", "n01440764"), tmp_path / "out"
-    for _ in range(2):
-        run(monkeypatch, prepare_links, *link_arguments(root, out))
-    assert "nothing to do" in capsys.readouterr().out
-
-
-def test_links_to_another_source_are_left_as_they_are(tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    first = class_folders(tmp_path / "first", "n01440764")
-    second = class_folders(tmp_path / "second", "n01440764")
-    run(monkeypatch, prepare_links, *link_arguments(first, out))
-    message = error_of(monkeypatch, prepare_links, *link_arguments(second, out))
-    assert "exists already" in message
-    assert (out / "00000").readlink() == first / "n01440764"
-
-
-def test_emptying_an_interrupted_folder_of_links_spares_the_source(tmp_path, monkeypatch):
-    root, out = class_folders(tmp_path / "in", "n01440764"), tmp_path / "out"
-    before = contents(root)
-    with monkeypatch.context() as interrupted:
-        interrupted.setattr(prepare_links, "atomic_write", raise_interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            run(interrupted, prepare_links, *link_arguments(root, out))
-    assert (tmp_path / "out.partial" / "00000").is_symlink() and not out.exists()
-    run(monkeypatch, prepare_links, *link_arguments(root, out))
-    assert (out / "00000" / "image.png").is_file()
-    assert not (tmp_path / "out.partial").exists()
-    assert contents(root) == before
+    command = str(refused.value).partition("equally many digits: ")[2]
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert not done.stdout + done.stderr
+    folder = images.scan(root, 11)
+    assert folder.classes == [f"{prefix}{label:05d}" for label in range(11)]
+    assert [path.read_bytes().decode() for path in folder.files] == names
