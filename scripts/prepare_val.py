@@ -52,21 +52,13 @@ _KNOWN = ("n01751748", "n09193705", "n02105855", "n04263257", "n03125729")
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = cli.Parser(description="Sort flat validation images into class folders, by links.")
-    parser.add_argument(
-        "--kind", choices=("tiny_imagenet", "imagenet1k"), required=True, help="whose images"
-    )
-    parser.add_argument("--data-dir", type=Path, required=True, help="the images as they came")
-    parser.add_argument("--out-dir", type=Path, required=True, help="class folders to make")
-    parser.add_argument(
-        "--labels",
-        type=Path,
-        metavar="FILE",
-        help="imagenet1k: lines with image and WordNet id, or the devkit's ground truth",
-    )
-    parser.add_argument(
-        "--synsets", type=Path, metavar="FILE", help="imagenet1k: meta.mat, for the ground truth"
-    )
-    parser.add_argument("--copy", action="store_true", help="copy the images instead of linking")
+    add = parser.add_argument
+    add("--kind", choices=("tiny_imagenet", "imagenet1k"), required=True, help="whose images")
+    add("--data-dir", type=Path, required=True, help="the images as they came")
+    add("--out-dir", type=Path, required=True, help="class folders to make")
+    add("--labels", type=Path, metavar="FILE", help="imagenet1k: lines of image and WordNet id")
+    add("--synsets", type=Path, metavar="FILE", help="imagenet1k: the devkit's meta.mat")
+    add("--copy", action="store_true", help="copy the images instead of linking")
     args = parser.parse_args()
     if args.kind == "imagenet1k" and args.labels is None:
         parser.error("--kind imagenet1k also needs --labels, the list of labels")
