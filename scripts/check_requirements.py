@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 
-def numbers(version: str) -> tuple[int, ...]:
+def release(version: str) -> tuple[int, ...]:
     """The leading release numbers of a version: "2.15.0+cu132" -> (2, 15, 0)."""
     return tuple(int(part) for part in re.match(r"[\d.]*\d|", version)[0].split(".") if part)
 
@@ -21,13 +21,13 @@ def unmet(requirements: Path) -> str | None:
             problem = unmet(requirements.parent / line[3:].strip())
             if problem:
                 return problem
-        elif found := re.match(r"([\w.-]+)(?:>=([\d.]+))?", line):
-            name, minimum = found.groups()
+        elif requirement := re.match(r"([\w.-]+)(?:>=([\d.]+))?", line):
+            name, minimum = requirement.groups()
             try:
                 installed = metadata.version(name)
             except metadata.PackageNotFoundError:
                 return f"{name} is not installed"
-            if numbers(installed) < numbers(minimum or ""):
+            if release(installed) < release(minimum or ""):
                 return f"{name} {installed} is older than {minimum}"
     return None
 

@@ -27,7 +27,7 @@ from relabel.teacher import Ensemble, load_teacher
 from utils import cli, runtime
 from utils.cli import UserError, bounded
 from utils.data import datasets, images
-from utils.data.views import ORDER, Views, ViewSpec, centre_views, crop_resize, draw, shuffle
+from utils.data.views import ORDER, ViewSpec, centre_views, crop_resize, draw, shuffle
 from utils.files import atomic_write, to_json, whole_folder
 
 _RECORD = "selection.json"
@@ -37,59 +37,30 @@ _BATCH = 64
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = cli.Parser(description="Select distilled images by a teacher's confidence (RDED).")
-    parser.add_argument("--data-dir", type=Path, required=True, help="training images")
-    parser.add_argument("--out-dir", type=Path, required=True, help="distilled images to make")
+    add = parser.add_argument
+    add("--data-dir", type=Path, required=True, help="training images")
+    add("--out-dir", type=Path, required=True, help="distilled images to make")
     datasets.add_arguments(parser)
-    parser.add_argument(
-        "--teacher", required=True, metavar="NAME", help="the network that scores the crops"
-    )
-    parser.add_argument(
+    add("--teacher", required=True, metavar="NAME", help="the network that scores the crops")
+    add(
         "--teacher-weights",
         type=Path,
         metavar="FILE",
         help="a state dict; default: $Main_Data_Path/NAME.pth, else torchvision's",
     )
-    parser.add_argument(
-        "--ipc", type=bounded(int, 1), required=True, metavar="N", help="images per class to make"
-    )
-    parser.add_argument(
-        "--crops",
-        type=bounded(int, 0),
-        default=5,
-        metavar="N",
-        help="random crops scored per image; 0: the largest central square",
-    )
-    parser.add_argument(
+    add("--ipc", type=bounded(int, 1), required=True, help="images per class to make")
+    add("--crops", type=bounded(int, 0), default=5, help="crops per image; 0: the central square")
+    add(
         "--min-scale",
         type=bounded(float, 0.0001, 1),
         default=0.5,
-        metavar="X",
-        help="smallest crop as a share of the image's area",
+        metavar="SHARE",
+        help="least area of a crop",
     )
-    parser.add_argument(
-        "--collage",
-        type=bounded(int, 1, 4),
-        default=1,
-        metavar="N",
-        help="tile N x N crops of one class into each distilled image",
-    )
-    parser.add_argument(
-        "--candidates",
-        type=bounded(int, 1),
-        default=300,
-        metavar="N",
-        help="images per class that are looked at, chosen at random",
-    )
-    parser.add_argument(
-        "--format", choices=("png", "jpg"), default="png", help="of the images written"
-    )
-    parser.add_argument(
-        "--seed",
-        type=bounded(int, 0, 2**62),
-        default=0,
-        metavar="N",
-        help="of candidates and crops",
-    )
+    add("--collage", type=bounded(int, 1, 4), default=1, help="N: tile N x N crops into an image")
+    add("--candidates", type=bounded(int, 1), default=300, help="random images per class to score")
+    add("--format", choices=("png", "jpg"), default="png", help="of the images written")
+    add("--seed", type=bounded(int, 0, 2**62), default=0, help="of candidates and crops")
     runtime.add_arguments(parser)
     return parser.parse_args()
 
@@ -129,9 +100,12 @@ def score_crops(
     for views in rounds or [centre_views(sizes, _BATCH)]:
         batches = list(views.to(device))
         for batch, pixels in zip(batches, source.render(batches), strict=True):
-            targets = folder.labels[batch.index.cpu()].to(device)
+            index = batch.index.cpu()
+            targets = folder.labels[index].to(device)
             loss = F.cross_entropy(teacher.logits(pixels), targets, reduction="none").cpu()
-            _keep_better(best, boxes, loss, batch)
+            better = loss < best[index]
+            best[index[better]] = loss[better]
+            boxes[index[better]] = batch.box.cpu()[better]
             bar.update(len(loss))
     bar.close()
     if not torch.isfinite(best).all():
@@ -142,36 +116,34 @@ def score_crops(
     return best, boxes
 
 
-def _keep_better(best: torch.Tensor, boxes: torch.Tensor, loss: torch.Tensor, batch: Views) -> None:
-    index = batch.index.cpu()
-    better = loss < best[index]
-    best[index[better]] = loss[better]
-    boxes[index[better]] = batch.box.cpu()[better]
-
-
 def write_images(
     out: Path, folder: images.ImageFolder, chosen: list[list[int]], boxes, size: int, args
 ) -> None:
-    """Writes IPC images per class in the published layout; chosen: per class, best images first."""
+    """Writes IPC images per class in the published layout.
+
+    Args:
+        out: an empty folder.
+        folder: the images.
+        chosen: for each class IPC * collage² rows of `folder`, the best first.
+        boxes: int32 [images, 4], the crop of every image.
+        size: side of the images written, in pixels.
+        args: --ipc, --collage, --format.
+    """
     tile = size // args.collage
     no_flip = torch.zeros(1, dtype=torch.bool)
     bar = cli.progress(desc="writing images", unit="img", total=len(chosen) * args.ipc)
-    for name, members in zip(images.published_names(folder.classes), chosen, strict=True):
+    for name, best_first in zip(images.published_names(folder.classes), chosen, strict=True):
         (out / name).mkdir()
-        for number in range(args.ipc):
-            canvas = torch.empty(3, tile * args.collage, tile * args.collage)
-            for place in range(args.collage**2):
-                # Tiles are dealt out so that every collage gets one of the best.
-                image = members[place * args.ipc + number]
+        for position in range(args.ipc):
+            # Tiles are dealt out so that every collage gets one of the best.
+            tiles = []
+            for image in best_first[position :: args.ipc]:
                 pixels = images.pixels_of(images.decode(folder.files[image]))
-                row, column = divmod(place, args.collage)
-                canvas[
-                    :,
-                    row * tile : (row + 1) * tile,
-                    column * tile : (column + 1) * tile,
-                ] = crop_resize(pixels[None], boxes[image : image + 1], no_flip, tile)[0]
+                tiles.append(crop_resize(pixels[None], boxes[image : image + 1], no_flip, tile)[0])
+            grid = torch.stack(tiles).unflatten(0, (args.collage, args.collage))
+            canvas = grid.permute(2, 0, 3, 1, 4).reshape(3, tile * args.collage, -1)
             array = canvas.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-            path = out / name / f"{number:05d}.{args.format}"
+            path = out / name / f"{position:05d}.{args.format}"
             Image.fromarray(array).save(path, **({"quality": 95} if args.format == "jpg" else {}))
             bar.update()
     bar.close()
@@ -200,10 +172,13 @@ def main() -> None:
         "teacher": args.teacher,
         "teacher_sha256": teacher.sha256,
         "classes": folder.classes,
-        **{
-            name: getattr(args, name)
-            for name in ("ipc", "crops", "min_scale", "collage", "candidates", "format", "seed")
-        },
+        "ipc": args.ipc,
+        "crops": args.crops,
+        "min_scale": args.min_scale,
+        "collage": args.collage,
+        "candidates": args.candidates,
+        "format": args.format,
+        "seed": args.seed,
     }
     made = args.out_dir / _RECORD
     if made.is_file() and made.read_bytes() == to_json(record):

@@ -1,7 +1,7 @@
 """Writes CIFAR-10, CIFAR-100 or Fashion-MNIST as image folders: train/ and val/, RGB PNG.
 
 Class folders are 00000, 00001, ... in the data set's label order, files are named after their
-place in the published split, and the pixels are the published ones. A copy that is there already
+position in the published split, and the pixels are the published ones. A copy that is there already
 is used with --source-dir: for CIFAR the archive, the extracted folder, or the folder that holds
 either; for Fashion-MNIST the folder with the four idx files, gzipped or not. Without it torchvision
 downloads to <out-dir>.download.
@@ -26,8 +26,8 @@ import errno
 import gzip
 import hashlib
 import http.client
-import shutil
 import socket
+import tempfile
 import zlib
 
 import numpy as np
@@ -116,17 +116,22 @@ def _check_file(path: Path, md5: str) -> None:
         )
 
 
-def read_cifar(kind: type[CIFAR10], found: Path, scratch: Path) -> Splits:
-    """The splits, uint8 [N, 32, 32, 3] and labels, from what find_cifar found.
+def read_cifar(kind: type[CIFAR10], source: Path) -> Splits:
+    """The splits, uint8 [N, 32, 32, 3] and labels, of what find_cifar finds at or in `source`.
 
-    An archive is extracted into `scratch`. torchvision's reader checks every MD5 once more.
+    An archive is extracted for the time of reading. torchvision's reader checks every MD5 again.
     """
-    if found.is_file():
-        extract_archive(found, scratch)
-        found = scratch / kind.base_folder
+    verified = find_cifar(kind, source)
     reader = type(kind.__name__, (kind,), {"base_folder": ""})  # whatever the folder's name is
-    read = {split: reader(found, train=split == "train") for split in ("train", "val")}
-    return {split: (data.data, np.array(data.targets)) for split, data in read.items()}
+    splits = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        if verified.is_file():
+            extract_archive(verified, scratch)
+            verified = Path(scratch) / kind.base_folder
+        for split in ("train", "val"):
+            data = reader(verified, train=split == "train")
+            splits[split] = data.data, np.array(data.targets)
+    return splits
 
 
 def find_fashion_mnist(source: Path) -> Path:
@@ -159,9 +164,9 @@ def read_idx(folder: Path, name: str) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
 
 
-def read_fashion_mnist(folder: Path, size: int | None) -> Splits:
+def read_fashion_mnist(source: Path, size: int | None) -> Splits:
     """The splits, uint8 [N, S, S] and labels; black borders make S = `size` (None: 28)."""
-    splits = {}
+    folder, splits = find_fashion_mnist(source), {}
     for split, prefix in (("train", "train"), ("val", "t10k")):
         pixels = read_idx(folder, f"{prefix}-images-idx3-ubyte")
         border = 0 if size is None else (size - pixels.shape[1]) // 2
@@ -171,14 +176,14 @@ def read_fashion_mnist(folder: Path, size: int | None) -> Splits:
 
 
 def write_images(out: Path, splits: Splits, classes: int) -> None:
-    """Writes out/<split>/<class>/<place in the split>.png."""
+    """Writes out/<split>/<class>/<position in the split>.png."""
     total = sum(len(labels) for _, labels in splits.values())
     bar = cli.progress(desc="writing images", unit="img", total=total)
     for split, (pixels, labels) in splits.items():
         for label in range(classes):
             (out / split / f"{label:05d}").mkdir(parents=True)
-        for place, (image, label) in enumerate(zip(pixels, labels, strict=True)):
-            path = out / split / f"{label:05d}" / f"{place:05d}.png"
+        for position, (image, label) in enumerate(zip(pixels, labels, strict=True)):
+            path = out / split / f"{label:05d}" / f"{position:05d}.png"
             Image.fromarray(image).convert("RGB").save(path)
             bar.update()
     bar.close()
@@ -205,15 +210,11 @@ def main() -> None:
     elif not source.exists():
         raise UserError(f"--source-dir not found: {source}")
     if kind is FashionMNIST:
-        splits = read_fashion_mnist(find_fashion_mnist(source), args.size)
+        splits = read_fashion_mnist(source, args.size)
     else:
-        found = find_cifar(kind, source)
+        splits = read_cifar(kind, source)
+    classes = 1 + int(splits["train"][1].max())
     with whole_folder(args.out_dir) as out:
-        if kind is not FashionMNIST:
-            scratch = out / ".source"
-            splits = read_cifar(kind, found, scratch)
-            shutil.rmtree(scratch, ignore_errors=True)
-        classes = 1 + int(splits["train"][1].max())
         write_images(out, splits, classes)
         atomic_write(out / _RECORD, to_json(record))
     counts = " and ".join(f"{len(labels)} in {split}/" for split, (_, labels) in splits.items())

@@ -1,10 +1,34 @@
 #!/usr/bin/env bash
 # Compares methods x SLC x IPC x students x seeds: runs what is missing, then table and plots.
-#   bash scripts/run_sweep.sh --plan PLAN.yaml [--jobs N]      --help lists the settings
+#   bash scripts/run_sweep.sh --plan PLAN.yaml [--jobs N]
+#   bash scripts/run_sweep.sh --dataset digits --data-dir 'D/ipc{ipc}' --val-dir V --out-dir O
+#       --methods hard soft hald balanced --slc 5 10 --ipc 5 --students ConvNetW32
+#       --relabel "--teacher ConvNetW32 --teacher-weights W" -- --temperature 4
+#
+#   --plan FILE           YAML with the settings below (data_dir for --data-dir); flags override it
+#   --dataset NAME        as for validate/train.py
+#   --data-dir DIR        distilled images; {ipc} stands for the IPC
+#   --val-dir DIR         validation images
+#   --out-dir DIR         gets runs, logs, results.csv, table.md and plots
+#   --label-dir DIR       label sets, {ipc} as above (default: labels/ipc{ipc} in --out-dir)
+#   --methods NAME ...    hard, soft, hald, balanced, reset, S1 to S8, joint, static, lpld, lpqld
+#   --slc N ...           soft labels per class
+#   --ipc N ...           distilled images per class
+#   --students NAME ...   networks to train
+#   --seeds N ...         of the students (default: 0 1 2)
+#   --label-slc N         SLC of the label sets (default: the largest --slc, four times that where
+#                         lpld and lpqld choose among more than they store)
+#   --topk K              of lpqld (default: classes / 20, at least 2)
+#   --relabel "FLAGS"     of relabel/generate.py, for label sets to be made
+#   --jobs N              runs side by side (default: one per visible GPU, one on a CPU)
+#   --only WHAT           list the runs; or make only labels, only runs, or collect table and plots
+#   --task N              only run N of --only list, for job arrays
+#   -- FLAGS              of validate/train.py, for every run
 # With SLURM, one run per task of a job array: scripts/sweep_slurm.sh
 set -euo pipefail
 
 # shellcheck source=scripts/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+explain "$@"
 use_environment requirements.txt
 exec "$PYTHON" "$ROOT/analysis/sweep.py" "$@"

@@ -6,9 +6,16 @@
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 explain() { # ARGUMENT ...: with --help, prints the comment at the head of the script, and ends
-    [[ "${1:-}" == -h || "${1:-}" == --help ]] || return 0
-    sed -n '2,/^[^#]/ { /^#/ s/^# \{0,1\}//p }' "$0"
-    exit 0
+    local argument
+    for argument in "$@"; do
+        case "$argument" in
+            --) return ;;
+            -h | --help)
+                sed -n '2,/^[^#]/ { /^#\( \|$\)/ s/^# \{0,1\}//p }' "$0"
+                exit 0
+                ;;
+        esac
+    done
 }
 
 satisfies() { # PYTHON REQUIREMENTS: whether every requirement is installed in a version it allows

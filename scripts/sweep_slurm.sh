@@ -11,5 +11,12 @@
 set -euo pipefail
 
 # SLURM runs a copy of this file: the repository is where sbatch was called.
+# shellcheck source=scripts/setup.sh
+source "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}/scripts/setup.sh"
+explain "$@"
+if [[ $# -ne 1 || -z "${SLURM_ARRAY_TASK_ID:-}" ]]; then
+    echo "sweep_slurm.sh: takes a PLAN.yaml, as a task of a job array (--help shows how)" >&2
+    exit 2
+fi
 cd "${SLURM_SUBMIT_DIR:-$PWD}"
-exec bash scripts/run_sweep.sh --plan "$1" --only runs --task "${SLURM_ARRAY_TASK_ID:?}"
+exec bash "$ROOT/scripts/run_sweep.sh" --plan "$1" --only runs --task "$SLURM_ARRAY_TASK_ID"

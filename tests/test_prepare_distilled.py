@@ -72,8 +72,8 @@ def source(tmp_path):
     root = tmp_path / "in"
     for name in BEST_FIRST:
         (root / name).mkdir(parents=True)
-        for number, grey in enumerate(GREYS):
-            Image.new("RGB", (16, 16), (grey,) * 3).save(root / name / f"{number}.png")
+        for position, grey in enumerate(GREYS):
+            Image.new("RGB", (16, 16), (grey,) * 3).save(root / name / f"{position}.png")
     return root
 
 
@@ -126,17 +126,17 @@ def test_images_the_teacher_is_surest_of_are_written_best_first(
     out, before = tmp_path / "out", contents(source)
     run(monkeypatch, source, out, ipc=ipc, crops=crops)
     for label, best_first in enumerate(BEST_FIRST.values()):
-        for number, grey in enumerate(best_first[:ipc]):
-            written = pixels(out / f"{label:05d}" / f"{number:05d}.png")
+        for position, grey in enumerate(best_first[:ipc]):
+            written = pixels(out / f"{label:05d}" / f"{position:05d}.png")
             np.testing.assert_array_equal(written, np.full((8, 8, 3), grey))
     assert contents(source) == before
 
 
 def test_layout_is_five_digit_folders_and_files_in_source_order(source, tmp_path, monkeypatch):
     run(monkeypatch, source, tmp_path / "out")
-    found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*")}
-    expected = {f"{label:05d}/{number:05d}.png" for label in (0, 1) for number in (0, 1)}
-    assert found == expected | {"selection.json"}
+    written = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*")}
+    expected = {f"{label:05d}/{position:05d}.png" for label in (0, 1) for position in (0, 1)}
+    assert written == expected | {"selection.json"}
     assert images.scan(tmp_path / "out", 2).ipc() == 2
 
 
@@ -270,8 +270,8 @@ def test_folder_made_from_other_images_is_left_as_it_is(source, tmp_path, monkey
 def test_what_cannot_work_is_one_line_and_makes_no_folder(
     source, tmp_path, monkeypatch, change, message
 ):
-    found = error_of(monkeypatch, source, tmp_path / "out", **change)
-    assert message in found and "\n" not in found
+    refusal = error_of(monkeypatch, source, tmp_path / "out", **change)
+    assert message in refusal and "\n" not in refusal
     assert not (tmp_path / "out").exists()
 
 

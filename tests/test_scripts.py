@@ -1,6 +1,7 @@
 """The shell scripts: what they check before any work."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, tree
 from PIL import Image
+
+from analysis import sweep
 
 
 def bash(script: str, *arguments: str, **settings: object) -> subprocess.CompletedProcess:
@@ -48,12 +51,64 @@ def test_epochs_beside_a_schedule_that_names_its_own_are_refused_before_any_work
     assert done.returncode == 2 and "unset SOFT_EPOCHS and HARD_EPOCHS" in done.stderr
 
 
-@pytest.mark.parametrize("script", ["run_demo.sh", "run_study.sh", "run_imagenet.sh", "test.sh"])
-def test_help_is_the_head_of_the_script_and_nothing_runs(script):
-    done = bash(script, "--help")
+PROGRAMS = sorted(
+    path.name
+    for path in (ROOT / "scripts").glob("*.sh")
+    if path.read_text().startswith("#!")  # the others are sourced
+)
+
+
+@pytest.fixture
+def bare(tmp_path) -> Path:
+    """A clone beside a `bin` whose Python has nothing and leaves a trace when it is started."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    for name in ("config.sh", "requirements.txt", "requirements-dev.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "bin").mkdir()
+    for name in ("bash", "dirname", "sed"):
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name))
+    fake = tmp_path / "bin" / "python3"
+    fake.write_text(f"#!/bin/sh\ntouch {tmp_path / 'python was started'}\nexit 1\n")
+    fake.chmod(0o755)
+    return tmp_path
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["-h"], ["--plan", "x.yaml", "--help"]], ids=str)
+@pytest.mark.parametrize("script", PROGRAMS)
+def test_help_is_the_head_of_the_script_and_nothing_runs(bare, script, flags):
+    before = tree(bare)
+    done = subprocess.run(
+        ["bash", f"scripts/{script}", *flags],
+        cwd=bare,
+        env={"PATH": str(bare / "bin")},
+        capture_output=True,
+        text=True,
+    )
     lines = (ROOT / "scripts" / script).read_text().splitlines()
-    assert done.returncode == 0 and done.stdout.startswith(lines[1].removeprefix("# ") + "\n")
-    assert "set -euo" not in done.stdout
+    assert done.returncode == 0 and not done.stderr
+    assert done.stdout.startswith(lines[1].removeprefix("# ") + "\n")
+    assert "set -euo" not in done.stdout and "SBATCH" not in done.stdout
+    assert tree(bare) == before
+
+
+def test_help_after_two_dashes_is_for_the_program_behind(tmp_path):
+    done = bash("run_imagenet.sh", "--", "--help", Main_Data_Path=tmp_path, val_dir=tmp_path)
+    assert done.returncode == 2 and "no distilled images at" in done.stderr
+
+
+def test_help_of_the_sweep_names_every_setting_and_method(command):
+    shown = bash("run_sweep.sh", "--help").stdout
+    flags = set(re.findall(r"--[a-z-]+", command(sweep.main, "--help").out)) - {"--help"}
+    assert flags <= set(re.findall(r"--[a-z-]+", shown))
+    for method in sweep.METHODS:
+        assert re.search(rf"\b{method}\b", shown) or re.fullmatch("S[2-7]", method)
+
+
+@pytest.mark.parametrize(("plan", "task"), [([], "0"), (["plan.yaml"], "")])
+def test_a_task_of_a_sweep_wants_plan_and_number(plan, task):
+    done = bash("sweep_slurm.sh", *plan, SLURM_ARRAY_TASK_ID=task)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "takes a PLAN.yaml" in done.stderr
 
 
 def test_the_study_wants_folders_that_exist(tmp_path):

@@ -13,6 +13,7 @@ import io
 import itertools
 import os
 import re
+import shlex
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -130,10 +131,12 @@ def _check_order(root: Path, classes: list[str]) -> None:
         return
     for before, after in itertools.pairwise(numbered):
         if int(before[2]) >= int(after[2]):
+            prefix = shlex.quote(before[1]) if before[1] else ""
             raise UserError(
                 f"{root}: as text, folder {before[0]!r} sorts before {after[0]!r}, so the class "
-                f"order would be scrambled; name the folders with equally many digits "
-                f"({before[1]}{int(before[2]):05d}, ...); scripts/prepare_links.py makes links"
+                f"order would be scrambled; name the folders with equally many digits: "
+                f"(cd {shlex.quote(str(root))} && for i in {prefix}[0-9]*; do mv -nT -- "
+                f'"$i" {prefix}"$(printf %05d "$((10#${{i#{prefix}}}))")"; done)'
             )
 
 
