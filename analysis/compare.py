@@ -19,6 +19,7 @@ from analysis.tables import mean_std
 from utils import cli, runlog
 from utils.cli import UserError
 from utils.files import read_json, save_png
+from validate.kinds import KINDS
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -97,7 +98,8 @@ def draw_curves(groups: list[tuple[str, list[dict], list[list[dict]]]], path: Pa
                 label=f"seed {results[seed]['seed']}",
             )
         axes.set_title(f"{name}: last {mean_std([run['last']['top1'] for run in results])} %")
-        runlog.shade_phases(axes, [line["kind"] for line in curves[0]])
+        colours = {kind.name: kind.colour for kind in KINDS.values()}
+        runlog.shade_phases(axes, [line["kind"] for line in curves[0]], colours)
     for axes in panels.flat[len(groups) :]:
         axes.set_axis_off()
     for axes in panels[-1]:

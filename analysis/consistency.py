@@ -21,7 +21,6 @@ import torch
 from matplotlib.figure import Figure
 
 from analysis.compare import add_groups, finished_runs
-from analysis.replay import plan_of
 from analysis.tables import mean_std, this_command
 from utils import cli, runlog
 from utils.cli import bounded
@@ -31,6 +30,7 @@ from utils.data.views import ViewSpec, draw
 from utils.files import save_png
 from utils.results import provenance, write_csv
 from validate.evaluate import load_student
+from validate.settings import Settings
 
 _BATCH = 128
 
@@ -117,9 +117,10 @@ def main() -> None:
     for name, pattern in args.groups:
         names.append(name)
         for run in finished_runs(pattern):
-            val_dir = args.val_dir or plan_of(run).validation.root
-            found = measure(run, val_dir, args.images, args.min_scale)
-            rows.append({"group": name, "run": run.name, **found})
+            recorded = runlog.RunFolder(run).settings()
+            val_dir = args.val_dir or Path(Settings.from_record(recorded, run).val_dir)
+            measured = measure(run, val_dir, args.images, args.min_scale)
+            rows.append({"group": name, "run": run.name, **measured})
     write_csv(rows, args.out.with_suffix(".csv"), provenance(this_command()))
     draw_bars(rows, names, args.out.with_suffix(".png"))
     for name in names:

@@ -20,12 +20,13 @@ import statistics
 import torch
 from matplotlib.figure import Figure
 
-from analysis.replay import Replay, add_arguments, gradients, soft_plan_of, two_losses
+from analysis.replay import Replay, add_arguments, gradient
 from analysis.tables import this_command
 from utils import cli, runlog
 from utils.cli import bounded
 from utils.files import save_png
 from utils.results import provenance, write_csv
+from validate.kinds import KINDS
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -41,21 +42,16 @@ def parse_arguments() -> argparse.Namespace:
 
 def measure(replay: Replay, batches: int) -> dict[str, float]:
     """Cosine (mean and standard deviation over batches) and norms of the two gradients."""
-    plan, epochs = replay.plan, replay.epochs
     # A copy, whose running statistics may move, without dropout, which would draw numbers.
-    probe = copy.deepcopy(replay.model).train()
+    probe = copy.deepcopy(replay.training.student).train()
     for module in probe.modules():
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             module.eval()
     cosines, hard_norms, soft_norms = [], [], []
-    numbers = plan.batch_numbers[:batches]
-    views = [epochs.labels.views(number) for number in numbers]
-    for number, pixels in zip(numbers, replay.source.render(views), strict=True):
-        losses = two_losses(plan, epochs, number, probe(pixels).float())
-        hard, soft = (
-            torch.cat([part.flatten() for part in gradients(loss, probe, loss is losses[0])])
-            for loss in losses
-        )
+    for batch in replay.stored_batches(batches):
+        hard_loss, soft_loss = replay.two_losses(batch, probe(batch.pixels).float())
+        hard = gradient(hard_loss, probe, keep_graph=True)
+        soft = gradient(soft_loss, probe, keep_graph=False)
         cosines.append(torch.nn.functional.cosine_similarity(hard, soft, dim=0).item())
         hard_norms.append(hard.norm().item())
         soft_norms.append(soft.norm().item())
@@ -76,7 +72,10 @@ def draw(rows: list[dict], kinds: list[str], temperature: float, path: Path) -> 
         epochs,
         [row["cosine"] for row in rows],
         [row["cosine_std"] for row in rows],
-        **{"fmt": "k.-", "capsize": 3, "lw": 1, "label": "mean ± std over batches"},
+        fmt="k.-",
+        capsize=3,
+        lw=1,
+        label="mean ± std over batches",
     )
     upper.axhline(0, color="k", lw=0.6)
     upper.set_ylabel("cosine of hard-label and\nsoft-label gradient")
@@ -88,26 +87,23 @@ def draw(rows: list[dict], kinds: list[str], temperature: float, path: Path) -> 
     lower.set_ylabel("norm of the gradient")
     lower.set_xlabel("epoch")
     for axes in (upper, lower):
-        runlog.shade_phases(axes, kinds)
+        runlog.shade_phases(axes, kinds, {name: kind.colour for name, kind in KINDS.items()})
         axes.legend(fontsize=8, ncols=2)
     save_png(figure, path)
 
 
 def main() -> None:
     args = parse_arguments()
-    plan = soft_plan_of(args.run)
-    replay = Replay(plan, "gradients")
-    rows = []
-    for epoch in range(len(plan.kinds)):
+    replay = Replay(args.run, "gradients")
+    kinds, rows = replay.settings.kinds, []
+    for epoch, kind in enumerate(kinds):
         if epoch % args.every == 0:
-            rows.append(
-                {"epoch": epoch, "kind": plan.kinds[epoch], **measure(replay, args.batches)}
-            )
-        replay.epochs.run(epoch)
-    rows.append({"epoch": len(plan.kinds), "kind": plan.kinds[-1], **measure(replay, args.batches)})
+            rows.append({"epoch": epoch, "kind": kind, **measure(replay, args.batches)})
+        replay.train_epoch(epoch)
+    rows.append({"epoch": len(kinds), "kind": kinds[-1], **measure(replay, args.batches)})
     replay.bar.close()
     write_csv(rows, args.out.with_suffix(".csv"), provenance(this_command()))
-    draw(rows, plan.kinds, plan.settings["temperature"], args.out.with_suffix(".png"))
+    draw(rows, kinds, replay.settings.temperature, args.out.with_suffix(".png"))
     cosines = [row["cosine"] for row in rows]
     print(
         f"cosine of hard-label and soft-label gradient: first {cosines[0]:.3f}, last "

@@ -1,57 +1,89 @@
-"""A recorded run, once more: its plan from args.yaml, and its training step by step in memory.
+"""A recorded run, once more: trained in memory, step by step, from the settings in its args.yaml.
 
 Training is a function of its settings, so what a study wants to see on the way need not have been
 recorded: the run is trained again, and nothing in its folder changes.
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import torch
-import yaml
 from torch import nn
 
-from utils import cli, runlog
+from utils import cli, runlog, runtime
 from utils.cli import UserError
-from utils.data import images
-from utils.files import load_tensors
-from utils.labels import first_difference
-from validate import engine
-from validate.plan import Plan, make_plan, parse_arguments
-from validate.session import EpochRunner, build_student
-
-_DESCRIBED_BY_NAME = ("num_classes", "input_size", "mean", "std")  # flags of custom data sets only
+from utils.files import sha256_file
+from validate.kinds import Batch, hard_loss, soft_loss
+from validate.settings import Materials, Settings
+from validate.train import Training
 
 
-def plan_of(run: Path) -> Plan:
-    """The plan of a run folder, its images and labels opened and checked again.
+class Replay:
+    """Trains a recorded run from the start, epoch by epoch.
 
-    Raises:
-        UserError: no run there, or one that would be another one here: other images or labels by
-            now, several processes, or a precision that this device lacks.
+    Attributes:
+        training: see validate.train.Training.
+        settings, materials: of the run.
     """
-    path = run / runlog.ARGUMENTS
-    if not path.exists():
-        raise UserError(f"{run} is not a run folder: it has no {runlog.ARGUMENTS}")
-    record = yaml.safe_load(path.read_text())
-    values = {**record["others"], **record["settings"]}
-    values["amp"] = values["precision"]
-    values["schedule"] = ",".join(f"{kind}:{epochs}" for kind, epochs in values["phases"])
-    values["soft_epochs"] = values["hard_epochs"] = None
-    arguments = []
-    for name in vars(parse_arguments(_required(values))):
-        value = values.get(name)
-        if str(value) in ("None", "False"):
-            continue
-        if name in _DESCRIBED_BY_NAME and values["dataset"] != "custom":
-            continue
-        arguments.append("--" + name.replace("_", "-"))
-        if str(value) != "True":
-            arguments += map(str, value if isinstance(value, list) else [value])
-    plan = make_plan(parse_arguments(arguments))
-    if difference := first_difference(record["settings"], plan.settings):
-        raise UserError(f"{run} cannot be trained again as it was: {difference}")
-    return plan
+
+    def __init__(self, run: Path, what: str):
+        """Opens images and labels of the run in a folder.
+
+        Args:
+            run: the folder.
+            what: names the progress bar.
+
+        Raises:
+            UserError: no run there, or one that would be another one here: other images or labels
+                by now, several processes, or a precision that this device lacks.
+        """
+        path = run / runlog.ARGUMENTS
+        if not path.exists():
+            raise UserError(f"{run} is not a run folder: it has no {runlog.ARGUMENTS}")
+        settings = Settings.from_record(runlog.RunFolder(run).settings(), run)
+        machine = runtime.start(device=settings.device, amp=settings.precision)
+        materials = Materials.open(
+            settings.facts,
+            data_dir=Path(settings.data_dir),
+            val_dir=Path(settings.val_dir),
+            label_dir=Path(settings.label_dir) if settings.label_dir else None,
+        )
+        labels = materials.labels
+        now = dataclasses.replace(
+            settings,
+            images_sha256=materials.images_sha256,
+            validation_images=materials.validation.listing_sha256(),
+            labels_sha256=sha256_file(labels.path / "manifest.json") if labels else None,
+            processes=machine.world,
+        )
+        if difference := now.difference(settings):
+            raise UserError(f"{run} cannot be trained again as it was: {difference}")
+        self.settings, self.materials = settings, materials
+        self.training = Training(dataclasses.replace(settings, compile=False), materials, machine)
+        views = len(settings.kinds) * len(materials.folder.files)
+        self.bar = cli.progress(desc=what, unit="view", total=views)
+
+    def train_epoch(self, epoch: int) -> None:
+        """Trains an epoch, counted from 0; epochs must follow one another."""
+        training = self.training
+        kind = training.begin_epoch(epoch)
+        for batches in training.batches(kind, epoch):
+            training.step(batches, kind.loss)
+            self.bar.update(sum(len(batch.pixels) for batch in batches))
+
+    def stored_batches(self, count: int) -> list[Batch]:
+        """The first label batches of the run; raises UserError for one without a label set."""
+        labels = self.materials.labels
+        if labels is None:
+            raise UserError("the run was trained without a label set: it has no soft gradient")
+        indices = self.settings.label_batches(labels)[:count]
+        return list(self.training.data.render_stored(indices))
+
+    def two_losses(self, batch: Batch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hard loss, and soft loss without T^2, of logits float32 [B, C] for a stored batch."""
+        hard = hard_loss(logits, batch.mixture, self.settings.label_smoothing)
+        return hard, soft_loss(logits, batch.teacher, self.settings.temperature)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,62 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="PNG and CSV, without the ending")
 
 
-def soft_plan_of(run: Path) -> Plan:
-    """The plan of a run that has soft gradients; raises UserError for one without a label set."""
-    plan = plan_of(run)
-    if plan.labels is None:
-        raise UserError(f"{run} was trained without a label set: it has no soft gradient")
-    return plan
-
-
-def _required(values: dict) -> list[str]:
-    """The flags without which the command line does not parse."""
-    names = ("data_dir", "val_dir", "output_dir", "dataset", "model")
-    return [text for name in names for text in ("--" + name.replace("_", "-"), str(values[name]))]
-
-
-class Replay:
-    """Trains a plan from the start, epoch by epoch.
-
-    Attributes:
-        plan, model, optimizer: what is trained.
-        epochs: see validate.session.EpochRunner; `epochs.run(epoch)` in order.
-        source: renders views of the distilled images.
-    """
-
-    def __init__(self, plan: Plan, what: str):
-        self.plan = plan
-        self.model, self.optimizer = build_student(plan)
-        device = plan.machine.device
-        self.source = images.open_images(plan.folder, plan.sizes, plan.dataset, device, 0)
-        total = len(plan.kinds) * len(plan.folder.files)
-        self.bar = cli.progress(desc=what, unit="view", total=total)
-        scaler, accumulated = plan.machine.scaler(), plan.settings["grad_accum"]
-        trainer = engine.Trainer(
-            *(self.model, self.optimizer, scaler, plan.machine, accumulated, self.bar.update)
-        )
-        self.epochs = EpochRunner(plan, trainer, self.source)
-
-
-def two_losses(
-    plan: Plan, epochs: EpochRunner, number: int, logits: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hard loss, and soft loss without T^2, of logits [B, C] for stored label batch `number`."""
-    labels, settings = epochs.labels, plan.settings
-    views = labels.views(number)
-    own, partner, lam = views.mixture(labels.hard_labels, plan.dataset.input_size)
-    hard = engine.hard_loss(logits, own, partner, lam, settings["label_smoothing"])
-    teacher = labels[number].logits
-    return hard, engine.soft_loss(logits, teacher, settings["temperature"], "none")
-
-
-def gradients(loss: torch.Tensor, model: nn.Module, keep_graph: bool) -> list[torch.Tensor]:
-    """The gradient of a loss for every parameter of the model."""
-    return list(torch.autograd.grad(loss, list(model.parameters()), retain_graph=keep_graph))
-
-
-def weights_of(run: Path, name: str = runlog.CHECKPOINT) -> dict[str, torch.Tensor]:
-    """The state dict of a run's student."""
-    if not (run / name).exists():
-        raise UserError(f"{run} has no {name}")
-    return load_tensors(run / name, "checkpoint")["model"]
+def gradient(loss: torch.Tensor, model: nn.Module, keep_graph: bool) -> torch.Tensor:
+    """float [parameters]: the gradient of a loss for all parameters of the model."""
+    parts = torch.autograd.grad(loss, list(model.parameters()), retain_graph=keep_graph)
+    return torch.cat([part.flatten() for part in parts])

@@ -14,11 +14,13 @@ if not __package__:  # run as a plain script: imports start at the repository ro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import math
+import statistics
 
 import torch
 from matplotlib.figure import Figure
 
-from analysis.replay import Replay, plan_of
+from analysis.replay import Replay
 from analysis.tables import this_command
 from utils import cli
 from utils.cli import UserError, bounded
@@ -48,7 +50,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def update_lengths(replay: Replay) -> tuple[list[float], list[int]]:
     """|change of all weights| / |weights| of every step, and the first step of every epoch."""
-    parameters = [p for group in replay.optimizer.param_groups for p in group["params"]]
+    optimizer = replay.training.optimizer
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     before = [p.detach().clone() for p in parameters]
     lengths, starts = [], []
 
@@ -60,10 +63,10 @@ def update_lengths(replay: Replay) -> tuple[list[float], list[int]]:
             for p, old in zip(parameters, before, strict=True):
                 old.copy_(p)
 
-    handle = replay.optimizer.register_step_post_hook(record)
-    for epoch in range(len(replay.plan.kinds)):
+    handle = optimizer.register_step_post_hook(record)
+    for epoch in range(len(replay.settings.kinds)):
         starts.append(len(lengths))
-        replay.epochs.run(epoch)
+        replay.train_epoch(epoch)
     handle.remove()
     replay.bar.close()
     return lengths, starts
@@ -83,21 +86,21 @@ def smoothed(values: list[float], width: int = 15) -> list[float]:
 def draw(rows: list[dict], names: list[str], titles: list[str], path: Path) -> None:
     """A panel per switch, a line per run: every step thin, its running mean thick."""
     figure = Figure(figsize=(5.5 * len(titles) + 1, 4.2), layout="constrained")
-    for number, axes in enumerate(figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]):
-        for place, name in enumerate(names):
-            chosen = [row for row in rows if row["run"] == name and row["switch"] == number]
+    for switch, axes in enumerate(figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]):
+        for colour, name in enumerate(names):
+            chosen = [row for row in rows if row["run"] == name and row["switch"] == switch]
             for side in (
                 [row for row in chosen if row["step"] < 0],
                 [row for row in chosen if row["step"] >= 0],
             ):
                 steps = [row["step"] for row in side]
                 lengths = [row["relative_update"] for row in side]
-                axes.plot(steps, lengths, f"C{place}", lw=0.4, alpha=0.4)
+                axes.plot(steps, lengths, f"C{colour}", lw=0.4, alpha=0.4)
                 label = name if side and side[0]["step"] >= 0 else None
-                axes.plot(steps, smoothed(lengths), f"C{place}", lw=1.8, label=label)
+                axes.plot(steps, smoothed(lengths), f"C{colour}", lw=1.8, label=label)
         axes.axvline(0, color="k", lw=0.8, ls=":")
         axes.set_yscale("log")
-        axes.set_title(titles[number], fontsize=10)
+        axes.set_title(titles[switch], fontsize=10)
         axes.set_xlabel("optimiser steps from the switch")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("length of one update /\nlength of the weights")
@@ -107,50 +110,43 @@ def draw(rows: list[dict], names: list[str], titles: list[str], path: Path) -> N
 
 def main() -> None:
     args = parse_arguments()
-    rows, names, schedules = [], [], set()
+    rows, kinds = [], []
     for name, folder in args.runs:
-        plan = plan_of(Path(folder))
-        schedules.add(tuple(plan.kinds))
-        if len(schedules) > 1:
+        replay = Replay(Path(folder), name)
+        if kinds and replay.settings.kinds != kinds:
             raise UserError(f"{folder} has another schedule than the runs before it")
-        if not switches(plan.kinds):
+        kinds = replay.settings.kinds
+        if not switches(kinds):
             raise UserError(f"{folder} has a single phase: there is no switch to look at")
-        names.append(name)
-        lengths, starts = update_lengths(Replay(plan, name))
-        for number, epoch in enumerate(switches(plan.kinds)):
+        lengths, starts = update_lengths(replay)
+        for switch, epoch in enumerate(switches(kinds)):
             first = starts[epoch]
             window = range(max(0, first - args.before), min(len(lengths), first + args.after))
-            rows += [
-                {"run": name, "switch": number, "step": step - first}
-                | {"relative_update": lengths[step]}
-                for step in window
-            ]
+            for step in window:
+                length = float(f"{lengths[step]:.4g}")
+                row = {"run": name, "switch": switch, "step": step - first}
+                rows.append({**row, "relative_update": length})
     titles = [
-        f"epoch {epoch}: from {plan.kinds[epoch - 1]} to {plan.kinds[epoch]} labels"
-        for epoch in switches(plan.kinds)
+        f"epoch {epoch}: from {kinds[epoch - 1]} to {kinds[epoch]} labels"
+        for epoch in switches(kinds)
     ]
-    for row in rows:
-        row["relative_update"] = float(f"{row['relative_update']:.4g}")
+    names = [name for name, _ in args.runs]
     write_csv(rows, args.out.with_suffix(".csv"), provenance(this_command()))
     draw(rows, names, titles, args.out.with_suffix(".png"))
-    last = len(titles) - 1
     for name in names:
-        means = [
-            torch.tensor(
-                [
-                    row["relative_update"]
-                    for row in rows
-                    if (row["run"], row["switch"]) == (name, last) and low <= row["step"] < high
-                ]
-            )
-            .mean()
-            .item()
+        last = [row for row in rows if (row["run"], row["switch"]) == (name, len(titles) - 1)]
+        before, after = (
+            [row["relative_update"] for row in last if low <= row["step"] < high]
             for low, high in ((-50, 0), (50, 100))
-        ]
-        print(
-            f"{name}: mean relative update {means[0]:.2e} in the 50 steps before the last switch, "
-            f"{means[1]:.2e} in steps 50 to 100 after it"
         )
+        print(
+            f"{name}: mean relative update {_mean(before):.2e} in the 50 steps before the last "
+            f"switch, {_mean(after):.2e} in steps 50 to 100 after it"
+        )
+
+
+def _mean(values: list[float]) -> float:
+    return statistics.mean(values) if values else math.nan
 
 
 if __name__ == "__main__":

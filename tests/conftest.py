@@ -16,10 +16,12 @@ from torch import nn
 
 import models
 from utils import cli
+from utils.data import datasets
 from utils.data.datasets import Dataset
 from utils.runtime import Runtime
-from validate import engine
-from validate.schedule import KINDS
+from validate.kinds import KINDS
+from validate.settings import Materials, Settings, parse_arguments, resolve
+from validate.step import Step
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = Runtime(torch.device("cpu"), None)
@@ -153,12 +155,17 @@ class Linear(nn.Module):
         return self.layer(pixels.flatten(1))
 
 
-def sgd(
-    model: nn.Module, grad_accum: int = 1, progress: Callable[[int], None] = lambda views: None
-) -> engine.Trainer:
-    """What trains a model by plain gradient steps at rate 0.01."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    return engine.Trainer(model, optimizer, CPU.scaler(), CPU, grad_accum, progress)
+def sgd(model: nn.Module) -> Step:
+    """Plain gradient steps at rate 0.01."""
+    return Step(model, torch.optim.SGD(model.parameters(), lr=0.01), CPU.scaler(), CPU)
+
+
+def open_run(world: SimpleNamespace, output: Path, *more: object) -> tuple[Settings, Materials]:
+    """What validate/train.py makes of `train_arguments`, before it trains."""
+    args = parse_arguments([*map(str, train_arguments(world, output, *more))])
+    dataset = datasets.from_arguments(args)
+    materials = Materials.open(dataset, args.data_dir, args.val_dir, args.label_dir)
+    return resolve(args, materials, CPU), materials
 
 
 @pytest.fixture

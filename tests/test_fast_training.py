@@ -14,7 +14,9 @@ from utils.data import images
 from utils.data.images import ResidentImages
 from utils.data.views import ViewSpec, draw
 from utils.runtime import Runtime
-from validate import engine
+from validate import step
+from validate.kinds import Batch, hard_loss
+from validate.step import Step, parameter_groups
 
 GPU = pytest.mark.gpu
 
@@ -31,19 +33,18 @@ def small_network() -> nn.Module:
 def loss_curve(machine: Runtime, compiled: bool) -> torch.Tensor:
     """The losses of 50 steps on batches of 4, the last one of 2; AdamW, CutMix, hard labels."""
     model, sums = small_network().to(machine.device), [0.0]
-    network = engine.compiled(model, machine, 1) if compiled else model
-    groups = engine.parameter_groups(model, 0.01)
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
-    trainer = engine.Trainer(
-        *(network, optimizer, machine.scaler(), machine, 1, lambda views: None),
-        lambda so_far: sums.append(so_far.loss.item()),
-    )
-    numbers = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (198, 3, 32, 32), dtype=torch.uint8, generator=numbers)
-    batches = list(draw(ViewSpec(32, 4), np.full((198, 2), 32), 0).to(machine.device))
+    network = step.compiled(model, machine, 1) if compiled else model
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=1e-3, fused=True)
+    take_step = Step(network, optimizer, machine.scaler(), machine)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (198, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    views = list(draw(ViewSpec(32, 4), np.full((198, 2), 32), 0).to(machine.device))
     labels = (torch.arange(198) % 4).to(machine.device)
-    source = ResidentImages(pixels, TINY, machine.device)
-    engine.train_hard_epoch(trainer, source, batches, labels, 0.1)
+    rendered = ResidentImages(pixels, TINY, machine.device).render(views)
+    for batch_views, batch_pixels in zip(views, rendered, strict=True):
+        batch = Batch(batch_pixels, *batch_views.mixture(labels, 32))
+        take_step([batch], lambda logits, batch: hard_loss(logits, batch.mixture, 0.1))
+        sums.append(take_step.loss_sum.item())
     return torch.tensor(sums).diff()
 
 
@@ -70,26 +71,11 @@ def test_cuda_graphs_only_where_gradients_end_with_each_batch(monkeypatch):
     modes = []
     monkeypatch.setattr(torch, "compile", lambda model, mode, dynamic: modes.append(mode))
     gpu = Runtime(torch.device("cuda"), None)
-    engine.compiled(None, gpu, 1)
-    engine.compiled(None, gpu, 2)
-    engine.compiled(None, Runtime(torch.device("cuda"), None, rank=0, world=2), 1)
-    engine.compiled(None, CPU, 1)
+    step.compiled(None, gpu, 1)
+    step.compiled(None, gpu, 2)
+    step.compiled(None, Runtime(torch.device("cuda"), None, rank=0, world=2), 1)
+    step.compiled(None, CPU, 1)
     assert modes == ["reduce-overhead", None, None, None]
-
-
-def test_tensors_reach_main_memory_in_order():
-    sent = [torch.full((2,), number) for number in range(4)]
-    assert [tensor[0].item() for tensor in runtime.on_host(iter(sent))] == [0, 1, 2, 3]
-    assert list(runtime.on_host([])) == []
-
-
-@pytest.mark.gpu
-def test_tensors_of_the_gpu_reach_main_memory_whole():
-    slow = torch.randn(2000, 2000, device="cuda")
-    computed = [slow @ slow * number for number in range(5)]
-    found = list(runtime.on_host(iter(computed)))
-    for expected, tensor in zip(computed, found, strict=True):
-        assert tensor.device.type == "cpu" and torch.equal(tensor, expected.cpu())
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])

@@ -12,7 +12,7 @@ from utils.data import images
 from utils.data.images import ResidentImages
 from utils.data.views import ViewSpec, draw
 from utils.labels import LabelSet
-from validate import session, train
+from validate import kinds, train
 
 pytestmark = pytest.mark.gpu
 
@@ -42,16 +42,16 @@ def test_training_learns_and_resumes(world, tmp_path, command, amp, monkeypatch)
     output = tmp_path / "run"
     arguments = train_arguments(world, output, "--soft-epochs", 10, "--hard-epochs", 10)
     arguments += ["--device", "cuda", "--amp", amp, "--soft-loss-scale", "T2"]
-    original = session.draw
+    original = kinds.draw
 
     def stop(spec, sizes, seed, epoch=0):
         if epoch == 9:
             raise KeyboardInterrupt
         return original(spec, sizes, seed, epoch)
 
-    monkeypatch.setattr(session, "draw", stop)
+    monkeypatch.setattr(kinds, "draw", stop)
     assert command(train.main, *arguments).code == 130
-    monkeypatch.setattr(session, "draw", original)
+    monkeypatch.setattr(kinds, "draw", original)
     done = command(train.main, *arguments)
     assert done.code == 0 and "continuing after epoch 8 of 20" in done.out, done.err
     assert json.loads((output / "result.json").read_text())["last"]["top1"] > 50

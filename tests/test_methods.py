@@ -2,26 +2,28 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, ROOT, TINY, Linear, generate_arguments, script, sgd, train_arguments
+from conftest import (
+    CPU,
+    ROOT,
+    TINY,
+    Linear,
+    generate_arguments,
+    open_run,
+    script,
+    sgd,
+    train_arguments,
+)
 from torch import nn
 
 from relabel.teacher import load_teacher
 from utils.data import images
-from utils.data.views import ViewSpec, draw, normalise
+from utils.data.views import normalise
 from utils.labels import LabelSet
-from validate import engine, schedule, train
-from validate.plan import make_plan, parse_arguments
-
-
-@pytest.fixture(scope="module")
-def resident(world):
-    folder = images.scan(world.data)
-    sizes, _ = images.inspect(folder)
-    return images.open_images(folder, sizes, TINY, CPU.device, 0)
+from validate import schedule, step, train
+from validate.kinds import KINDS, TrainingData, mixed_logits, static_labels
 
 
 @pytest.fixture(scope="module")
@@ -42,40 +44,54 @@ def one_hot_smoothed(classes: torch.Tensor, smoothing: float) -> torch.Tensor:
     return F.one_hot(classes, 4).float() * (1 - smoothing) + smoothing / 4
 
 
-def test_a_joint_epoch_descends_both_losses_on_the_same_stored_views(world, resident):
-    labels = LabelSet.open(world.labels)
-    stepped = Linear()
-    engine.train_joint_epoch(sgd(stepped), resident, labels, [4], 3.0, "T2", 0.2, 0.7)
+def one_step(world, tmp_path, *more):
+    """A gradient step of a Linear on the first batch of the run's first epoch, and that batch."""
+    settings, materials = open_run(world, tmp_path / "run", *more)
+    facts = (materials.folder, materials.sizes, settings.facts, CPU.device, 0)
+    data = TrainingData(settings, materials, images.open_images(*facts), CPU)
+    kind = KINDS[settings.kinds[0]](data)
+    data.begin_epoch(0)
+    batch, stepped = next(kind.batches(0)), Linear()
+    sgd(stepped)([batch], kind.loss)
+    return stepped, batch, kind
 
-    expected, batch = Linear(), labels[4]
-    log_student = expected(next(resident.render([batch.views]))).log_softmax(1)
-    own, partner, lam = batch.views.mixture(labels.hard_labels, 32)
+
+def test_a_joint_epoch_descends_both_losses_on_the_same_stored_views(world, tmp_path):
+    more = ("--schedule", "joint", "--temperature", 3, "--soft-loss-scale", "T2")
+    more += ("--label-smoothing", 0.2, "--hard-share", 0.7)
+    stepped, batch, kind = one_step(world, tmp_path, *more)
+
+    labels = LabelSet.open(world.labels)
+    stored = labels[kind.data.stored_batches(0)[0]]
+    assert torch.equal(batch.teacher, stored.logits)
+    expected = Linear()
+    log_student = expected(next(kind.data.source.render([stored.views]))).log_softmax(1)
+    own, partner, lam = stored.views.mixture(labels.hard_labels, 32)
     lam = lam[:, None]
     target = lam * one_hot_smoothed(own, 0.2) + (1 - lam) * one_hot_smoothed(partner, 0.2)
     hard = -(target * log_student).sum(1).mean()
-    teacher = probabilities(batch.logits, 3.0)
+    teacher = probabilities(stored.logits, 3.0)
     student = probabilities(log_student, 3.0)
     soft = 9 * (teacher * (teacher.log() - student.log())).sum(1).mean()
     (0.7 * hard + 0.3 * soft).backward()
-    step = 0.01 * expected.layer.weight.grad
-    assert torch.allclose(stepped.layer.weight, expected.layer.weight - step, atol=1e-7)
+    gradient = expected.layer.weight.grad
+    assert torch.allclose(stepped.layer.weight, expected.layer.weight - 0.01 * gradient, atol=1e-7)
 
 
-def test_a_static_epoch_mixes_the_labels_of_the_two_images(world, resident, whole_labels):
-    labels = LabelSet.open(whole_labels)
-    of_image = engine.static_labels(labels)
-    views = draw(ViewSpec(32, 5), np.full((12, 2), 32), seed=3, epoch=1)
-    stepped = Linear()
-    engine.train_static_epoch(sgd(stepped), resident, [views[0]], labels, of_image, 2.0, "none")
+def test_a_static_epoch_mixes_the_labels_of_the_two_images(world, tmp_path, whole_labels):
+    more = ("--schedule", "static", "--label-dir", whole_labels, "--temperature", 2)
+    stepped, batch, kind = one_step(world, tmp_path, *more, "--seed", 3)
 
-    expected, one = Linear(), views[0]
-    student = probabilities(expected(next(resident.render([one]))), 2.0)
-    lam = 1 - (one.mix_box[0, 2] * one.mix_box[0, 3]).item() / 32**2
-    teacher = lam * probabilities(of_image[one.index], 2.0)
-    teacher += (1 - lam) * probabilities(of_image[one.index[one.mix_index]], 2.0)
+    of_image = static_labels(LabelSet.open(whole_labels), passes=1)
+    expected, views = Linear(), kind.data.fresh_views(0)[0]
+    assert torch.equal(batch.pixels, next(kind.data.source.render([views])))
+    student = probabilities(expected(batch.pixels), 2.0)
+    lam = 1 - (views.mix_box[0, 2] * views.mix_box[0, 3]).item() / 32**2
+    teacher = lam * probabilities(of_image[views.index], 2.0)
+    teacher += (1 - lam) * probabilities(of_image[views.index[views.mix_index]], 2.0)
     (teacher * (teacher.log() - student.log())).sum(1).mean().backward()
-    step = 0.01 * expected.layer.weight.grad
-    assert torch.allclose(stepped.layer.weight, expected.layer.weight - step, atol=1e-7)
+    gradient = expected.layer.weight.grad
+    assert torch.allclose(stepped.layer.weight, expected.layer.weight - 0.01 * gradient, atol=1e-7)
 
 
 def test_static_labels_belong_to_whole_images_in_folder_order(world, whole_labels):
@@ -91,15 +107,15 @@ def test_static_labels_belong_to_whole_images_in_folder_order(world, whole_label
     with torch.no_grad():
         logits = teacher(normalise(pixels, mean, std))
     expected = logits - logits.mean(1, keepdim=True)
-    assert torch.allclose(engine.static_labels(labels), expected, atol=2e-2)
+    assert torch.allclose(static_labels(labels, passes=1), expected, atol=2e-2)
 
 
 @pytest.mark.parametrize("lam", [1.0, 0.25, 0.0])
 def test_mixed_logits_are_the_mixture_of_probabilities(lam):
     own, partner = torch.randn(2, 3, 5).mul(10)
-    found = engine.mixed_logits(own, partner, torch.full((3,), lam), 4.0)
+    mixed = mixed_logits(own, partner, torch.full((3,), lam), 4.0)
     expected = lam * (own / 4).softmax(1) + (1 - lam) * (partner / 4).softmax(1)
-    assert torch.allclose((found / 4).softmax(1), expected, atol=1e-6)
+    assert torch.allclose((mixed / 4).softmax(1), expected, atol=1e-6)
 
 
 def test_a_forgetful_adam_steps_like_a_new_one():
@@ -107,7 +123,7 @@ def test_a_forgetful_adam_steps_like_a_new_one():
     used, new = (torch.optim.AdamW([weight], lr=0.1, fused=True) for weight in weights)
     weights[0].grad = torch.tensor([100.0, -5.0, 0.0])
     used.step()
-    engine.forget(used)
+    step.forget(used)
     weights[0].data.fill_(1)
     for weight, optimizer in zip(weights, (used, new), strict=True):
         weight.grad = torch.tensor([1e-4, 2e-4, 3e-4])
@@ -121,28 +137,25 @@ def test_the_temperature_falls_by_equal_factors():
     assert schedule.temperature(0, 1, 16, 4) == 16
 
 
-def test_pruning_keeps_so_many_different_batches():
-    kept = schedule.pruned(40, 10, seed=1)
-    assert len(set(kept)) == 10 and kept == sorted(kept) and set(kept) <= set(range(40))
-    assert kept != schedule.pruned(40, 10, seed=2) and kept == schedule.pruned(40, 10, seed=1)
-
-
-def plan_of(world, tmp_path, *more):
-    arguments = train_arguments(world, tmp_path / "run", *more)
-    return make_plan(parse_arguments([*map(str, arguments)]))
-
-
 def test_random_choice_takes_as_many_batches_from_all_passes(world, tmp_path):
     """Two passes of three batches; --slc 3 is one pass."""
+    labels = LabelSet.open(world.labels)
     chosen = [
-        plan_of(world, tmp_path, "--slc", 3, "--slc-from", "random", "--seed", seed)
+        open_run(world, tmp_path, "--slc", 3, "--slc-from", "random", "--seed", seed)[0]
         for seed in range(8)
     ]
-    assert all(len(plan.batch_numbers) == 3 and plan.settings["passes"] == 1 for plan in chosen)
-    assert set().union(*(plan.batch_numbers for plan in chosen)) == set(range(6))
-    first = plan_of(world, tmp_path, "--slc", 3)
-    assert first.batch_numbers == [0, 1, 2]
-    assert chosen[0].settings["slc_from"] == "random" and "slc_from" not in first.settings
+    pools = [settings.label_batches(labels) for settings in chosen]
+    assert {len(pool) for pool in pools} == {3} and {one.passes for one in chosen} == {1}
+    assert set().union(*pools) == set(range(6))
+    first, _ = open_run(world, tmp_path, "--slc", 3)
+    assert first.label_batches(labels) == [0, 1, 2] and first.slc_from == "first"
+
+
+def test_an_optimiser_step_takes_its_batches_and_the_last_what_is_left(world, tmp_path):
+    settings, materials = open_run(world, tmp_path, "--schedule", "hard:1", "--grad-accum", 2)
+    training = train.Training(settings, materials, CPU)
+    kind = training.begin_epoch(0)
+    assert [len(together) for together in training.batches(kind, 0)] == [2, 1]
 
 
 def test_a_run_of_every_new_kind_records_what_it_used(world, tmp_path, command):
@@ -165,9 +178,9 @@ def test_the_static_method_trains_on_random_crops_of_labelled_whole_images(
     world, whole_labels, tmp_path, command
 ):
     static = ("--label-dir", whole_labels, "--schedule", "static", "--soft-loss-scale", "T2")
-    plan = plan_of(world, tmp_path, *static)
-    assert plan.spec.min_scale == 0.08 and plan.spec.mix == "cutmix"
-    assert {*plan.kinds} == {"static"}
+    settings, _ = open_run(world, tmp_path / "run", *static)
+    assert settings.view_spec.min_scale == 0.08 and settings.view_spec.mix == "cutmix"
+    assert {*settings.kinds} == {"static"}
     done = command(train.main, *train_arguments(world, tmp_path / "run", *static))
     assert done.code == 0, done.err
     refused = command(train.main, *train_arguments(world, tmp_path / "no", "--schedule", "static"))
@@ -191,7 +204,7 @@ def test_generate_labels_whole_images_at_min_scale_one(whole_labels):
 
 def test_the_optimiser_is_reset_at_each_switch(world, tmp_path, command, monkeypatch):
     resets = []
-    monkeypatch.setattr(engine, "forget", resets.append)
+    monkeypatch.setattr(step, "forget", resets.append)
     more = ("--schedule", "soft:2,hard:1,soft:1", "--reset-optimizer")
     assert command(train.main, *train_arguments(world, tmp_path / "run", *more)).code == 0
     assert len(resets) == 2

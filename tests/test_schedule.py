@@ -6,14 +6,16 @@ import pytest
 
 from utils.cli import UserError
 from validate.schedule import (
-    BatchPool,
     auto_soft_epochs,
+    drawn_from_pool,
     epoch_kinds,
+    label_batches,
     learning_rate,
     phases,
 )
 
 H, S = "hard", "soft"
+KINDS = ["soft", "hard", "joint", "static"]
 
 
 @pytest.mark.parametrize(
@@ -38,7 +40,7 @@ H, S = "hard", "soft"
     ],
 )
 def test_phases(name, soft, hard, passes, expected):
-    assert phases(name, soft, hard, passes) == expected
+    assert phases(name, soft, hard, passes, KINDS) == expected
 
 
 @pytest.mark.parametrize(
@@ -52,7 +54,7 @@ def test_phases(name, soft, hard, passes, expected):
 )
 def test_schedules_that_do_not_parse(name, message):
     with pytest.raises(UserError, match=message):
-        phases(name, 1, 1, 1)
+        phases(name, 1, 1, 1, KINDS)
 
 
 def test_epoch_kinds():
@@ -66,26 +68,51 @@ def test_learning_rate():
     assert learning_rate(299, 300, 0.001, 2) == pytest.approx(0.0005, rel=0.01)
 
 
-def test_pool_draws_without_replacement_and_refills_when_it_runs_out():
-    pool = BatchPool(5, seed=1)
-    first, second = pool.take(3), pool.take(7)
-    taken = first + second
-    assert sorted(taken[:5]) == list(range(5))
-    assert sorted(taken[5:]) == list(range(5))
-    assert taken[:5] != taken[5:]
+def drawn(plan, epoch, per_epoch, pool, seed=1):
+    return drawn_from_pool(
+        phases=plan,
+        epoch=epoch,
+        per_epoch=per_epoch,
+        pool=pool,
+        drawing={"soft", "joint"},
+        seed=seed,
+    )
 
 
-def test_refilling_starts_a_new_shuffle_and_state_resumes_it():
-    pool = BatchPool(50, seed=1)
-    first = pool.take(20)
-    pool.refill()
-    saved = pool.state
-    second = pool.take(50)
-    assert sorted(second) == list(range(50)) and second[:20] != first
-    resumed = BatchPool(50, seed=1)
-    resumed.state = saved
-    assert resumed.take(50) == second
-    assert BatchPool(50, seed=2).take(20) != first
+def test_the_pool_is_drawn_without_replacement_shuffle_after_shuffle():
+    pool = [3, 5, 7, 11, 13]
+    batches = [batch for epoch in range(5) for batch in drawn([(S, 5)], epoch, 2, pool)]
+    assert sorted(batches[:5]) == sorted(batches[5:]) == pool
+    assert batches[:5] != batches[5:]
+    assert drawn([(S, 5)], 0, 12, pool)[:10] == batches
+
+
+def test_every_phase_begins_with_a_shuffle_of_its_own():
+    pool, plan = list(range(50)), [(S, 2), (H, 3), (S, 3), ("joint", 1)]
+    first, second, third = (
+        drawn(plan, 0, 20, pool),
+        drawn(plan, 5, 20, pool),
+        drawn(plan, 8, 20, pool),
+    )
+    assert len({*map(tuple, (first, second, third))}) == 3
+    rest = second + drawn(plan, 6, 20, pool) + drawn(plan, 7, 20, pool)
+    assert sorted(rest[:50]) == pool and len({*rest[50:]}) == 10
+    assert drawn(plan, 0, 20, pool, seed=2) != first
+
+
+def test_a_phase_that_does_not_draw_changes_nothing():
+    """Hard epochs before and between leave the numbers of the shuffles alone."""
+    pool = list(range(9))
+    plain, mixed = [(S, 4), ("joint", 2)], [(H, 1), (S, 4), ("static", 2), ("joint", 2)]
+    assert drawn(plain, 3, 5, pool) == drawn(mixed, 4, 5, pool)
+    assert drawn(plain, 5, 5, pool) == drawn(mixed, 8, 5, pool)
+
+
+def test_pruning_keeps_so_many_different_batches():
+    kept = label_batches(40, 10, "random", seed=1)
+    assert len(set(kept)) == 10 and kept == sorted(kept) and set(kept) <= set(range(40))
+    assert kept != label_batches(40, 10, "random", seed=2)
+    assert label_batches(40, 3, "first", seed=1) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

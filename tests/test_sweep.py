@@ -19,7 +19,7 @@ from analysis import runner, sweep, tables
 from scripts import prepare_split
 from utils.cli import UserError
 from utils.data import images
-from validate.plan import parse_arguments
+from validate.settings import parse_arguments
 
 
 def settings(tmp_path, **more) -> sweep.Settings:

@@ -198,30 +198,43 @@ def bf16_speedup() -> float:
 
 
 def from_arguments(args: argparse.Namespace) -> Runtime:
-    """The runtime that the flags of add_arguments ask for; raises UserError if it is not there."""
+    """The runtime that the flags of add_arguments ask for; see `start`."""
+    return start(device=args.device, amp=args.amp)
+
+
+def start(device: str, amp: str) -> Runtime:
+    """Prepares this process to compute.
+
+    Args:
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        amp: one of AMP_CHOICES.
+
+    Raises:
+        UserError: no such device here, or none that has this precision.
+    """
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > usable_cores():
         torch.set_num_threads(usable_cores())  # more than a container's quota wait for each other
-    name = args.device
+    name = device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        chosen = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device {name}: not a device; use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda":
+    if chosen.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
+        if (chosen.index or 0) >= count:
             seen = f"only {count} CUDA devices" if count else "no CUDA device"
             raise UserError(f"--device {name}: there is {seen} here; --device cpu runs without one")
-    elif device.type != "cpu":
+    elif chosen.type != "cpu":
         raise UserError(f"--device {name}: only cpu and cuda are supported")
-    if args.amp == "fp16" and device.type == "cpu":
+    if amp == "fp16" and chosen.type == "cpu":
         raise UserError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}
-    dtypes["auto"] = torch.float16 if device.type == "cuda" else None
-    if device.type == "cpu":
+    dtypes["auto"] = torch.float16 if chosen.type == "cuda" else None
+    if chosen.type == "cpu":
         keep_freed_memory()
-    return _join(Runtime(device, dtypes[args.amp]))
+    return _join(Runtime(chosen, dtypes[amp]))
 
 
 def keep_freed_memory() -> None:

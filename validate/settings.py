@@ -212,6 +212,10 @@ class Settings:
         mean, std = tuple(record["mean"]), tuple(record["std"])
         return cls(**{**record, "phases": phases, "mean": mean, "std": std})
 
+    def difference(self, earlier: "Settings") -> str:
+        """ "field: expected X, found Y" of the first field that decides the result, or ""."""
+        return first_difference(self.record(), earlier.record(), set(_FREE))
+
     def check_continues(self, earlier: "Settings", path: Path) -> None:
         """Raises UserError unless the run at `path` was begun with settings of the same result."""
         if self.processes != earlier.processes:
@@ -221,8 +225,7 @@ class Settings:
                 f"(TRAIN_GPUS={earlier.processes} of the run scripts), or choose another "
                 "--output-dir"
             )
-        skip = set(_FREE)
-        if difference := first_difference(self.record(), earlier.record(), skip):
+        if difference := self.difference(earlier):
             raise UserError(
                 f"{path} holds a run with other settings ({difference}); choose another "
                 "--output-dir or the same settings"
@@ -283,7 +286,6 @@ def resolve(args: argparse.Namespace, materials: Materials, machine: runtime.Run
     for kind in kinds:
         if KINDS[kind].needs_labels and labels is None:
             raise UserError(f"schedule {args.schedule} has {kind} epochs: give --label-dir")
-    _check_flags_are_used(args, kinds)
     lr, eta = _learning_rate(args, dataset, materials.folder)
     hard_share = _DEFAULT_HARD_SHARE if args.hard_share is None else args.hard_share
     crops_stored = labels is not None and labels.spec.min_scale < 1
@@ -328,6 +330,7 @@ def resolve(args: argparse.Namespace, materials: Materials, machine: runtime.Run
     )
     for kind in kinds:
         KINDS[kind].check(settings, labels)
+    _check_flags_are_used(args, kinds)
     return settings
 
 
