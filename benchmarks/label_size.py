@@ -24,7 +24,6 @@ import math
 import re
 import time
 from collections.abc import Callable
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -36,10 +35,9 @@ from utils.cli import UserError
 from utils.data import datasets
 from utils.data.images import decode, pixels_of
 from utils.data.views import Mixture, ViewSpec, draw, render
-from utils.labels import centre, packing
+from utils.labels import centre
 from utils.labels.codecs import klt
 from utils.labels.codecs.base import Codec, distortion
-from utils.labels.codecs.klt import Klt
 from utils.labels.codecs.plain import Fp16, Quant, TopK
 from utils.results import provenance, write_csv
 
@@ -270,91 +268,6 @@ def curves(labels: Labels, held_out: torch.Tensor, kind: str) -> list[Row]:
     return rows
 
 
-def truncated(codec: Klt, share: float) -> Klt:
-    """The codec with only the leading components."""
-    kept = max(1, round(share * len(codec.basis)))
-    parts = klt.split_fitted(codec.arrays()["fitted"])
-    for name in ("basis", "class_means"):
-        whole = packing.unpack_integers(parts[name].tobytes(), len(codec.basis))[:, :kept]
-        parts[name] = klt.packed(torch.from_numpy(whole.copy()))
-    parts["deviation"] = parts["deviation"][:kept]
-    return Klt(CLASSES, codec.target, {"fitted": klt.join_fitted(parts)})
-
-
-def trial(codec: Klt, labels: Labels, idea: str) -> tuple[int, torch.Tensor]:
-    """Bytes and decoded labels under an idea that changes rounding or reconstruction."""
-    values = (labels.logits - codec.mean) @ codec.projection
-    predicted = klt._blend(codec.class_means, labels.mixture)
-    scaled = (values - predicted) / codec.step
-    codes, extra = scaled.round(), 0
-    decoded = codes
-    if idea == "dither":
-        random = torch.rand(scaled.shape, generator=torch.Generator().manual_seed(0)) - 0.5
-        random *= scaled.square().mean(0).sqrt() > 0.5
-        codes = (scaled - random).round()
-        decoded = codes + random
-    elif idea == "dead zone":
-        codes = scaled.sign() * (scaled.abs() + 0.4).floor()
-        decoded = codes
-    elif idea == "centroids":
-        decoded = codes.clone()
-        for level in (1, 2):
-            cell = codes.abs() == level
-            mean = torch.where(cell, scaled.abs(), 0).sum(0) / cell.sum(0).clamp(min=1)
-            decoded = torch.where(cell, codes.sign() * mean, decoded)
-        extra = 4 * codes.shape[1] * len(codes) / SET_LABELS
-    if idea == "int8 bytes":
-        packed = packing.lzma.compress(
-            codes.clamp(-127, 127).to(torch.int8).T.contiguous().numpy().tobytes(),
-            format=packing.lzma.FORMAT_RAW,
-            filters=packing._filters(codes.numel()),
-        )
-    elif idea == "rows unsorted":
-        with patch.object(packing, "_next_order", lambda energy: np.arange(len(energy))):
-            packed = packing.pack_integers(codes.short().numpy())
-    else:
-        packed = packing.pack_integers(codes.short().numpy())
-    return len(packed) + extra, (decoded * codec.step + predicted) @ codec.basis + codec.mean
-
-
-def ideas(labels: Labels, kind: str) -> list[dict]:
-    """What each idea is worth: distortion at equal total bytes, with it and without it."""
-    photos = len(labels.mixture.own.unique())
-    full = fit(labels)
-    blind = fit(labels)
-    blind.class_means.zero_()
-
-    def every(step: float) -> Klt:
-        with patch.object(klt, "_entropy_bits", lambda values: torch.zeros(values.shape[1])):
-            return full.codec(step, {})
-
-    makers = {
-        "klt": lambda step: full.codec(step, {}),
-        "no class means": lambda step: blind.codec(step, {}),
-        "every component": every,
-        "half the components": lambda step: truncated(full.codec(step, {}), 0.5),
-        "three quarters of them": lambda step: truncated(full.codec(step, {}), 0.75),
-        **dict.fromkeys(
-            ("dither", "centroids", "dead zone", "int8 bytes", "rows unsorted"),
-            lambda step: full.codec(step, {}),
-        ),
-    }
-    rows = []
-    for budget in (32, 64):
-        for idea, maker in cli.progress(makers.items(), desc=f"ideas at {budget} bytes"):
-
-            def size(step: float, maker: Callable = maker, idea: str = idea) -> float:
-                codec = maker(step)
-                used = trial(codec, labels, idea)[0]
-                return used / len(labels.logits) + fitted_bytes(codec, photos)
-
-            step = step_for(budget, size)
-            lost = distortion(labels.logits, trial(maker(step), labels, idea)[1])
-            found = {"labels": kind, "bytes_per_label": budget, "idea": idea}
-            rows.append({**found, "step": round(step, 3), "distortion_t20": round(lost, 5)})
-    return rows
-
-
 def plot(path: Path, rows: list[Row]) -> None:
     """Distortion against bytes per label, one panel per kind of labels."""
     import matplotlib
@@ -406,14 +319,11 @@ def main() -> None:
         labels = labels.of(shown)
         print(f"{kind}: {len(labels.logits)} labels", flush=True)
         rows += curves(labels, held_out, kind)
-    trials = ideas(sets["recipe"].of(shown), "recipe")
     args.out.mkdir(parents=True, exist_ok=True)
-    tables = {"label_size.csv": [vars(row) for row in rows], "label_size_ideas.csv": trials}
     about = f"{len(shown)} photos x {args.crops} crops, 1 thread; teacher EfficientNet-Lite0"
-    for name, table in tables.items():
-        command = provenance("python benchmarks/label_size.py --photos photos")
-        write_csv(table, args.out / name, command, about)
-        print(args.out / name)
+    command = provenance("python benchmarks/label_size.py --photos photos")
+    write_csv([vars(row) for row in rows], args.out / "label_size.csv", command, about)
+    print(args.out / "label_size.csv")
     plot(args.out / "label_size.png", rows)
 
 

@@ -4,8 +4,8 @@ python benchmarks/speed.py --out benchmarks/results/speed
 
 Both pipelines (ours, and benchmarks/straightforward.py) work on the same JPEG files with the same
 network and batch size, take turns, each in processes of its own, and are timed several times after
-a first round that is not counted. The limits beside them are the network alone on resident random
-batches, and its FLOPs at the measured rate of large matrix products. Writes OUT.csv (every timing),
+a first round that is not counted. The limit beside them is the network alone on resident random
+batches. Writes OUT.csv (every timing),
 OUT.json and OUT.txt (the table that is also printed).
 """
 
@@ -40,7 +40,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import models
 from benchmarks import straightforward
@@ -231,21 +230,30 @@ class Bench:
             sizes,
         )
 
-    def settings(self, folder: images.ImageFolder, passes: int, classes: int) -> dict:
-        """The manifest of a label set of these images, and of further classes without any."""
+    def settings(self, folder: images.ImageFolder, passes: int) -> dict:
+        """The manifest of a label set of these images."""
         size = self.dataset.input_size
         together = 256 if self.machine.device.type == "cuda" else 1
         batch = self.args.batch_size
-        unused = [0] * (classes - len(folder.classes))
         return {
             "dataset": "benchmark",
-            **{"num_classes": classes, "classes": folder.classes, "ipc": None, "slc": None},
-            **{"passes": passes, "batch_size": batch, "image_size": [size, size]},
-            **{"input_size": size, "mean": list(self.dataset.mean), "std": list(self.dataset.std)},
-            **{"seed": 0, "crop_scale": [0.08, 1.0], "crop_ratio": list(RATIO), "mix": "cutmix"},
+            "num_classes": len(folder.classes),
+            "classes": folder.classes,
+            "ipc": None,
+            "slc": None,
+            "passes": passes,
+            "batch_size": batch,
+            "image_size": [size, size],
+            "input_size": size,
+            "mean": list(self.dataset.mean),
+            "std": list(self.dataset.std),
+            "seed": 0,
+            "crop_scale": [0.08, 1.0],
+            "crop_ratio": list(RATIO),
+            "mix": "cutmix",
             "views_per_forward": max(together // batch, 1) * batch,
             "codec": {"name": "fp16"},
-            "images": {"count": len(folder.files), "per_class": [*folder.counts(), *unused]},
+            "images": {"count": len(folder.files), "per_class": folder.counts()},
             "versions": runtime.versions(),
         }
 
@@ -265,7 +273,7 @@ class OurRelabelling:
         self.decoding = time.perf_counter() - started
         model = bench.teacher(fast=True)
         self.ensemble = Ensemble([Teacher("", model, "")], None, bench.machine)
-        settings = bench.settings(folder, passes, bench.dataset.num_classes)
+        settings = bench.settings(folder, passes)
         path = Path(tempfile.mkdtemp(dir=bench.root)) / "labels"
         self.writer, self.labels = LabelWriter(path, settings, sizes), folder.labels
 
@@ -434,8 +442,6 @@ def relabel(bench: Bench) -> None:
         with meter.section("relabel", "forward alone", repeat, 4 * together):
             for _ in range(4):
                 ours.ensemble.logits(pixels, args.batch_size)
-    few = pixels[: args.batch_size]
-    floors(bench, "relabel", ours.ensemble.teachers[0].model, few, 1, ours.ensemble.logits)
 
 
 class OurTraining:
@@ -490,21 +496,19 @@ def train(bench: Bench) -> None:
     pixels = torch.randn(args.batch_size, 3, size, size, device=device)
     targets = torch.zeros(args.batch_size, dtype=torch.int64, device=device)
 
-    def step(update: bool = True) -> None:
+    def step() -> None:
         with bench.machine.autocast():
             logits = trainer.model(pixels)
         loss = nn.functional.cross_entropy(logits.float(), targets)
         trainer.scaler.scale(loss).backward()
-        if update:
-            trainer.scaler.step(trainer.optimizer)
-            trainer.scaler.update()
+        trainer.scaler.step(trainer.optimizer)
+        trainer.scaler.update()
         trainer.optimizer.zero_grad(set_to_none=True)
 
     for repeat in range(args.repeats + 1):
         with meter.section("train", "forward and backward alone", repeat, 4 * args.batch_size):
             for _ in range(4):
                 step()
-    floors(bench, "train", trainer.model, pixels, 3, lambda _: step(update=False))
     evaluation = 4096 if device.type == "cuda" else 64
     pixels = torch.zeros(evaluation, 3, size, size, dtype=torch.uint8)
     for repeat in range(args.repeats + 1):
@@ -524,124 +528,7 @@ def project(bench: Bench, variants: list[str]) -> None:
     )
 
 
-def floors(
-    bench: Bench,
-    stage: str,
-    model: nn.Module,
-    pixels: torch.Tensor,
-    rounds: int,
-    work: Callable[[torch.Tensor], object],
-) -> None:
-    """Notes what one image takes at least, in FLOPs and in bytes moved, and the rates that allows.
-
-    Args:
-        model: the network.
-        pixels: its input, one batch.
-        rounds: how often every activation is written and read: once forward, twice more backward.
-        work: forward, or forward and backward pass on that input.
-    """
-    moved = 0
-
-    def count(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
-        nonlocal moved
-        moved += 2 * output.nbytes
-
-    leaves = [module for module in model.modules() if not [*module.children()]]
-    hooks = [module.register_forward_hook(count) for module in leaves]
-    with FlopCounterMode(display=False) as counter:
-        work(pixels)
-    for hook in hooks:
-        hook.remove()
-    flops = counter.get_total_flops() / len(pixels)
-    # The view itself: read as uint8, written and read as float32.
-    size = rounds * moved / len(pixels) + 9 * bench.dataset.input_size**2 * 3
-    bench.notes[f"{stage}: GFLOPs per image"] = f"{flops / 1e9:.2f}"
-    bench.notes[f"{stage}: images/s at the rate of matmul"] = f"{matmul_rate(bench) / flops:.0f}"
-    bench.notes[f"{stage}: MB moved per image"] = f"{size / 1e6:.1f}"
-    bench.notes[f"{stage}: images/s at the rate of copying"] = f"{copy_rate(bench) / size:.0f}"
-
-
-def copy_rate(bench: Bench) -> float:
-    """Bytes read and written per second by copying a large tensor."""
-    device, times = bench.machine.device, 10
-    one = torch.zeros(1 << 28, dtype=torch.uint8, device=device)
-    other = torch.empty_like(one)
-    meter = Meter(device)
-    for repeat in range(4):
-        with meter.section("", "", repeat, times):
-            for _ in range(times):
-                other.copy_(one)
-    rate = 2 * one.nbytes * max(meter.rates("", ""))
-    bench.notes["copying, GB/s read and written"] = f"{rate / 1e9:.3g}"
-    return rate
-
-
-def matmul_rate(bench: Bench) -> float:
-    """FLOPs per second of large square matrix products in the benchmark's precision."""
-    device = bench.machine.device
-    side, times = (8192, 10) if device.type == "cuda" else (2048, 3)
-    one = torch.randn(side, side, device=device, dtype=bench.machine.dtype)
-    meter = Meter(device)
-    for repeat in range(4):
-        with meter.section("", "", repeat, times):
-            for _ in range(times):
-                torch.matmul(one, one)
-    best = 2 * side**3 * max(meter.rates("", ""))
-    bench.notes["matmul, TFLOP/s"] = f"{best / 1e12:.3g}"
-    return best
-
-
-def linear(bench: Bench) -> None:
-    """Times both stages per view at IPC 1, 10 and 50, on at least as many views as IPC 10 has."""
-    sizes = (1, 10, 50)
-    most = bench.dataset.num_classes * 10
-    stages = {}
-    for ipc in sizes:
-        folder = bench.folder(ipc)
-        passes = max(1, most // len(folder.files))
-        stages[ipc] = (
-            OurRelabelling(bench, folder, passes * (bench.args.repeats + 1)),
-            OurTraining(bench, folder),
-            passes,
-            len(folder.files),
-        )
-    for repeat in range(bench.args.repeats + 1):
-        for ipc, (relabelling, training, passes, count) in stages.items():
-            name = f"IPC {ipc}"
-            with bench.meter.section("relabel", name, repeat, passes * count):
-                relabelling.run(range(repeat * passes, (repeat + 1) * passes))
-            with bench.meter.section("train", name, repeat, passes * count):
-                training.run(range(repeat * passes, (repeat + 1) * passes))
-    for stage in ("relabel", "train"):
-        # The fastest repeats: other work on the machine only slows, and medians of few keep that.
-        times = [1 / max(bench.meter.rates(stage, f"IPC {ipc}")) for ipc in sizes]
-        spread = 100 * (max(times) / min(times) - 1)
-        bench.notes[f"{stage}: largest time per view over the smallest, IPC 1, 10, 50"] = (
-            f"+{spread:.1f} %"
-        )
-
-
-def memory(bench: Bench) -> None:
-    """Adds up what training holds per image and per label of 1000 classes, for full data sets."""
-    folder, classes = bench.folder(bench.args.ipc), 1000
-    source, sizes = bench.resident(folder)
-    writer = LabelWriter(bench.root / "memory", bench.settings(folder, 1, classes), sizes)
-    with writer.begun():
-        logits = torch.randn(len(folder.files), classes)
-        writer.write_pass(0, logits, writer.draw(0), folder.labels)
-        writer.finish()
-    views, codes = LabelSet.open(writer.path).load_pass(0)
-    held = [*codes, *(value for value in vars(views).values() if isinstance(value, torch.Tensor))]
-    image = source.pixels.nbytes / len(folder.files)
-    label = sum(tensor.nbytes for tensor in held) / len(folder.files)
-    bench.notes["memory: bytes per image"] = f"{image:.0f}"
-    bench.notes["memory: bytes per label of 1000 classes, fp16, with its view"] = f"{label:.0f}"
-    for ipc in (10, 50):
-        total = (ipc * image + 150 * label) * 1000
-        bench.notes[f"memory: 1000 classes, IPC {ipc}, SLC 150"] = f"{total / 1e9:.2f} GB"
-
-
-STAGES = {"relabel": relabel, "train": train, "linear": linear, "memory": memory}
+STAGES = {"relabel": relabel, "train": train}
 
 
 def describe_machine(device: torch.device) -> str:

@@ -9,7 +9,7 @@ from conftest import ROOT, script, train_arguments
 from PIL import Image
 from torch import nn
 
-from analysis import adam_eps, consistency, gradients, landscape, replay, study, tables, updates
+from analysis import consistency, gradients, landscape, replay, study, tables, updates
 from utils.cli import UserError
 from utils.files import load_tensors, save_tensors
 from utils.results import write_csv
@@ -151,27 +151,6 @@ def test_the_landscape_holds_the_three_students(world, run, tmp_path, command):
 def test_numbers_of_plots_are_read_back(tmp_path):
     write_csv([{"ipc": 5, "slc": None, "seed": 0}], tmp_path / "a.csv")
     assert tables.read_csv(tmp_path / "a.csv") == [{"ipc": 5, "slc": None, "seed": 0}]
-
-
-def test_sizes_of_gradients_are_told_for_fresh_and_trained_weights(run, tmp_path, command):
-    done = command(adam_eps.main, "--run", run, "--out", tmp_path / "e", "--batches", 1)
-    assert done.code == 0, done.err
-    rows = [line.split(",") for line in (tmp_path / "e.csv").read_text().splitlines()[1:]]
-    assert [row[1:4] for row in rows[1:5]] == [
-        ["fresh weights", "fp32", "none"],
-        ["fresh weights", "fp32", "T2"],
-        ["fresh weights", "bf16", "none"],
-        ["fresh weights", "bf16", "T2"],
-    ]
-    again = replay.Replay(replay.plan_of(run), "again")
-    batch = again.epochs.labels[again.plan.batch_numbers[0]]
-    logits = again.model.train()(next(again.source.render([batch.views])))
-    nn.functional.kl_div(
-        (logits / 4).log_softmax(1), (batch.logits / 4).softmax(1), reduction="batchmean"
-    ).backward()
-    flat = torch.cat([p.grad.flatten() for p in again.model.parameters()])
-    assert float(rows[1][4]) == pytest.approx(flat.square().mean().sqrt().item(), rel=6e-3)
-    assert float(rows[2][4]) == pytest.approx(16 * float(rows[1][4]), rel=6e-3)
 
 
 def test_the_study_chooses_the_settings_with_the_highest_mean():

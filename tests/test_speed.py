@@ -24,7 +24,7 @@ def test_both_pipelines_give_the_same_labels_and_every_timing_is_kept(tmp_path, 
     done = command(
         speed.main,
         *("--out", tmp_path / "speed_1.5", *SMALL, "--ipc", 5, "--repeats", 2, "--workers", 0),
-        *("--stages", "relabel", "memory", "--device", "cpu"),
+        *("--stages", "relabel", "--device", "cpu"),
     )
     assert done.code == 0, done.err
     results = json.loads((tmp_path / "speed_1.5.json").read_text())
@@ -33,10 +33,6 @@ def test_both_pipelines_give_the_same_labels_and_every_timing_is_kept(tmp_path, 
     (difference,) = (float(value) for name, value in notes.items() if "relative difference" in name)
     assert difference < 0.02
     assert "convolutions in bf16, times as fast as in fp32" in notes
-    assert notes["memory: bytes per image"] == str(3 * 32 * 32)
-    # 2000 bytes of fp16, index 8, box 16, flip 1, partner 8, and a CutMix box of 16 per 4 views.
-    label = float(notes["memory: bytes per label of 1000 classes, fp16, with its view"])
-    assert label == pytest.approx(2000 + 33 + 16 * 3 / 10, abs=0.5)
     rows = list(csv.DictReader((tmp_path / "speed_1.5.csv").open()))
     counts = {}
     for row in rows:
