@@ -63,8 +63,7 @@ def scores(rows: list[dict]) -> dict[str, dict[int | None, float]]:
     """Last top-1 (%), the mean over seeds, by method and SLC."""
     means: dict[str, dict[int | None, float]] = {}
     for (method, slc), group in tables.grouped(rows, "method", "slc").items():
-        mean = statistics.mean(tables.column(group, "last_top1"))
-        means.setdefault(method, {})[slc] = mean
+        means.setdefault(method, {})[slc] = statistics.mean(tables.column(group, "last_top1"))
     return means
 
 
@@ -104,13 +103,9 @@ def pivot_table(rows: list[dict]) -> str:
     cells: dict[str, dict[str, str]] = {}
     for (method,), group in tables.grouped(rows, "method").items():
         line, _, heading = method.partition(" / ")
-        mean = tables.mean_std(tables.column(group, "last_top1"))
-        cells.setdefault(line, {})[heading] = mean
+        cells.setdefault(line, {})[heading] = tables.mean_std(tables.column(group, "last_top1"))
     headings = list(dict.fromkeys(heading for row in cells.values() for heading in row))
-    lines = [
-        "| last top-1 (%) | " + " | ".join(headings) + " |",
-        "|---|" + "---:|" * len(headings),
-    ]
+    lines = ["| last top-1 (%) | " + " | ".join(headings) + " |", "|---|" + "---:|" * len(headings)]
     for line, row in cells.items():
         lines.append(f"| {line} | " + " | ".join(row[heading] for heading in headings) + " |")
     return "\n".join(lines) + "\n"

@@ -116,11 +116,8 @@ def parse_arguments() -> argparse.Namespace:
     plan.add_argument("--relabel", help="flags of relabel/generate.py for label sets to be made")
     jobs = "runs side by side (default: one per visible GPU, one on a CPU)"
     parser.add_argument("--jobs", **count, help=jobs)
-    parser.add_argument(
-        "--only",
-        choices=("list", "labels", "runs", "collect"),
-        help="list the runs; or make only label sets, only runs, only table and plots",
-    )
+    only = "list the runs; or make only label sets, only runs, only table and plots"
+    parser.add_argument("--only", choices=("list", "labels", "runs", "collect"), help=only)
     task = "only run N of --only list, for job arrays"
     parser.add_argument("--task", type=bounded(int, 0), metavar="N", help=task)
     arguments = sys.argv[1:]
@@ -166,10 +163,8 @@ def read_settings(args: argparse.Namespace) -> Settings:
     }
     for method in plan["methods"].values():
         if method["like"] not in METHODS:
-            close = did_you_mean(method["like"], list(METHODS))
-            raise UserError(
-                f"unknown method {method['like']!r}{close} (known: {', '.join(METHODS)})"
-            )
+            unknown = f"{method['like']!r}{did_you_mean(method['like'], list(METHODS))}"
+            raise UserError(f"unknown method {unknown} (known: {', '.join(METHODS)})")
     plan["codecs"] = {str(name): flags or "" for name, flags in (plan.get("codecs") or {}).items()}
     settings = Settings(**plan)
     for ipc in settings.ipc:
@@ -271,13 +266,9 @@ def record_of(settings: Settings, name: str) -> Path:
 def run_task(
     settings: Settings, *, seed: int, student: str, ipc: int, slc: int, method: str, codec: str
 ) -> Task:
-    """One run; its facts lack the SLC where that changes nothing.
+    """The run of that method of the plan, on one of `codecs_of` what it reads.
 
-    Args:
-        settings: the plan.
-        seed, student, ipc, slc: as in the plan.
-        method: a name in the plan's methods.
-        codec: one of `codecs_of` what the method reads.
+    Its facts lack the SLC where that changes nothing, and the codec where the plan names none.
     """
     like = METHODS[settings.methods[method]["like"]]
     amount = slc if like.labels in ("views", "topk") else None
@@ -302,8 +293,7 @@ def run_task(
     command += ["--output-dir", str(folder), "--model", student, "--seed", str(seed), *more]
     for flags in (settings.flags, like.flags, settings.methods[method]["flags"]):
         command += shlex.split(flags)
-    facts = {"method": method, **shown, "slc": amount, "ipc": ipc, "student": student}
-    facts["seed"] = seed
+    facts = {"method": method, **shown, "slc": amount, "ipc": ipc, "student": student, "seed": seed}
     return Task(run, command, folder / runlog.RESULT, record_of(settings, run), facts)
 
 
@@ -329,24 +319,17 @@ def run_tasks(settings: Settings) -> list[Task]:
 
 def collect(tasks: list[Task]) -> list[dict]:
     """A row of results for each finished run: top-1 in percent, bytes, seconds."""
-    rows = []
-    for task in tasks:
-        if not task.is_done():
-            continue
-        result = read_json(task.done)
-        rows.append(
-            {
-                **task.facts,
-                "best_top1": result["best"]["top1"],
-                "best_epoch": result["best"]["epoch"],
-                "last_top1": result["last"]["top1"],
-                "label_bytes": result["label_bytes"],
-                "epochs": result["epochs"],
-                "seconds": result["seconds"],
-                "device": result["device"],
-            }
-        )
-    return rows
+    finished = [(task.facts, read_json(task.done)) for task in tasks if task.is_done()]
+    return [
+        {
+            **facts,
+            "best_top1": result["best"]["top1"],
+            "best_epoch": result["best"]["epoch"],
+            "last_top1": result["last"]["top1"],
+            **{name: result[name] for name in ("label_bytes", "epochs", "seconds", "device")},
+        }
+        for facts, result in finished
+    ]
 
 
 def report(tasks: list[Task], rows: list[dict], out: Path) -> None:
@@ -365,12 +348,9 @@ def main() -> None:
     settings = read_settings(args)
     out = Path(settings.out_dir)
     labels, runs = label_tasks(settings), run_tasks(settings)
-    if args.task is not None:
-        if args.task >= len(runs):
-            raise UserError(f"--task {args.task}: the plan has runs 0 to {len(runs) - 1}")
-        chosen = runs[args.task : args.task + 1]
-    else:
-        chosen = runs
+    if args.task is not None and args.task >= len(runs):
+        raise UserError(f"--task {args.task}: the plan has runs 0 to {len(runs) - 1}")
+    chosen = runs if args.task is None else [runs[args.task]]
     if args.only == "list":
         for position, task in enumerate(runs):
             state = "done" if task.is_done() else "to do"
