@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, ROOT, TINY, script
+from conftest import ROOT, script
 
-from benchmarks import gpu_check, speed
+from benchmarks import gpu_check, measuring, speed
 from utils import runtime
 from utils.cli import UserError
 
@@ -56,26 +56,27 @@ class Ending:
 
     keeps_memory = False
 
-    def __init__(self, bench: speed.Bench):
+    def __init__(self, root: Path):
         pass
 
-    def run(self, numbers: range) -> None:
+    def run(self, passes: range) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Failing(Ending):
     """A pipeline that cannot be made in one of two processes."""
 
-    def __init__(self, bench: speed.Bench):
-        (bench.root / "first").mkdir()
+    def __init__(self, root: Path):
+        (root / "first").mkdir()
 
 
 def test_a_process_that_ends_or_fails_ends_the_others(tmp_path):
-    bench = speed.Bench(Namespace(), CPU, TINY, tmp_path, speed.Meter(CPU.device), {})
-    ending = speed.Elsewhere(bench, Ending, processes=2)
+    device = torch.device("cpu")
+    ending = measuring.Elsewhere(device, Ending, tmp_path, processes=2)
     with pytest.raises(UserError, match="ended from outside"), ending:
         ending.run(range(2))
-    with pytest.raises(FileExistsError), speed.Elsewhere(bench, Failing, processes=2):
+    failing = measuring.Elsewhere(device, Failing, tmp_path, processes=2)
+    with pytest.raises(FileExistsError), failing:
         pass
     assert not multiprocessing.active_children()
 
@@ -84,11 +85,11 @@ def test_a_process_that_ends_or_fails_ends_the_others(tmp_path):
     "pipeline",
     [speed.OurRelabelling, speed.OurTraining, speed.PlainRelabelling, speed.PlainTraining],
 )
-def test_only_ours_keeps_memory(tmp_path, monkeypatch, pipeline):
+def test_only_ours_keeps_memory(monkeypatch, pipeline):
     kept = []
     monkeypatch.setattr(runtime, "keep_freed_memory", lambda: kept.append(True))
-    monkeypatch.setattr(pipeline, "__init__", lambda self, bench: None)
-    speed._begin(torch.get_num_threads(), (Namespace(), CPU, TINY, tmp_path), pipeline, ())
+    monkeypatch.setattr(pipeline, "__init__", lambda self: None)
+    measuring._begin(torch.get_num_threads(), torch.device("cpu"), pipeline, ())
     assert len(kept) == pipeline.__name__.startswith("Our")
 
 
