@@ -123,7 +123,7 @@ def plot(rows: list[dict], against: str, path: Path) -> None:
         axes.set_title(f"{panel[0]}, {panel[1]} images per class", fontsize=10)
     seeds = len(grouped(rows, "seed"))
     figure.axes[0].set_ylabel("last validation top-1 (%)")
-    note = "points at the same place are drawn side by side"
+    note = "points that coincide are drawn side by side"
     figure.suptitle(f"mean ± standard deviation over {seeds} seeds; {note}", fontsize=10)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right", fontsize=8)
     save_png(figure, path)
