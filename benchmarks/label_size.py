@@ -207,7 +207,7 @@ def fit_to_others(others: Labels, labels: Labels) -> klt._Fit:
 def step_for(budget: float, size: Callable[[float], float]) -> float:
     """A step whose size in bytes per label keeps a budget, by less than a percent.
 
-    Size falls as the step grows; the step is halved in between, in logarithms.
+    Size falls as the step grows: bisection, in logarithms.
     """
     low, high = math.log(0.1), math.log(50)
     for _ in range(12):
