@@ -326,7 +326,10 @@ def collect(tasks: list[Task]) -> list[dict]:
             "best_top1": result["best"]["top1"],
             "best_epoch": result["best"]["epoch"],
             "last_top1": result["last"]["top1"],
-            **{name: result[name] for name in ("label_bytes", "epochs", "seconds", "device")},
+            "label_bytes": result["label_bytes"],
+            "epochs": result["epochs"],
+            "seconds": result["seconds"],
+            "device": result["device"],
         }
         for facts, result in finished
     ]

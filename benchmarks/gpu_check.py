@@ -179,9 +179,8 @@ def agreement(args: argparse.Namespace) -> bool:
         checks = label_checks(bench) + view_checks(bench) + training_checks(bench)
     rows = [{**vars(check), "passed": check.passed} for check in checks]
     args.out.mkdir(parents=True, exist_ok=True)
-    atomic_write(
-        args.out / "agreement.json", to_json({**provenance(machine.device), "checks": rows})
-    )
+    content = {**provenance(machine.device), "checks": rows}
+    atomic_write(args.out / "agreement.json", to_json(content))
     print("\n".join(check_lines(rows)))
     return all(check.passed for check in checks)
 

@@ -191,13 +191,7 @@ class PlainRelabelling:
 
     def __init__(self, bench: Bench, folder: images.ImageFolder, views: Views):
         self.loader = straightforward.crops_loader(
-            folder.root,
-            views,
-            size=bench.dataset.input_size,
-            mean=bench.dataset.mean,
-            std=bench.dataset.std,
-            workers=bench.args.workers,
-            device=bench.machine.device,
+            folder.root, views, bench.dataset, bench.args.workers, bench.machine.device
         )
         self.teacher, self.views = bench.teacher(fast=False), views
         self.path, self.device = bench.root / "epoch.tar", bench.machine.device
@@ -220,13 +214,7 @@ class PlainTraining:
         self.model, self.device = bench.network(fast=False), bench.machine.device
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         self.loader = straightforward.training_loader(
-            folder.root,
-            size=bench.dataset.input_size,
-            mean=bench.dataset.mean,
-            std=bench.dataset.std,
-            batch_size=bench.args.batch_size,
-            workers=bench.args.workers,
-            device=self.device,
+            folder.root, bench.dataset, bench.args.batch_size, bench.args.workers, self.device
         )
 
     def run(self, epochs: range) -> None:
@@ -367,7 +355,8 @@ def table(meter: Meter, header: dict) -> str:
         used = [row["gpu_percent"] for row in rows if row["gpu_percent"] is not None]
         percent = f"{statistics.mean(used):.0f}" if used else "-"
         lines.append(f"{line}{max(peaks, default='-'):>9}{percent:>7}")
-    return "\n".join([*lines, "", *(f"{name}: {value}" for name, value in meter.notes.items())])
+    lines += ["", *[f"{name}: {value}" for name, value in meter.notes.items()]]
+    return "\n".join(lines)
 
 
 def main() -> None:

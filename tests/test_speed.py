@@ -21,11 +21,9 @@ SMALL = ("--model", "ConvNetW32", "--size", 32, "--classes", 2, "--batch-size", 
 
 
 def test_both_pipelines_give_the_same_labels_and_every_timing_is_kept(tmp_path, command):
-    done = command(
-        speed.main,
-        *("--out", tmp_path / "speed_1.5", *SMALL, "--ipc", 5, "--repeats", 2, "--workers", 0),
-        *("--stages", "relabel", "--device", "cpu"),
-    )
+    arguments = ("--out", tmp_path / "speed_1.5", "--ipc", 5, "--repeats", 2, "--workers", 0)
+    stages = ("--stages", "relabel", "--device", "cpu")
+    done = command(speed.main, *SMALL, *arguments, *stages)
     assert done.code == 0, done.err
     results = json.loads((tmp_path / "speed_1.5.json").read_text())
     notes = results["results"]
@@ -99,7 +97,9 @@ def test_the_gpu_check_compares_and_sums_up(tmp_path, command, monkeypatch):
     assert done.code == 0, done.out + done.err
     checks = json.loads((tmp_path / "agreement.json").read_text())["checks"]
     assert {name.split(":")[0] for name in (check["name"] for check in checks)} == {
-        *("labels", "views", "training")
+        "labels",
+        "views",
+        "training",
     }
     assert all(check["passed"] for check in checks)
     (tmp_path / "steps.tsv").write_text("agreement\tok\t3\ndemo\tskipped: no pytest\t0\n")

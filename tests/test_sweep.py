@@ -25,16 +25,20 @@ from validate.plan import parse_arguments
 def settings(tmp_path, **more) -> sweep.Settings:
     for label in range(4):
         (tmp_path / "d5" / f"{label:05d}").mkdir(parents=True, exist_ok=True)
-    return sweep.Settings(
-        **{
-            **{"dataset": "digits", "data_dir": f"{tmp_path}/d{{ipc}}", "val_dir": "v"},
-            **{"out_dir": str(tmp_path / "out"), "slc": [5, 10], "ipc": [5]},
-            **{"students": ["ConvNetW32"], "seeds": [0, 1], "label_slc": 40},
-            **{"methods": {name: {"like": name, "flags": ""} for name in ("hard", "soft")}},
-            "relabel": "--teacher T",
-            **more,
-        }
-    )
+    small = {
+        "dataset": "digits",
+        "data_dir": f"{tmp_path}/d{{ipc}}",
+        "val_dir": "v",
+        "out_dir": str(tmp_path / "out"),
+        "slc": [5, 10],
+        "ipc": [5],
+        "students": ["ConvNetW32"],
+        "seeds": [0, 1],
+        "label_slc": 40,
+        "methods": {name: {"like": name, "flags": ""} for name in ("hard", "soft")},
+        "relabel": "--teacher T",
+    }
+    return sweep.Settings(**(small | more))
 
 
 def test_a_plan_is_the_grid_but_for_what_does_not_depend_on_the_slc(tmp_path):
@@ -67,7 +71,9 @@ def test_label_sets_are_made_once_per_ipc_for_what_the_methods_read(tmp_path):
     methods = {name: {"like": name, "flags": ""} for name in ("soft", "hald", "static", "lpqld")}
     tasks = sweep.label_tasks(settings(tmp_path, methods=methods))
     assert [task.name for task in tasks] == [
-        *("labels_views_ipc5", "labels_static_ipc5", "labels_top2_ipc5"),
+        "labels_views_ipc5",
+        "labels_static_ipc5",
+        "labels_top2_ipc5",
     ]
     assert "--mix none --min-scale 1" in shlex.join(tasks[1].command)
     with pytest.raises(UserError, match=r"no label set at .*--relabel"):
@@ -171,7 +177,7 @@ def test_finished_tasks_are_skipped_and_failures_do_not_stop_the_others(tmp_path
     done = task(tmp_path, "done", WRITE)
     done.done.write_text("before")
     tasks = [done, task(tmp_path, "bad", "print('why'); raise SystemExit(2)")]
-    tasks += [task(tmp_path, f"new{number}", WRITE) for number in range(3)]
+    tasks += [task(tmp_path, f"new{index}", WRITE) for index in range(3)]
     failed = runner.run_all(tasks, [{}, {}], tmp_path / "logs", "runs")
     assert failed == ["bad: why"]
     assert done.done.read_text() == "before"
@@ -275,7 +281,9 @@ def test_a_sweep_from_flags_makes_labels_trains_and_reports(world, tmp_path, com
     arguments = [*flags, relabel, "--", "--schedule", "soft:1", "--workers", 0, *CUSTOM[2:]]
     done = subprocess.run(
         ["bash", str(ROOT / "scripts/run_sweep.sh"), *map(str, arguments)],
-        **{"cwd": "/", "capture_output": True, "text": True},
+        cwd="/",
+        capture_output=True,
+        text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
