@@ -136,11 +136,11 @@ def loss_curve(bench: Bench, machine: Runtime, compiled: bool) -> torch.Tensor:
     """The loss of each of the first steps of training."""
     training = OurTraining(dataclasses.replace(bench, machine=machine), bench.folder(8), compiled)
     sums: list[torch.Tensor] = []
-    training.trainer.after_step = lambda so_far: sums.append(so_far.loss.clone())
+    training.after_step = lambda: sums.append(training.step.loss_sum.clone())
     curves = []
     for epoch in range(-(-STEPS * bench.args.batch_size // len(training.labels))):
         sums.clear()
-        training.epoch(epoch)
+        training.run(range(epoch, epoch + 1))
         curves.append(torch.stack(sums).double().diff(prepend=sums[0].new_zeros(1).double()))
     return torch.cat(curves)[:STEPS].cpu()
 

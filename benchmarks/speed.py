@@ -5,8 +5,7 @@ python benchmarks/speed.py --out benchmarks/results/speed
 Both pipelines (ours, and benchmarks/straightforward.py) work on the same JPEG files with the same
 network and batch size, take turns, each in processes of its own, and are timed several times after
 a first round that is not counted. The limit beside them is the network alone on resident random
-batches. Writes OUT.csv (every timing),
-OUT.json and OUT.txt (the table that is also printed).
+batches. Writes OUT.csv (every timing), OUT.json and OUT.txt (the table that is also printed).
 """
 
 import sys
@@ -31,18 +30,20 @@ from torch import nn
 import models
 from benchmarks import straightforward
 from benchmarks.measuring import Elsewhere, Meter, provenance
-from relabel.background import pass_writer
-from relabel.generate import label_views
+from relabel.generate import label_pass, pass_writer
 from relabel.teacher import Ensemble, Teacher, use_batch_statistics
 from utils import cli, runtime
 from utils.cli import UserError, bounded
 from utils.data import datasets, images
-from utils.data.views import RATIO, Views, ViewSpec, draw
+from utils.data.views import Views, ViewSpec, draw
 from utils.files import atomic_write, to_json
-from utils.labels import LabelSet, LabelWriter, centre
+from utils.labels import LabelSet, LabelWriter, centre, make_settings
 from utils.labels.codecs.base import distortion
 from utils.results import write_csv
-from validate import engine
+from validate.evaluate import accuracy
+from validate.kinds import Batch, hard_loss
+from validate.step import Step, parameter_groups
+from validate.step import compiled as compile_student
 
 PLAIN, OURS = "straightforward", "ours"
 PER_CORE = "ours, a process per core"
@@ -126,32 +127,21 @@ class Bench:
         sizes = np.full((len(folder.files), 2), self.dataset.input_size)
         return images.open_images(folder, sizes, self.dataset, self.machine.device, 0), sizes
 
-    def settings(self, folder: images.ImageFolder, passes: int) -> dict:
-        """The manifest of a label set of these images."""
-        size = self.dataset.input_size
-        together = 256 if self.machine.device.type == "cuda" else 1
-        batch = self.args.batch_size
-        return {
-            "dataset": "benchmark",
-            "num_classes": len(folder.classes),
-            "classes": folder.classes,
-            "ipc": None,
-            "slc": None,
-            "passes": passes,
-            "batch_size": batch,
-            "image_size": [size, size],
-            "input_size": size,
-            "mean": list(self.dataset.mean),
-            "std": list(self.dataset.std),
-            "seed": 0,
-            "crop_scale": [0.08, 1.0],
-            "crop_ratio": list(RATIO),
-            "mix": "cutmix",
-            "views_per_forward": max(together // batch, 1) * batch,
-            "codec": {"name": "fp16"},
-            "images": {"count": len(folder.files), "per_class": folder.counts()},
-            "versions": runtime.versions(),
-        }
+    def settings(self, folder: images.ImageFolder, sizes: np.ndarray, passes: int) -> dict:
+        """The settings of a label set of these images."""
+        together, batch = 256 if self.machine.device.type == "cuda" else 1, self.args.batch_size
+        return make_settings(
+            dataset=self.dataset,
+            folder=folder,
+            sizes=sizes,
+            images_sha256="",
+            ipc=None,
+            passes=passes,
+            spec=self.spec(),
+            seed=0,
+            origin={"views_per_forward": max(together // batch, 1) * batch},
+            codec={"name": "fp16"},
+        )
 
     def spec(self) -> ViewSpec:
         """What views are drawn from."""
@@ -169,19 +159,17 @@ class OurRelabelling:
         self.decoding = time.perf_counter() - started
         model = bench.teacher(fast=True)
         self.ensemble = Ensemble([Teacher("", model, "")], None, bench.machine)
-        settings = bench.settings(folder, passes)
+        settings = bench.settings(folder, sizes, passes)
         path = Path(tempfile.mkdtemp(dir=bench.root)) / "labels"
         self.writer, self.labels = LabelWriter(path, settings, sizes), folder.labels
 
     def run(self, passes: range) -> None:
         """Labels, packs and writes some passes."""
-        together = self.writer.settings["views_per_forward"]
         writing = pass_writer(self.writer, self.ensemble.runtime.device)
-        with self.writer.begun(), cli.progress(disable=True) as bar, writing as writes:
+        with self.writer.begun(), cli.progress(disable=True) as bar, writing as write_pass:
             for pass_index in passes:
-                views = self.writer.draw(pass_index)
-                logits = label_views(pass_index, views, together, self.ensemble, self.source, bar)
-                writes.write_pass(pass_index, logits, views, self.labels)
+                views, logits = label_pass(pass_index, self.writer, self.ensemble, self.source, bar)
+                write_pass(pass_index, logits, views, self.labels)
 
 
 class PlainRelabelling:
@@ -261,7 +249,12 @@ def relabel(bench: Bench, meter: Meter) -> None:
 
 
 class OurTraining:
-    """Hard-label epochs as validate/train.py runs them."""
+    """Hard-label epochs as validate/train.py runs them.
+
+    Attributes:
+        step: makes the optimiser steps.
+        after_step: called after each of them.
+    """
 
     keeps_memory = True
 
@@ -269,26 +262,26 @@ class OurTraining:
         self.bench, self.labels = bench, folder.labels.to(bench.machine.device)
         self.source, self.sizes = bench.resident(folder)
         model = bench.network(fast=True)
-        groups = engine.parameter_groups(model, 0.01)
-        self.trainer = engine.Trainer(
-            engine.compiled(model, bench.machine, 1) if compiled else model,
-            torch.optim.AdamW(groups, lr=1e-3, fused=True),
-            bench.machine.scaler(),
-            bench.machine,
-            1,
-            lambda views: None,
-        )
+        optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=1e-3, fused=True)
+        model = compile_student(model, bench.machine, 1) if compiled else model
+        self.step = Step(model, optimizer, bench.machine.scaler(), bench.machine)
+        self.after_step = lambda: None
 
     def run(self, epochs: range) -> None:
         """One view of every image in each epoch."""
         for epoch in epochs:
-            self.epoch(epoch)
+            views = list(draw(self.bench.spec(), self.sizes, 0, epoch + 1).to(self.labels.device))
+            self.step.begin_epoch()
+            self.step.model.train()
+            for batch_views, pixels in zip(views, self.source.render(views), strict=True):
+                mixture = batch_views.mixture(self.labels, self.source.size)
+                self.step([Batch(pixels, *mixture)], _hard_loss)
+                self.after_step()
+            self.step.means()
 
-    def epoch(self, epoch: int) -> engine.EpochResult:
-        """One view of every image."""
-        views = draw(self.bench.spec(), self.sizes, 0, epoch + 1)
-        batches = list(views.to(self.bench.machine.device))
-        return engine.train_hard_epoch(self.trainer, self.source, batches, self.labels, SMOOTHING)
+
+def _hard_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return hard_loss(logits, batch.mixture, SMOOTHING)
 
 
 def train(bench: Bench, meter: Meter) -> None:
@@ -303,26 +296,30 @@ def train(bench: Bench, meter: Meter) -> None:
         pipelines[f"{OURS}, compiled"] = Elsewhere(device, OurTraining, bench, folder, True)
     meter.by_turns("train", pipelines, args.repeats, args.passes, len(folder.files))
     training = OurTraining(bench, folder)
-    trainer, source = training.trainer, training.source
-    pixels = torch.randn(args.batch_size, 3, size, size, device=device)
-    targets = torch.zeros(args.batch_size, dtype=torch.int64, device=device)
+    labels = training.labels[: args.batch_size]
+    batch = Batch(
+        pixels=torch.randn(len(labels), 3, size, size, device=device),
+        own=labels,
+        partner=labels,
+        lam=torch.ones(len(labels), device=device),
+    )
 
     def step() -> None:
-        with bench.machine.autocast():
-            logits = trainer.model(pixels)
-        loss = nn.functional.cross_entropy(logits.float(), targets)
-        trainer.scaler.scale(loss).backward()
-        trainer.scaler.step(trainer.optimizer)
-        trainer.scaler.update()
-        trainer.optimizer.zero_grad(set_to_none=True)
+        training.step([batch], _hard_loss)
 
-    meter.alone("train", "forward and backward alone", args.repeats, args.batch_size, step)
+    meter.alone("train", "optimiser step alone", args.repeats, len(labels), step)
     count = 1024 if device.type == "cuda" else 16
     grey = torch.zeros(count, 3, size, size, dtype=torch.uint8)
     classes = torch.zeros(count, dtype=torch.int64)
 
     def evaluate() -> None:
-        engine.evaluate(trainer.model, grey, classes, source.mean, source.std, bench.machine)
+        accuracy(
+            training.step.model,
+            pixels=grey,
+            targets=classes,
+            dataset=bench.dataset,
+            machine=bench.machine,
+        )
 
     meter.alone("evaluate", OURS, args.repeats, count, evaluate)
     rate = max(statistics.median(meter.rates("train", name)) for name in [*pipelines][1:])

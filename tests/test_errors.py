@@ -325,10 +325,10 @@ def test_several_processes_without_torchrun_are_refused(copied, tmp_path, comman
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (FileNotFoundError(2, "No such file or directory", "g++"), "directory: 'g++'); install"),
+        (FileNotFoundError(2, "No such file or directory", "g++"), "directory: 'g++'); it needs"),
         (
             RuntimeError("C++ compile error\n\nfatal error: Python.h: none\n1 error"),
-            "Python.h: none);",
+            "Python.h: none 1 error); it needs",
         ),
         (torch.OutOfMemoryError("CUDA out of memory"), "out of GPU memory"),
     ],
