@@ -32,7 +32,7 @@ def _principal(centred: torch.Tensor, rank: int = 1024) -> torch.Tensor:
     """float32 [K, C]: orthonormal directions of [N, C], the largest variance first.
 
     All of them up to 4096 classes, by the eigenvectors of the covariance; above that the `rank`
-    leading ones by subspace iteration (arXiv 0909.4061, algorithm 4.4).
+    leading ones by torch.svd_lowrank, which draws its start: here always the same.
     """
     classes = centred.shape[1]
     if classes <= 4 * rank:
@@ -40,12 +40,10 @@ def _principal(centred: torch.Tensor, rank: int = 1024) -> torch.Tensor:
         for chunk in centred.split(BLOCK):
             scatter += chunk.double().T @ chunk.double()
         return torch.linalg.eigh(scatter).eigenvectors.flip(1).T.float().contiguous()
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(classes, min(rank, len(centred)), generator=generator)
-    for _ in range(4):
-        start = torch.linalg.qr(centred.T @ (centred @ start)).Q
-    _, _, directions = torch.linalg.svd(centred @ start, full_matrices=False)
-    return (directions @ start.T).contiguous()
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(0)
+        _, _, directions = torch.svd_lowrank(centred, q=min(rank, len(centred)), niter=4)
+    return directions.T.contiguous()
 
 
 def _blend(class_means: torch.Tensor, mixture: Mixture) -> torch.Tensor:
