@@ -243,7 +243,7 @@ def test_class_means_solve_the_least_squares_of_mixed_labels(logits, mixture):
     weights.index_put_((rows, mixture.partner), 1 - mixture.lam.double(), accumulate=True)
     normal = weights.T @ weights + torch.eye(CLASSES)
     expected = torch.linalg.solve(normal, weights.T @ logits.double())
-    assert torch.allclose(found.double(), expected, atol=1e-3)
+    assert torch.allclose(found.double(), expected, atol=1e-5)
 
 
 def test_a_numerous_class_list_is_fitted_by_its_leading_directions(logits):

@@ -55,32 +55,17 @@ def _blend(class_means: torch.Tensor, mixture: Mixture) -> torch.Tensor:
 def _class_means(values: torch.Tensor, mixture: Mixture, num_classes: int) -> torch.Tensor:
     """float32 [num_classes, K]: class means whose blends fit values [N, K] best.
 
-    Least squares, shrunk as if every class had one label more, a label of the overall mean;
-    by conjugate gradients, preconditioned with the diagonal.
+    Least squares by the normal equations, shrunk as if every class had one label more, a label of
+    the overall mean.
     """
-
-    def gather(rows: torch.Tensor) -> torch.Tensor:
-        total = torch.zeros(num_classes, rows.shape[1])
-        total.index_add_(0, mixture.own, rows * mixture.lam[:, None])
-        return total.index_add_(0, mixture.partner, rows * (1 - mixture.lam)[:, None])
-
-    weight = torch.ones(num_classes).index_add_(0, mixture.own, mixture.lam**2)
-    weight = weight.index_add_(0, mixture.partner, (1 - mixture.lam) ** 2)[:, None]
-    means = torch.zeros(num_classes, values.shape[1])
-    residual = gather(values)
-    direction = residual / weight
-    energy = start = (residual * direction).sum()
-    for _ in range(20):
-        if energy <= 1e-8 * start:
-            break
-        image = gather(_blend(direction, mixture)) + direction
-        stride = energy / (direction * image).sum().clamp(min=1e-30)
-        means += stride * direction
-        residual -= stride * image
-        scaled = residual / weight
-        before, energy = energy, (residual * scaled).sum()
-        direction = scaled + energy / before.clamp(min=1e-30) * direction
-    return means
+    normal = torch.eye(num_classes, dtype=torch.float64)
+    total = torch.zeros(num_classes, values.shape[1], dtype=torch.float64)
+    shown = ((mixture.own, mixture.lam.double()), (mixture.partner, 1 - mixture.lam.double()))
+    for label, share in shown:
+        total.index_add_(0, label, share[:, None] * values)
+        for other, other_share in shown:
+            normal.index_put_((label, other), share * other_share, accumulate=True)
+    return torch.cholesky_solve(total, torch.linalg.cholesky(normal)).float()
 
 
 _PARTS = {
