@@ -255,34 +255,29 @@ class _Fit:
         self.values = (self.probe - self.mean.float()) @ self.directions.T
 
     def search(self, target: dict[str, float]) -> Klt:
-        """The codec whose step meets the target, with a percent to spare at most.
+        """The codec whose step meets the target, with about a percent to spare at most.
 
-        Size and distortion are close to powers of the step: secants in logarithms, kept inside the
-        bracket found so far.
+        By bisection on the logarithm of the step.
         """
         (name, wanted), *_ = target.items()
         measure = {"bytes_per_label": self.bytes_per_label, "distortion": self.distortion}[name]
         # Labels that are all the same need no components: any step will do.
         finest = max(float(self.values.abs().max()), 1e-3) * 4 / LARGEST
         low, high = math.log(finest), math.log(max(float(self.deviation.max()) * 16, 2 * finest))
-        energy = float(self.probe.square().mean())
-        place = min(max(math.log(energy + 1e-30) / 2, low), high)
-        slope = -1.5 if name == "bytes_per_label" else 1.5
-        best = before = None
-        for _ in range(40):
-            codec = self.codec(math.exp(place), target)
-            excess = math.log(max(measure(codec), 1e-12) / wanted)
+        best = None
+        while high - low > 0.004:
+            middle = (low + high) / 2
+            codec = self.codec(math.exp(middle), target)
+            excess = measure(codec) / wanted - 1
             if excess <= 0:
                 best = codec
-            if -0.012 < excess <= 0 or high - low < 0.005:
+            if -0.012 < excess <= 0:
                 break
-            low, high = (low, place) if excess * slope > 0 else (place, high)
-            if before and 0.3 < (excess - before[1]) / (place - before[0]) / slope < 3:
-                slope = (excess - before[1]) / (place - before[0])
-            before = place, excess
-            place -= (excess + 0.006) / slope
-            if not low < place < high:
-                place = (low + high) / 2
+            # A coarser step takes fewer bytes and loses more.
+            if (excess > 0) == (name == "distortion"):
+                high = middle
+            else:
+                low = middle
         if best is None:
             raise UserError(
                 f"{flag(name)} {wanted:g} cannot be met by codec klt for {self.labels} labels"
