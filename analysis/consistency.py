@@ -24,7 +24,7 @@ from analysis.compare import add_groups, finished_runs
 from analysis.tables import mean_std, this_command
 from utils import cli, runlog
 from utils.cli import bounded
-from utils.data import images
+from utils.data import folders, images
 from utils.data.datasets import Dataset
 from utils.data.views import ViewSpec, draw
 from utils.files import save_png
@@ -75,8 +75,8 @@ def measure(run: Path, val_dir: Path, count: int, min_scale: float) -> dict[str,
     """Means over images for one run: divergence in bits, cosine, share with the same top class."""
     model, saved = load_student(run / runlog.CHECKPOINT)
     dataset = Dataset(**saved["dataset"])
-    folder = images.scan(val_dir)
-    images.check_same_classes(folder, saved["classes"], str(run))
+    folder = folders.scan(val_dir)
+    folders.check_same_classes(folder, saved["classes"], str(run))
     sample = folder.sample(count)
     source = images.StreamingImages(sample.files, dataset, torch.device("cpu"), 0)
     sizes, _ = images.inspect(sample)

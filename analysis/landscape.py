@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from analysis.tables import this_command
 from utils import cli, runlog
 from utils.cli import UserError, bounded
-from utils.data import images
+from utils.data import folders, images
 from utils.data.datasets import Dataset
 from utils.data.views import normalise
 from utils.files import save_png
@@ -140,8 +140,8 @@ def main() -> None:
         vectors.append(flat(model))
     model, saved = students[0]
     dataset = Dataset(**saved["dataset"])
-    folder = images.scan(args.val_dir)
-    images.check_same_classes(folder, saved["classes"], args.runs[0][1])
+    folder = folders.scan(args.val_dir)
+    folders.check_same_classes(folder, saved["classes"], args.runs[0][1])
     picked = folder.sample(args.images)
     pixels = images.load_evaluation(picked, dataset).float()
     inputs = normalise(pixels, torch.tensor(dataset.mean), torch.tensor(dataset.std))

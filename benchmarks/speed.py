@@ -34,7 +34,7 @@ from relabel.generate import label_pass, pass_writer
 from relabel.teacher import Ensemble, Teacher, use_batch_statistics
 from utils import cli, runtime
 from utils.cli import UserError, bounded
-from utils.data import datasets, images
+from utils.data import datasets, folders, images
 from utils.data.views import Views, ViewSpec, draw
 from utils.files import atomic_write, to_json
 from utils.labels import LabelSet, LabelWriter, centre, make_settings
@@ -98,12 +98,12 @@ class Bench:
     dataset: datasets.Dataset
     root: Path
 
-    def folder(self, ipc: int) -> images.ImageFolder:
+    def folder(self, ipc: int) -> folders.ImageFolder:
         """JPEG images, so many of every class."""
         root = self.root / f"ipc{ipc}"
         if not root.exists():
             write_jpegs(root, self.dataset.num_classes, ipc, self.dataset.input_size)
-        return images.scan(root)
+        return folders.scan(root)
 
     def network(self, fast: bool) -> nn.Module:
         """The network with the weights of seed 0; channels last where it is ours."""
@@ -122,12 +122,12 @@ class Bench:
         use_batch_statistics(model)
         return model
 
-    def resident(self, folder: images.ImageFolder) -> tuple[images.ResidentImages, np.ndarray]:
+    def resident(self, folder: folders.ImageFolder) -> tuple[images.ResidentImages, np.ndarray]:
         """The decoded images, and their sizes."""
         sizes = np.full((len(folder.files), 2), self.dataset.input_size)
         return images.open_images(folder, sizes, self.dataset, self.machine.device, 0), sizes
 
-    def settings(self, folder: images.ImageFolder, sizes: np.ndarray, passes: int) -> dict:
+    def settings(self, folder: folders.ImageFolder, sizes: np.ndarray, passes: int) -> dict:
         """The settings of a label set of these images."""
         together, batch = 256 if self.machine.device.type == "cuda" else 1, self.args.batch_size
         return make_settings(
@@ -153,7 +153,7 @@ class OurRelabelling:
 
     keeps_memory = True
 
-    def __init__(self, bench: Bench, folder: images.ImageFolder, passes: int):
+    def __init__(self, bench: Bench, folder: folders.ImageFolder, passes: int):
         started = time.perf_counter()
         self.source, sizes = bench.resident(folder)
         self.decoding = time.perf_counter() - started
@@ -177,7 +177,7 @@ class PlainRelabelling:
 
     keeps_memory = False
 
-    def __init__(self, bench: Bench, folder: images.ImageFolder, views: Views):
+    def __init__(self, bench: Bench, folder: folders.ImageFolder, views: Views):
         self.loader = straightforward.crops_loader(
             folder.root, views, bench.dataset, bench.args.workers, bench.machine.device
         )
@@ -198,7 +198,7 @@ class PlainTraining:
 
     keeps_memory = False
 
-    def __init__(self, bench: Bench, folder: images.ImageFolder):
+    def __init__(self, bench: Bench, folder: folders.ImageFolder):
         self.model, self.device = bench.network(fast=False), bench.machine.device
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         self.loader = straightforward.training_loader(
@@ -258,7 +258,7 @@ class OurTraining:
 
     keeps_memory = True
 
-    def __init__(self, bench: Bench, folder: images.ImageFolder, compiled: bool = False):
+    def __init__(self, bench: Bench, folder: folders.ImageFolder, compiled: bool = False):
         self.bench, self.labels = bench, folder.labels.to(bench.machine.device)
         self.source, self.sizes = bench.resident(folder)
         model = bench.network(fast=True)

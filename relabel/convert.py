@@ -23,7 +23,7 @@ import torch
 
 from utils import cli
 from utils.cli import UserError, bounded
-from utils.data import datasets, images
+from utils.data import datasets, folders, images
 from utils.data.views import Views, ViewSpec
 from utils.files import load_tensors, sha256_file
 from utils.labels import LabelWriter, make_settings
@@ -219,7 +219,7 @@ def check_fit(
 def main() -> None:
     args = parse_arguments()
     dataset = datasets.from_arguments(args)
-    folder = images.scan(args.data_dir, dataset.num_classes)
+    folder = folders.scan(args.data_dir, dataset.num_classes)
     dataset = dataclasses.replace(dataset, num_classes=len(folder.classes))
     if not args.fkd_dir.is_dir():
         raise UserError(f"published label folder not found: {args.fkd_dir}")

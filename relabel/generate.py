@@ -23,7 +23,7 @@ from tqdm import tqdm
 from relabel.teacher import Ensemble, load_teacher, use_batch_statistics
 from utils import cli, runtime
 from utils.cli import UserError, bounded
-from utils.data import datasets, images
+from utils.data import datasets, folders, images
 from utils.data.views import MIXES, Views, ViewSpec, centre_views
 from utils.labels import LabelSet, LabelWriter, codecs, make_settings
 from utils.labels.codecs.base import labels_to_fit
@@ -114,7 +114,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def count_passes(args: argparse.Namespace, folder: images.ImageFolder) -> tuple[int, int | None]:
+def count_passes(args: argparse.Namespace, folder: folders.ImageFolder) -> tuple[int, int | None]:
     """Number of passes, and IPC (None when --passes is given); checks SLC and the last batch."""
     if args.passes is not None:
         passes, ipc = args.passes, None
@@ -313,7 +313,7 @@ def main() -> None:
     dataset = datasets.from_arguments(args)
     machine = runtime.from_arguments(args)
     print(runtime.describe(machine))
-    folder = images.scan(args.data_dir, dataset.num_classes)
+    folder = folders.scan(args.data_dir, dataset.num_classes)
     dataset = dataclasses.replace(dataset, num_classes=len(folder.classes))
     passes, ipc = count_passes(args, folder)
     sizes, fingerprint = images.inspect(folder)

@@ -23,7 +23,7 @@ from relabel import drift
 from relabel.compress import compare
 from utils import cli
 from utils.cli import UserError
-from utils.data import images
+from utils.data import folders, images
 from utils.data.views import crop_resize, mix
 from utils.files import atomic_write, to_json
 from utils.labels import LabelSet, pass_name
@@ -272,7 +272,7 @@ def draw_drift(path: Path, labels: LabelSet, measured: drift.Drift) -> None:
 
 
 def draw_views(
-    path: Path, labels: LabelSet, worst: list[drift.Drifted], folder: images.ImageFolder
+    path: Path, labels: LabelSet, worst: list[drift.Drifted], folder: folders.ImageFolder
 ) -> None:
     """The views that drift most: image with the crop's box, the view as rendered, and its label."""
     columns = min(4, len(worst))
@@ -317,9 +317,9 @@ def shorten(name: str) -> str:
     return name if len(name) <= 22 else name[:20] + "…"
 
 
-def open_folder(labels: LabelSet, path: Path) -> images.ImageFolder:
+def open_folder(labels: LabelSet, path: Path) -> folders.ImageFolder:
     """The labelled images; raises UserError when they are others."""
-    folder = images.scan(path)
+    folder = folders.scan(path)
     _, fingerprint = images.inspect(folder)
     if fingerprint != labels.manifest["images"]["sha256"]:
         raise UserError(f"{path} does not hold the images that {labels.path} was made from")

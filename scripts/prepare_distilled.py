@@ -26,7 +26,7 @@ from PIL import Image
 from relabel.teacher import Ensemble, load_teacher
 from utils import cli, runtime
 from utils.cli import UserError, bounded
-from utils.data import datasets, images
+from utils.data import datasets, folders, images
 from utils.data.views import ORDER, ViewSpec, centre_views, crop_resize, draw, shuffle
 from utils.files import atomic_write, to_json, whole_folder
 
@@ -75,7 +75,7 @@ def choose_candidates(labels: torch.Tensor, limit: int, seed: int) -> torch.Tens
 
 def score_crops(
     teacher: Ensemble,
-    folder: images.ImageFolder,
+    folder: folders.ImageFolder,
     sizes: np.ndarray,
     dataset: datasets.Dataset,
     args: argparse.Namespace,
@@ -117,7 +117,7 @@ def score_crops(
 
 
 def write_images(
-    out: Path, folder: images.ImageFolder, chosen: list[list[int]], boxes, size: int, args
+    out: Path, folder: folders.ImageFolder, chosen: list[list[int]], boxes, size: int, args
 ) -> None:
     """Writes IPC images per class in the published layout.
 
@@ -132,7 +132,7 @@ def write_images(
     tile = size // args.collage
     no_flip = torch.zeros(1, dtype=torch.bool)
     bar = cli.progress(desc="writing images", unit="img", total=len(chosen) * args.ipc)
-    for name, best_first in zip(images.published_names(folder.classes), chosen, strict=True):
+    for name, best_first in zip(folders.published_names(folder.classes), chosen, strict=True):
         (out / name).mkdir()
         for position in range(args.ipc):
             # Tiles are dealt out so that every collage gets one of the best.
@@ -153,7 +153,7 @@ def main() -> None:
     args = parse_arguments()
     dataset = datasets.from_arguments(args)
     machine = runtime.from_arguments(args)
-    folder = images.scan(args.data_dir, dataset.num_classes)
+    folder = folders.scan(args.data_dir, dataset.num_classes)
     dataset = dataclasses.replace(dataset, num_classes=len(folder.classes))
     if dataset.input_size % args.collage:
         raise UserError(f"--collage {args.collage} does not divide {dataset.input_size} pixels")

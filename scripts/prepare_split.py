@@ -17,7 +17,7 @@ import argparse
 
 from utils import cli
 from utils.cli import UserError, bounded
-from utils.data import images
+from utils.data import folders
 from utils.data.views import ORDER, shuffle
 from utils.files import atomic_write, read_json, to_json, whole_folder
 
@@ -38,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def split(folder: images.ImageFolder, count: int, seed: int) -> dict[str, list[Path]]:
+def split(folder: folders.ImageFolder, count: int, seed: int) -> dict[str, list[Path]]:
     """Files of "held_out" (`count` of every class) and "rest", each in the folder's order.
 
     Raises:
@@ -61,7 +61,7 @@ def split(folder: images.ImageFolder, count: int, seed: int) -> dict[str, list[P
 
 def main() -> None:
     args = parse_arguments()
-    folder = images.scan(args.data_dir)
+    folder = folders.scan(args.data_dir)
     record = {
         "source": folder.listing_sha256(),
         "held_out": args.held_out,

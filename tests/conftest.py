@@ -16,7 +16,7 @@ from torch import nn
 
 import models
 from utils import cli
-from utils.data import datasets
+from utils.data import datasets, folders
 from utils.data.datasets import Dataset
 from utils.runtime import Runtime
 from validate.kinds import KINDS
@@ -130,7 +130,7 @@ def _train_teacher(data: Path, path: Path) -> None:
     from utils.data import images
     from utils.data.views import normalise
 
-    folder = images.scan(data)
+    folder = folders.scan(data)
     pixels = images.load_evaluation(folder, TINY).float()
     inputs = normalise(pixels, torch.tensor(TINY.mean), torch.tensor(TINY.std))
     torch.manual_seed(0)

@@ -9,7 +9,7 @@ from conftest import CUSTOM, TINY, train_arguments, tree
 from torchvision.transforms import functional as transforms
 
 from relabel import convert
-from utils.data import images
+from utils.data import folders, images
 from utils.data.images import ResidentImages
 from utils.labels import LabelSet
 from validate import train
@@ -60,7 +60,7 @@ def test_images_and_targets_equal_an_independent_decoding(world, tmp_path, comma
     write_published(fkd)
     done = command(convert.main, *arguments(world, fkd, out))
     assert done.code == 0, done.err
-    pixels = images.load_evaluation(images.scan(world.data), TINY)
+    pixels = images.load_evaluation(folders.scan(world.data), TINY)
     labels = LabelSet.open(out)
     source = ResidentImages(pixels, TINY, torch.device("cpu"))
     rendered = list(source.render([labels.views(number) for number in range(len(labels))]))

@@ -15,7 +15,7 @@ from PIL import Image
 
 from utils import files
 from utils.cli import UserError
-from utils.data import evaluation, images
+from utils.data import evaluation, folders, images
 from validate import evaluate, train
 
 CPU = torch.device("cpu")
@@ -27,11 +27,11 @@ def val(tmp_path) -> Path:
 
 
 def load(root: Path, cache: Path | str) -> torch.Tensor:
-    return evaluation.load(images.scan(root), TINY, CPU, str(cache))
+    return evaluation.load(folders.scan(root), TINY, CPU, str(cache))
 
 
 def decoded(root: Path) -> torch.Tensor:
-    return images.load_evaluation(images.scan(root), TINY)
+    return images.load_evaluation(folders.scan(root), TINY)
 
 
 def forbid_decoding(patch: pytest.MonkeyPatch) -> None:
@@ -224,6 +224,6 @@ def test_files_are_mapped_ahead_by_a_few_only(monkeypatch):
 
 @pytest.mark.gpu
 def test_a_gpu_with_room_gets_the_pixels(val, tmp_path):
-    folder, device = images.scan(val), torch.device("cuda")
+    folder, device = folders.scan(val), torch.device("cuda")
     pixels = evaluation.load(folder, TINY, device, str(tmp_path / "cache"))
     assert pixels.is_cuda and torch.equal(pixels.cpu(), decoded(val))

@@ -8,7 +8,7 @@ import torch
 from conftest import TINY, generate_arguments, train_arguments
 
 from relabel import generate
-from utils.data import images
+from utils.data import folders, images
 from utils.data.images import ResidentImages
 from utils.data.views import ViewSpec, draw
 from utils.labels import LabelSet
@@ -30,7 +30,7 @@ def test_labels_agree_with_those_of_the_cpu(world, tmp_path, command, amp):
 
 def test_views_are_replayed_bit_for_bit_on_the_device(world):
     device = torch.device("cuda")
-    pixels = images.load_evaluation(images.scan(world.data), TINY)
+    pixels = images.load_evaluation(folders.scan(world.data), TINY)
     source = ResidentImages(pixels, TINY, device)
     views = draw(ViewSpec(32, 5), np.full((12, 2), 32), 42).to(device)
     first, second = (list(source.render(list(views))) for _ in range(2))

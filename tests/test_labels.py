@@ -11,7 +11,7 @@ from torchvision.transforms import functional as transforms
 
 from relabel import generate, teacher
 from utils.cli import UserError
-from utils.data import images
+from utils.data import folders, images
 from utils.data.images import ResidentImages
 from utils.labels import LabelSet, LabelWriter
 
@@ -20,8 +20,8 @@ def tiny_teacher(world) -> teacher.Teacher:
     return teacher.load_teacher("ConvNetW32", world.weights, TINY, CPU)
 
 
-def decoded(world) -> tuple[images.ImageFolder, torch.Tensor]:
-    folder = images.scan(world.data)
+def decoded(world) -> tuple[folders.ImageFolder, torch.Tensor]:
+    folder = folders.scan(world.data)
     return folder, images.load_evaluation(folder, TINY)
 
 
@@ -168,7 +168,7 @@ def test_images_of_different_sizes_are_streamed(copied, tmp_path, command):
     assert done.code == 0, done.err
     labels = LabelSet.open(tmp_path / "l")
     assert labels.manifest["image_size"] is None and labels.sizes[0].tolist() == [50, 40]
-    folder = images.scan(copied.data)
+    folder = folders.scan(copied.data)
     streamed = images.StreamingImages(folder.files, TINY, torch.device("cpu"), 2)
     batches = [labels.views(number) for number in range(len(labels))]
     for one, rendered in zip(batches, streamed.render(batches), strict=True):

@@ -19,7 +19,7 @@ from conftest import (
 from torch import nn
 
 from relabel.teacher import load_teacher
-from utils.data import images
+from utils.data import folders, images
 from utils.data.views import normalise
 from utils.labels import LabelSet
 from validate import schedule, step, train
@@ -96,7 +96,7 @@ def test_a_static_epoch_mixes_the_labels_of_the_two_images(world, tmp_path, whol
 
 def test_static_labels_belong_to_whole_images_in_folder_order(world, whole_labels):
     labels = LabelSet.open(whole_labels)
-    folder = images.scan(world.data)
+    folder = folders.scan(world.data)
     pixels = images.load_evaluation(folder, TINY).float()
     teacher = load_teacher("ConvNetW32", world.weights, TINY, CPU).model.eval()
     flips = torch.zeros(12, dtype=torch.bool)

@@ -18,7 +18,7 @@ from torchvision.datasets import CIFAR10
 from scripts import prepare_torchvision, prepare_val
 from utils import cli
 from utils.cli import UserError
-from utils.data import images
+from utils.data import folders
 
 
 def run(monkeypatch, script, *arguments):
@@ -89,7 +89,7 @@ def test_cifar_pixels_labels_and_names_are_the_published_ones(cifar, tmp_path, m
     assert {str(path.relative_to(out)) for path in out.rglob("*.png")} == set(expected)
     for name, row in expected.items():
         np.testing.assert_array_equal(np.array(Image.open(out / name)), pixels[row])
-    assert images.scan(out / "train", 2).labels.tolist() == [0, 1, 1]
+    assert folders.scan(out / "train", 2).labels.tolist() == [0, 1, 1]
     assert contents(source) == before
 
 
@@ -343,7 +343,7 @@ def tiny_arguments(root, out, *more):
 def test_tiny_imagenet_is_linked_into_its_classes(tiny, tmp_path, monkeypatch, inside):
     out, before = tmp_path / "out", contents(tiny)
     run(monkeypatch, prepare_val, *tiny_arguments(tiny / inside, out))
-    folder = images.scan(out, 200)
+    folder = folders.scan(out, 200)
     assert folder.classes == wordnet_ids(200)
     assert [path.name for path in folder.files] == [f"val_{199 - k}.JPEG" for k in range(200)]
     assert folder.files[0].readlink() == tiny / "val" / "images" / "val_199.JPEG"
@@ -460,7 +460,7 @@ def test_interrupted_links_start_over(tiny, tmp_path, monkeypatch):
             run(interrupted, prepare_val, *tiny_arguments(tiny, out))
     assert (tmp_path / "out.partial").is_dir() and not out.exists()
     run(monkeypatch, prepare_val, *tiny_arguments(tiny, out))
-    assert len(images.scan(out, 200).files) == 200
+    assert len(folders.scan(out, 200).files) == 200
     assert not (tmp_path / "out.partial").exists()
     assert contents(tiny) == before
 
@@ -524,7 +524,7 @@ def file_lines(label_of, template="{image}.JPEG {label}\n") -> str:
 
 
 def assert_sorted_into(out, classes):
-    folder = images.scan(out, 1000)
+    folder = folders.scan(out, 1000)
     assert folder.classes == classes
     numbers = [INDEX.index(label) + 1 for label in range(1000)]
     expected = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in numbers]
@@ -657,10 +657,10 @@ def test_the_line_that_refuses_unpadded_folders_renames_them(tmp_path, prefix):
         (root / name).mkdir(parents=True)
         (root / name / "image.png").write_bytes(name.encode())
     with pytest.raises(UserError, match="scrambled") as refused:
-        images.scan(root)
+        folders.scan(root)
     command = str(refused.value).partition("equally many digits: ")[2]
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert not done.stdout + done.stderr
-    folder = images.scan(root, 11)
+    folder = folders.scan(root, 11)
     assert folder.classes == [f"{prefix}{label:05d}" for label in range(11)]
     assert [path.read_bytes().decode() for path in folder.files] == names

@@ -14,7 +14,7 @@ from torch import nn
 
 from scripts import prepare_distilled
 from utils.cli import UserError
-from utils.data import images
+from utils.data import folders
 
 TEACHER = f"{__name__}:brightness_teacher"
 
@@ -137,7 +137,7 @@ def test_layout_is_five_digit_folders_and_files_in_source_order(source, tmp_path
     written = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*")}
     expected = {f"{label:05d}/{position:05d}.png" for label in (0, 1) for position in (0, 1)}
     assert written == expected | {"selection.json"}
-    assert images.scan(tmp_path / "out", 2).ipc() == 2
+    assert folders.scan(tmp_path / "out", 2).ipc() == 2
 
 
 def test_another_teacher_makes_another_choice(source, tmp_path, monkeypatch):
@@ -292,5 +292,5 @@ def test_interrupted_selection_starts_over(source, tmp_path, monkeypatch):
     assert (tmp_path / "out.partial").is_dir() and not (tmp_path / "out").exists()
     (tmp_path / "out.partial" / "left").write_bytes(b"over")
     run(monkeypatch, source, tmp_path / "out")
-    assert images.scan(tmp_path / "out", 2).ipc() == 2
+    assert folders.scan(tmp_path / "out", 2).ipc() == 2
     assert not (tmp_path / "out.partial").exists() and not (tmp_path / "out" / "left").exists()

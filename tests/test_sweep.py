@@ -19,7 +19,7 @@ from analysis import runner, sweep, tables
 from relabel import compress
 from scripts import prepare_split
 from utils.cli import UserError
-from utils.data import images
+from utils.data import folders
 from validate.settings import parse_arguments
 
 
@@ -302,7 +302,7 @@ def test_a_split_holds_out_the_same_number_of_each_class(tmp_path, command):
     done = command(prepare_split.main, *arguments)
     assert done.code == 0 and "8 held_out, 12 rest" in done.out
     parts = [
-        images.scan(tmp_path / "split" / part, TINY.num_classes) for part in ("held_out", "rest")
+        folders.scan(tmp_path / "split" / part, TINY.num_classes) for part in ("held_out", "rest")
     ]
     assert [part.counts() for part in parts] == [[2] * 4, [3] * 4]
     names = [{path.relative_to(part.root) for path in part.files} for part in parts]

@@ -18,7 +18,7 @@ from PIL import Image
 
 import models
 from utils import cli, runlog
-from utils.data import images
+from utils.data import folders, images
 from utils.data.images import StreamingImages
 from utils.data.views import ViewSpec, draw
 from validate import evaluate, kinds, step, train
@@ -239,7 +239,7 @@ def test_a_decoding_worker_cannot_be_ended_by_a_signal(world, monkeypatch):
 
     monkeypatch.setattr(images, "decode", struck)
     views = draw(ViewSpec(32, 5), np.full((12, 2), 32), 0)
-    streamed = StreamingImages(images.scan(world.data).files, TINY, torch.device("cpu"), 1)
+    streamed = StreamingImages(folders.scan(world.data).files, TINY, torch.device("cpu"), 1)
     assert len(list(streamed.render([views]))) == 1
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
 

@@ -19,6 +19,20 @@ import torch
 
 from utils.cli import UserError
 
+_FIRST_BYTES = {
+    b"GIF8": "a GIF image",
+    b"<svg": "an SVG drawing",
+    b"<?xml": "an XML document",
+    b"%PDF": "a PDF document",
+    b"%!PS": "a PostScript document",
+    b"\xff\x0a": "a JPEG XL image",
+    b"\x1f\x8b": "a gzip archive",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"Rar!": "a RAR archive",
+    b"\x93NUMPY": "a NumPy array",
+    b"\x89HDF": "an HDF5 file",
+    b"#!": "a script",
+}
 LOCK, _TEMPORARY, _SEAL = ".lock", ".hald-temporary", "content_sha256"
 
 
@@ -143,6 +157,25 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def content_name(path: Path) -> str | None:
+    """What a file is that should be something else, by its first bytes: "a web page", ..."""
+    with path.open("rb") as file:
+        head = file.read(512)
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not head:
+        return "an empty file"
+    if text.startswith((b"<!doctype html", b"<html", b"<head")):
+        return "a web page, perhaps of a download that wants to be confirmed"
+    if text.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer (git lfs pull gets the file)"
+    if head[4:8] == b"ftyp":
+        brand = head[8:12].decode("latin-1")
+        return {"avif": "an AVIF image"}.get(brand, f"an HEIC image or a film ({brand})")
+    return next((name for start, name in _FIRST_BYTES.items() if head.startswith(start)), None) or (
+        "a tar archive" if head[257:262] == b"ustar" else None
+    )
 
 
 def save_png(figure, path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 import models
 from utils import cli, runtime
 from utils.cli import UserError
-from utils.data import evaluation, images
+from utils.data import evaluation, folders, images
 from utils.data.datasets import Dataset
 from utils.data.views import normalise
 from utils.files import load_tensors
@@ -42,8 +42,8 @@ def main() -> None:
     if args.amp == "auto" and (saved["precision"], machine.device.type) != ("fp16", "cpu"):
         machine = runtime.start(device=args.device, amp=saved["precision"])  # as in training
     dataset = Dataset(**saved["dataset"])
-    folder = images.scan(args.val_dir)
-    images.check_same_classes(folder, saved["classes"], str(args.checkpoint))
+    folder = folders.scan(args.val_dir)
+    folders.check_same_classes(folder, saved["classes"], str(args.checkpoint))
     pixels = evaluation.load(folder, dataset, machine.device, args.val_cache)
     top1, top5 = accuracy(
         model.to(machine.device, memory_format=torch.channels_last),

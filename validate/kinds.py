@@ -132,6 +132,8 @@ class Kind:
     flags: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls):
+        if cls.name in KINDS:
+            raise TypeError(f"{cls.__qualname__}: there is a kind of epoch {cls.name!r} already")
         KINDS[cls.name] = cls
 
     @classmethod

@@ -10,7 +10,7 @@ import yaml
 
 from utils import cli, loggers, runtime
 from utils.cli import UserError, bounded
-from utils.data import datasets, evaluation, images
+from utils.data import datasets, evaluation, folders, images
 from utils.data.views import MIXES, ViewSpec
 from utils.files import sha256_file
 from utils.labels import LabelSet, first_difference
@@ -204,10 +204,10 @@ class Materials:
         labels: the label set, or None.
     """
 
-    folder: images.ImageFolder
+    folder: folders.ImageFolder
     sizes: np.ndarray
     images_sha256: str
-    validation: images.ImageFolder
+    validation: folders.ImageFolder
     labels: LabelSet | None
 
     @classmethod
@@ -215,9 +215,9 @@ class Materials:
         cls, dataset: datasets.Dataset, data_dir: Path, val_dir: Path, label_dir: Path | None
     ) -> "Materials":
         """Opens them; raises UserError for what is missing, damaged or does not belong together."""
-        folder = images.scan(data_dir, dataset.num_classes)
-        validation = images.scan(val_dir)
-        images.check_same_classes(validation, folder.classes, str(data_dir))
+        folder = folders.scan(data_dir, dataset.num_classes)
+        validation = folders.scan(val_dir)
+        folders.check_same_classes(validation, folder.classes, str(data_dir))
         sizes, fingerprint = images.inspect(folder)
         labels = None
         if label_dir is not None:

@@ -22,7 +22,8 @@ import torch
 import torchvision
 
 from utils.data.datasets import Dataset
-from utils.data.images import ImageFolder, decode_evaluation, fits, load_evaluation
+from utils.data.folders import ImageFolder
+from utils.data.images import decode_evaluation, fits, load_evaluation
 from utils.files import LockedError, atomic_write, lock
 
 _SMALLEST = 1 << 26  # bytes of pixels; fewer are decoded in a second or two

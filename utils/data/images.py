@@ -1,4 +1,4 @@
-"""Image folders: class order, fingerprint, and pixels as uint8 tensors ready to be rendered.
+"""Images: fingerprint, and pixels as uint8 tensors ready to be rendered.
 
 Two sources with one method, `render(batches) -> network inputs`: `ResidentImages` keeps a folder
 of equally large images decoded in memory (on the GPU where it fits), `StreamingImages` decodes in
@@ -7,13 +7,10 @@ DataLoader workers what differs in size or does not fit.
 
 import collections
 import contextlib
-import dataclasses
 import hashlib
 import io
-import itertools
-import os
 import re
-import shlex
+import shutil
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,182 +19,46 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from PIL import Image, features
 from torchvision.transforms import functional as transforms
 
-from utils.cli import ENDING_SIGNALS, UserError, progress
+from utils.cli import ENDING_SIGNALS, UserError, ending_at_once, progress
 from utils.data.datasets import Dataset
-from utils.data.views import ORDER, Views, crop_resize, mix, normalise, render, shuffle
+from utils.data.folders import ImageFolder
+from utils.data.views import Views, crop_resize, mix, normalise, render
+from utils.files import content_name
 from utils.runtime import usable_cores
 
-# What IMG_EXTENSIONS can hold; never formats like EPS, which PIL hands to an interpreter.
-_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF", "WEBP")
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageFolder:
-    """The images below a folder with one sub-folder per class, in text order.
-
-    Attributes:
-        root: the folder.
-        classes: names of the class folders, sorted as text; the position is the class index.
-        files: all image files, class by class, sorted by name within a class.
-        labels: int64 [images], the class index of every file.
-    """
-
-    root: Path
-    classes: list[str]
-    files: list[Path]
-    labels: torch.Tensor
-
-    def counts(self) -> list[int]:
-        """Images per class."""
-        return torch.bincount(self.labels, minlength=len(self.classes)).tolist()
-
-    def sample(self, count: int) -> "ImageFolder":
-        """The folder with at most `count` of its images, chosen at random but always the same."""
-        rows = np.sort(shuffle(0, ORDER, 0, len(self.files))[:count])
-        return dataclasses.replace(
-            self, files=[self.files[row] for row in rows], labels=self.labels[rows]
-        )
-
-    def listing_sha256(self) -> str:
-        """Hex SHA-256 over names and sizes of all files: cheap, and other images differ in it."""
-        digest = hashlib.sha256()
-        for path in self.files:
-            name = path.relative_to(self.root).as_posix()
-            digest.update(f"{name} {path.stat().st_size}\n".encode())
-        return digest.hexdigest()
-
-    def ipc(self) -> int:
-        """Images per class; raises UserError when the classes differ."""
-        counts = self.counts()
-        usual = max(set(counts), key=counts.count)
-        for name, count in zip(self.classes, counts, strict=True):
-            if count != usual:
-                raise UserError(
-                    f"{self.root / name} has {count} images where other classes have {usual}; "
-                    "distilled images need the same number in every class"
-                )
-        return usual
-
-
-def scan(root: Path, num_classes: int | None = None) -> ImageFolder:
-    """Lists an image folder.
-
-    Args:
-        root: a folder with one sub-folder per class.
-        num_classes: how many classes there must be; None accepts any number.
-
-    Raises:
-        UserError: missing or empty folder, wrong number of classes, a class without images, or
-            class folders whose numbers are not in text order.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise UserError(f"image folder not found: {root}")
-    for entry in root.iterdir():
-        if entry.is_symlink() and not os.path.exists(entry):  # noqa: PTH110 - as for loops, False
-            raise UserError(f"{entry} is a broken link; mend or remove it")
-    classes = sorted(
-        entry.name for entry in root.iterdir() if entry.is_dir() and entry.name[0] != "."
-    )
-    if not classes:
-        raise UserError(f"{root} has no class folders: it must hold one sub-folder per class")
-    _check_order(root, classes)
-    if num_classes is not None and len(classes) != num_classes:
-        raise UserError(f"{root} has {len(classes)} class folders, the data set {num_classes}")
-    files, labels, ignored = [], [], 0
-    for label, name in enumerate(classes):
-        found = sorted(
-            Path(folder) / file for folder, _, names in os.walk(root / name) for file in names
-        )
-        images = [path for path in found if path.suffix.lower() in IMG_EXTENSIONS]
-        if not images:
-            raise UserError(f"class folder {root / name} has no images")
-        ignored += len(found) - len(images)
-        files += images
-        labels += [label] * len(images)
-    if ignored:
-        print(f"{root}: {ignored} files that are not images are ignored")
-    return ImageFolder(root, classes, files, torch.tensor(labels))
-
-
-def _check_order(root: Path, classes: list[str]) -> None:
-    """Stops when folders are numbered ("7", "class_7") and text order is not number order."""
-    numbered = [re.fullmatch(r"(\D*)(\d+)", name) for name in classes]
-    if not all(numbered) or len({found[1] for found in numbered}) > 1:
-        return
-    for before, after in itertools.pairwise(numbered):
-        if int(before[2]) >= int(after[2]):
-            prefix = shlex.quote(before[1]) if before[1] else ""
-            raise UserError(
-                f"{root}: as text, folder {before[0]!r} sorts before {after[0]!r}, so the class "
-                f"order would be scrambled; name the folders with equally many digits: "
-                f"(cd {shlex.quote(str(root))} && for i in {prefix}[0-9]*; do mv -nT -- "
-                f'"$i" {prefix}"$(printf %05d "$((10#${{i#{prefix}}}))")"; done)'
-            )
-
-
-def check_same_classes(folder: ImageFolder, classes: list[str], owner: str) -> None:
-    """Raises UserError unless the folder's classes can be those of `owner`.
-
-    Index folders (00000 ..., or 0 ...) and WordNet ids (n01440764 ...) name the same classes in
-    the same order; any other difference in names is a difference of class lists.
-    """
-    if len(folder.classes) != len(classes):
-        raise UserError(
-            f"{folder.root} has {len(folder.classes)} class folders, {owner} has {len(classes)}"
-        )
-    sides = (folder.classes, classes)
-    if folder.classes == classes or {_kind(side) for side in sides} == {"index", "WordNet"}:
-        return
-    if {_kind(side) for side in sides} == {"index"} and [*map(int, sides[0])] == [
-        *map(int, classes)
-    ]:
-        return
-    for position, (found, expected) in enumerate(zip(folder.classes, classes, strict=True)):
-        if found != expected:
-            raise UserError(
-                f"class {position} is {found!r} in {folder.root} but {expected!r} in {owner}; "
-                "the class lists must be the same"
-            )
-
-
-def _kind(classes: list[str]) -> str:
-    """ "index" for numbers, "WordNet" for ids like n01440764, else "names"."""
-    for kind, pattern in (("index", r"\d+"), ("WordNet", r"n\d{8}")):
-        if all(re.fullmatch(pattern, name) for name in classes):
-            return kind
-    return "names"
-
-
-def published_names(classes: list[str]) -> list[str]:
-    """Folder names of distilled images: 00000 ... for numbers and WordNet ids, else the same."""
-    if _kind(classes) == "names":
-        return classes
-    return [f"{label:05d}" for label in range(len(classes))]
+# Never formats like EPS, which PIL hands to an interpreter. Of several frames the first is read.
+_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM", "GIF"]
+if features.check("avif"):
+    _FORMATS.append("AVIF")
+_SHARED_MEMORY = Path("/dev/shm")
+_PATIENCE = 300  # seconds until a batch that has not been decoded is given up
+# What PIL says of palettes, broken metadata and large images, for every one of them.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def decode(path: Path, data: bytes | None = None) -> Image.Image:
     """Returns an image as RGB; raises UserError that names an unreadable or truncated file."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            source = path if data is None else io.BytesIO(data)
-            image = Image.open(source, formats=_FORMATS)
-            if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
-                wide = np.asarray(image).clip(0, 65535)
-                image = Image.fromarray((wide // 256).astype(np.uint8))
-            elif image.mode == "F":
-                raise UserError(f"image {path} has floating-point pixels; save it with 8 bits")
-            return image.convert("RGB")
+        source = path if data is None else io.BytesIO(data)
+        image = Image.open(source, formats=_FORMATS)
+        if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
+            wide = np.asarray(image).clip(0, 65535)
+            image = Image.fromarray((wide // 256).astype(np.uint8))
+        elif image.mode == "F":
+            raise UserError(f"image {path} has floating-point pixels; save it with 8 bits")
+        return image.convert("RGB")
     except Image.DecompressionBombError:
         raise UserError(f"image {path} is implausibly large; it was not decoded") from None
+    except Image.UnidentifiedImageError:
+        what = content_name(path) or "not an image"
+        raise UserError(
+            f"cannot read image {path}: it is {what}; save it as PNG or JPEG, or remove it"
+        ) from None
     except (OSError, SyntaxError, ValueError) as error:
-        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise UserError(f"cannot read image {path}: {reason}") from None
+        raise UserError(f"cannot read image {path}: {error}") from None
 
 
 def pixels_of(image: Image.Image) -> torch.Tensor:
@@ -327,25 +188,51 @@ class StreamingImages:
         """Yields the network's input, float32 [N, 3, S, S], for each batch (or more) of views."""
         batches = list(batches)
         parts = [part for views in batches for part in views.to("cpu")]
+        workers = min(self.workers, len(parts), self._workers_with_room(parts))
         loader = torch.utils.data.DataLoader(
             _Crops(self.files, parts, self.size),
             batch_size=None,
-            num_workers=min(self.workers, len(parts)),
+            num_workers=workers,
             # A forked worker inherits which signals are blocked.
-            multiprocessing_context="fork" if self.workers and parts else None,
+            multiprocessing_context="fork" if workers else None,
             # Its own, as each loader draws a number: the global one belongs to the training.
             generator=torch.Generator().manual_seed(0),
             pin_memory=self.device.type == "cuda",
+            timeout=_PATIENCE if workers else 0,
         )
         with _no_signals():
             received = iter(loader)
         for views in batches:
             crops = []
-            for part in itertools.islice(received, len(views)):
-                if isinstance(part, str):
-                    raise UserError(part)
+            for _ in range(len(views)):
+                part = self._next(received, workers)
                 crops.append(part.to(self.device, non_blocking=True))
             yield mix(normalise(torch.cat(crops), self.mean, self.std), views)
+
+    def _workers_with_room(self, parts: list[Views]) -> int:
+        """How many processes can hand over their crops: each keeps up to three batches in /dev/shm.
+
+        Containers often have 64 MB there, and a process that finds it full dies.
+        """
+        if not parts or not _SHARED_MEMORY.is_dir():
+            return self.workers
+        largest = max(len(part.index) for part in parts) * 3 * self.size**2 * 4
+        return shutil.disk_usage(_SHARED_MEMORY).free // (3 * largest)
+
+    def _next(self, received: Iterator[torch.Tensor | str], workers: int) -> torch.Tensor:
+        """The crops of the next batch; a signal ends the program while it waits for them."""
+        try:
+            with ending_at_once():
+                part = next(received)
+        except RuntimeError as error:  # of the loader: a worker died, or nothing came in time
+            raise UserError(
+                f"images of {self.files[0].parent.parent} could not be decoded by {workers} "
+                f"processes ({str(error).strip().splitlines()[-1]}): is there memory, room in "
+                f"{_SHARED_MEMORY}, and the disk? --workers 0 does without processes"
+            ) from None
+        if isinstance(part, str):
+            raise UserError(part)
+        return part
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import numpy as np
 
 from utils.cli import UserError
 from utils.data.datasets import Dataset
-from utils.data.images import ImageFolder
+from utils.data.folders import ImageFolder
 from utils.data.views import ViewSpec
 from utils.files import read_json, read_sealed
 from utils.runtime import versions

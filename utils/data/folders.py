@@ -1,0 +1,205 @@
+"""Image folders: one sub-folder per class, in text order, and which files in them are images."""
+
+import collections
+import dataclasses
+import hashlib
+import itertools
+import os
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils.cli import UserError
+from utils.data.views import ORDER, shuffle
+
+IMAGE_ENDINGS = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif", ".avif"),
+)
+# What macOS, network storage, archives and notebooks leave beside images; names with a dot, too.
+_LEFT_BEHIND = {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFolder:
+    """The images below a folder with one sub-folder per class, in text order.
+
+    Attributes:
+        root: the folder.
+        classes: names of the class folders, sorted as text; the position is the class index.
+        files: all image files, class by class, sorted by name within a class.
+        labels: int64 [images], the class index of every file.
+    """
+
+    root: Path
+    classes: list[str]
+    files: list[Path]
+    labels: torch.Tensor
+
+    def counts(self) -> list[int]:
+        """Images per class."""
+        return torch.bincount(self.labels, minlength=len(self.classes)).tolist()
+
+    def sample(self, count: int) -> "ImageFolder":
+        """The folder with at most `count` of its images, chosen at random but always the same."""
+        rows = np.sort(shuffle(0, ORDER, 0, len(self.files))[:count])
+        return dataclasses.replace(
+            self, files=[self.files[row] for row in rows], labels=self.labels[rows]
+        )
+
+    def listing_sha256(self) -> str:
+        """Hex SHA-256 over names and sizes of all files: cheap, and other images differ in it."""
+        digest = hashlib.sha256()
+        for path in self.files:
+            name = path.relative_to(self.root).as_posix()
+            digest.update(f"{name} {path.stat().st_size}\n".encode())
+        return digest.hexdigest()
+
+    def ipc(self) -> int:
+        """Images per class; raises UserError when the classes differ."""
+        counts = self.counts()
+        usual = max(set(counts), key=counts.count)
+        for name, count in zip(self.classes, counts, strict=True):
+            if count != usual:
+                raise UserError(
+                    f"{self.root / name} has {count} images where other classes have {usual}; "
+                    "distilled images need the same number in every class"
+                )
+        return usual
+
+
+def scan(root: Path, num_classes: int | None = None) -> ImageFolder:
+    """Lists an image folder; links to files and folders count as what they lead to.
+
+    Args:
+        root: a folder with one sub-folder per class.
+        num_classes: how many classes there must be; None accepts any number.
+
+    Raises:
+        UserError: missing or empty folder, a broken link, a name that is no text, wrong number of
+            classes, a class without images, or class folders whose numbers are not in text order.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"image folder not found: {root}")
+    entries = [entry for entry in os.scandir(root) if _is_data(entry)]
+    classes = sorted(entry.name for entry in entries if entry.is_dir())
+    if not classes or classes == ["images"]:
+        raise UserError(
+            f"{root} has no class folders: it must hold one sub-folder per class "
+            "(scripts/prepare_val.py sorts validation images that come side by side)"
+        )
+    _check_order(root, classes)
+    if num_classes is not None and len(classes) != num_classes:
+        raise UserError(f"{root} has {len(classes)} class folders, the data set {num_classes}")
+    files, labels = [], []
+    ignored: collections.Counter[str] = collections.Counter()
+    for label, name in enumerate(classes):
+        images, others = [], []
+        for path in sorted(_files_below(root / name, ancestors=())):
+            (images if path.suffix.lower() in IMAGE_ENDINGS else others).append(path)
+        endings = collections.Counter(path.suffix.lower() or "without ending" for path in others)
+        if not images:
+            only = f", only files that are not read ({', '.join(endings)})" if endings else ""
+            raise UserError(f"class folder {root / name} has no images{only}")
+        ignored += endings
+        files += images
+        labels += [label] * len(images)
+    if ignored:
+        kinds = ", ".join(f"{count} {ending}" for ending, count in ignored.items())
+        print(f"{root}: {ignored.total()} files that are not images are ignored ({kinds})")
+    return ImageFolder(root, classes, files, torch.tensor(labels))
+
+
+def _is_data(entry: os.DirEntry) -> bool:
+    """Whether an entry is one of the data's: neither hidden nor left behind by other programs.
+
+    Raises:
+        UserError: a name that is no valid text, or a link that leads nowhere.
+    """
+    if entry.name.startswith(".") or entry.name in _LEFT_BEHIND:
+        return False
+    try:
+        entry.name.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"the name {os.fsencode(entry.path)!r} is no valid text; rename it (convmv renames "
+            "whole folders)"
+        ) from None
+    if entry.is_symlink() and not os.path.exists(entry):  # noqa: PTH110 - as for loops, False
+        raise UserError(f"{entry.path} is a broken link; mend or remove it")
+    return True
+
+
+def _files_below(folder: Path, ancestors: tuple[tuple[int, int], ...]) -> Iterator[Path]:
+    """The files below a folder; a link to one of the folders that it lies in is not followed."""
+    facts = folder.stat()
+    here = (facts.st_dev, facts.st_ino)
+    if here in ancestors:
+        return
+    for entry in os.scandir(folder):
+        if _is_data(entry):
+            path = folder / entry.name
+            if entry.is_dir():
+                yield from _files_below(path, (*ancestors, here))
+            else:
+                yield path
+
+
+def _check_order(root: Path, classes: list[str]) -> None:
+    """Stops when folders are numbered ("7", "class_7") and text order is not number order."""
+    numbered = [re.fullmatch(r"(\D*)(\d+)", name) for name in classes]
+    if not all(numbered) or len({found[1] for found in numbered}) > 1:
+        return
+    for before, after in itertools.pairwise(numbered):
+        if int(before[2]) >= int(after[2]):
+            prefix = shlex.quote(before[1]) if before[1] else ""
+            raise UserError(
+                f"{root}: as text, folder {before[0]!r} sorts before {after[0]!r}, so the class "
+                f"order would be scrambled; name the folders with equally many digits: "
+                f"(cd {shlex.quote(str(root))} && for i in {prefix}[0-9]*; do mv -nT -- "
+                f'"$i" {prefix}"$(printf %05d "$((10#${{i#{prefix}}}))")"; done)'
+            )
+
+
+def check_same_classes(folder: ImageFolder, classes: list[str], owner: str) -> None:
+    """Raises UserError unless the folder's classes can be those of `owner`.
+
+    Index folders (00000 ..., or 0 ...) and WordNet ids (n01440764 ...) name the same classes in
+    the same order; any other difference in names is a difference of class lists.
+    """
+    if len(folder.classes) != len(classes):
+        raise UserError(
+            f"{folder.root} has {len(folder.classes)} class folders, {owner} has {len(classes)}"
+        )
+    sides = (folder.classes, classes)
+    if folder.classes == classes or {_kind(side) for side in sides} == {"index", "WordNet"}:
+        return
+    if {_kind(side) for side in sides} == {"index"} and [*map(int, sides[0])] == [
+        *map(int, classes)
+    ]:
+        return
+    for position, (found, expected) in enumerate(zip(folder.classes, classes, strict=True)):
+        if found != expected:
+            raise UserError(
+                f"class {position} is {found!r} in {folder.root} but {expected!r} in {owner}; "
+                "the class lists must be the same"
+            )
+
+
+def _kind(classes: list[str]) -> str:
+    """ "index" for numbers, "WordNet" for ids like n01440764, else "names"."""
+    for kind, pattern in (("index", r"\d+"), ("WordNet", r"n\d{8}")):
+        if all(re.fullmatch(pattern, name) for name in classes):
+            return kind
+    return "names"
+
+
+def published_names(classes: list[str]) -> list[str]:
+    """Folder names of distilled images: 00000 ... for numbers and WordNet ids, else the same."""
+    if _kind(classes) == "names":
+        return classes
+    return [f"{label:05d}" for label in range(len(classes))]
