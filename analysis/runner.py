@@ -29,7 +29,7 @@ class Task:
         command: arguments after `python`.
         done: a file that is there once it has been done.
         record: keeps the command that did it.
-        facts: method, slc, ipc, student and seed of a run.
+        facts: method, codec (where the plan has some), slc, ipc, student and seed of a run.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Task:
         return self.done.exists() and recorded == self.text()
 
     def text(self) -> str:
-        """The command, but for the place of this repository."""
+        """The command, without the folder of this repository."""
         return shlex.join(self.command[1:]) + "\n"
 
 

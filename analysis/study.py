@@ -61,13 +61,10 @@ def read(name: str) -> list[dict]:
 
 def scores(rows: list[dict]) -> dict[str, dict[int | None, float]]:
     """Last top-1 (%), the mean over seeds, by method and SLC."""
-    found: dict[str, dict[int | None, list[float]]] = {}
-    for row in rows:
-        found.setdefault(row["method"], {}).setdefault(row["slc"], []).append(row["last_top1"])
-    return {
-        method: {slc: statistics.mean(values) for slc, values in by_slc.items()}
-        for method, by_slc in found.items()
-    }
+    means: dict[str, dict[int | None, float]] = {}
+    for (method, slc), group in tables.grouped(rows, "method", "slc").items():
+        means.setdefault(method, {})[slc] = statistics.mean(tables.column(group, "last_top1"))
+    return means
 
 
 def choices(rows: list[dict]) -> dict[str, str]:
@@ -103,17 +100,14 @@ def choice_table(rows: list[dict]) -> str:
 
 def pivot_table(rows: list[dict]) -> str:
     """Last top-1, mean ± standard deviation over seeds, of methods "ROW / COLUMN"."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for row in rows:
-        line, _, column = row["method"].partition(" / ")
-        found.setdefault(line, {}).setdefault(column, []).append(row["last_top1"])
-    columns = list(dict.fromkeys(column for cells in found.values() for column in cells))
-    lines = [
-        "| last top-1 (%) | " + " | ".join(columns) + " |",
-        "|---|" + "---:|" * len(columns),
-    ]
-    for line, cells in found.items():
-        lines.append(f"| {line} | " + " | ".join(tables.mean_std(cells[c]) for c in columns) + " |")
+    cells: dict[str, dict[str, str]] = {}
+    for (method,), group in tables.grouped(rows, "method").items():
+        line, _, heading = method.partition(" / ")
+        cells.setdefault(line, {})[heading] = tables.mean_std(tables.column(group, "last_top1"))
+    headings = list(dict.fromkeys(heading for row in cells.values() for heading in row))
+    lines = ["| last top-1 (%) | " + " | ".join(headings) + " |", "|---|" + "---:|" * len(headings)]
+    for line, row in cells.items():
+        lines.append(f"| {line} | " + " | ".join(row[heading] for heading in headings) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -121,8 +115,8 @@ def fill(text: str) -> str:
     """study.md with every table made again; raises UserError for an unknown kind of table."""
     kinds = {"results": tables.markdown, "choice": choice_table, "pivot": pivot_table}
 
-    def table(found: re.Match) -> str:
-        kind, name = found[1], found[2]
+    def table(marker: re.Match) -> str:
+        kind, name = marker[1], marker[2]
         if kind not in kinds:
             raise UserError(f"{STUDY}: unknown table {kind!r} (known: {', '.join(kinds)})")
         return f"<!-- {kind} {name} -->\n{kinds[kind](read(name))}<!-- end -->"

@@ -12,10 +12,15 @@ from matplotlib.figure import Figure
 from utils.files import save_png
 
 
+def mean_and_std(values: list[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation, which is 0 for a single value."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
 def mean_std(values: list[float]) -> str:
     """ "81.2 ± 0.4": mean and sample standard deviation."""
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
+    mean, spread = mean_and_std(values)
+    return f"{mean:.1f} ± {spread:.1f}" if len(values) > 1 else f"{mean:.1f}"
 
 
 def this_command() -> str:
@@ -35,71 +40,73 @@ def read_csv(path: Path) -> list[dict]:
         ]
 
 
-def grouped(rows: list[dict]) -> dict[tuple, list[dict]]:
-    """Rows by (student, ipc, method, slc): what differs within a group is the seed."""
+def grouped(rows: list[dict], *columns: str) -> dict[tuple, list[dict]]:
+    """Rows by their values in these columns, in the order in which the values come first.
+
+    A plan without codecs has no such column: its value is "".
+    """
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        key = (row["student"], row["ipc"], row["method"], row["slc"])
-        groups.setdefault(key, []).append(row)
+        groups.setdefault(tuple(row.get(name, "") for name in columns), []).append(row)
     return groups
+
+
+def column(rows: list[dict], name: str) -> list[float]:
+    """The rows' values in one column."""
+    return [row[name] for row in rows]
 
 
 def markdown(rows: list[dict]) -> str:
     """The table: mean ± sample standard deviation over seeds of best and last top-1."""
+    codecs = any("codec" in row for row in rows)
     lines = [
-        "| student | IPC | method | SLC | label bytes | best top-1 (%) | last top-1 (%) | seeds |",
-        "|---|---:|---|---:|---:|---:|---:|---:|",
+        "| student | IPC | method |" + " codec |" * codecs + " SLC | label bytes "
+        "| best top-1 (%) | last top-1 (%) | seeds |",
+        "|---|---:|---|" + "---|" * codecs + "---:|---:|---:|---:|---:|",
     ]
-    for (student, ipc, method, slc), group in grouped(rows).items():
-        best, last = (mean_std([row[name] for row in group]) for name in ("best_top1", "last_top1"))
-        size = round(statistics.mean(row["label_bytes"] for row in group))
+    groups = grouped(rows, "student", "ipc", "method", "codec", "slc")
+    for (student, ipc, method, codec, slc), group in groups.items():
+        size = round(statistics.mean(column(group, "label_bytes")))
+        shown = f" {codec or '–'} |" * codecs
         lines.append(
-            f"| {student} | {ipc} | {method} | {slc or '–'} | {size:,} | {best} | {last} "
+            f"| {student} | {ipc} | {method} |{shown} {slc or '–'} | {size:,} "
+            f"| {mean_std(column(group, 'best_top1'))} | {mean_std(column(group, 'last_top1'))} "
             f"| {len(group)} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def _point(group: list[dict]) -> tuple[float, float]:
-    """Mean and sample standard deviation of a group's last top-1."""
-    values = [row["last_top1"] for row in group]
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
 def plot(rows: list[dict], against: str, path: Path) -> None:
     """Last top-1 against "slc" or "label_bytes": a panel per student and IPC, a line per method.
 
-    Methods whose labels do not depend on the SLC are level lines with their spread shaded when
-    drawn against SLC; so is, against bytes, what needs none.
+    Where a method is trained on several codecs, each has a line of its own. Methods whose labels do
+    not depend on the SLC are level lines with their spread shaded when drawn against SLC; so is,
+    against bytes, what needs none.
     """
-    groups = grouped(rows)
-    panels = list(dict.fromkeys(key[:2] for key in groups))
-    methods = list(dict.fromkeys(key[2] for key in groups))
+    panels = grouped(rows, "student", "ipc")
+    lines = list(grouped(rows, "method", "codec"))
     figure = Figure(figsize=(max(7.5, 6.2 * len(panels)), 5.2), layout="constrained")
-    for axes, panel in zip(
-        figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True
-    ):
-        for place, method in enumerate(methods):
-            style = {"color": f"C{place % 10}", "marker": "osD^vP*X<>"[place % 10]}
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (panel, in_panel) in zip(all_axes, panels.items(), strict=True):
+        for line, of_line in grouped(in_panel, "method", "codec").items():
+            position, name = lines.index(line), ", ".join(filter(None, line))
+            style = {"color": f"C{position % 10}", "marker": "osD^vP*X<>"[position % 10]}
             points = [
-                (group[0][against] or 0, *_point(group))
-                for key, group in groups.items()
-                if key[:2] == panel and key[2] == method
+                (group[0][against] or 0, *mean_and_std(column(group, "last_top1")))
+                for group in grouped(of_line, "slc").values()
             ]
-            if not points:
-                continue
             if all(x == 0 for x, _, _ in points):
                 _, mean, spread = points[0]
-                stores = any(row["label_bytes"] for row in rows if row["method"] == method)
-                note = "one label per image" if stores else "no soft label"
-                axes.axhline(mean, color=style["color"], ls="--", label=f"{method} ({note})")
+                note = "one label per image" if any(column(of_line, "label_bytes")) else ""
+                note = note or "no soft label"
+                axes.axhline(mean, color=style["color"], ls="--", label=f"{name} ({note})")
                 axes.axhspan(mean - spread, mean + spread, color=style["color"], alpha=0.1, lw=0)
                 continue
             # Side by side, so that error bars of neighbours can be told apart.
-            shift = 1.012 ** (place - len(methods) / 2)
+            shift = 1.012 ** (position - len(lines) / 2)
             xs, means, spreads = zip(*sorted(points), strict=True)
             shifted = [x * shift for x in xs]
-            axes.errorbar(shifted, means, spreads, capsize=3, lw=1.2, ms=5, label=method, **style)
+            axes.errorbar(shifted, means, spreads, capsize=3, lw=1.2, ms=5, label=name, **style)
         axes.set_xscale("log", base=2 if against == "slc" else 10)
         amounts = sorted({row[against] for row in rows if row[against]})
         if against == "slc":
@@ -114,9 +121,9 @@ def plot(rows: list[dict], against: str, path: Path) -> None:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.set_title(f"{panel[0]}, {panel[1]} images per class", fontsize=10)
-    seeds = max(len(group) for group in groups.values())
+    seeds = len(grouped(rows, "seed"))
     figure.axes[0].set_ylabel("last validation top-1 (%)")
-    note = "points at the same place are drawn side by side"
+    note = "points that coincide are drawn side by side"
     figure.suptitle(f"mean ± standard deviation over {seeds} seeds; {note}", fontsize=10)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right", fontsize=8)
     save_png(figure, path)

@@ -61,8 +61,8 @@ def find_families(root: Path) -> dict[str, tuple[Path, set[int]]]:
             plain = face.style_name.lower() in PLAIN
             faces.setdefault(face.family_name, []).append((not plain, path.name, path, has))
     related: dict[Path, list[tuple[int, str, Path, set[int]]]] = {}
-    for name, found in faces.items():
-        _, _, path, has = min(found, key=lambda face: face[:2])
+    for name, of_family in faces.items():
+        _, _, path, has = min(of_family, key=lambda face: face[:2])
         related.setdefault(path.parent, []).append((-len(has), name, path, has))
     best = [face for group in related.values() for face in sorted(group)[:RELATED]]
     return {name: (path, has) for _, name, path, has in sorted(best, key=lambda face: face[1])}
@@ -72,8 +72,8 @@ def draw(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray | None:
     """uint8 [32, 32], white on black on a common baseline; None when nothing is seen."""
     image = Image.new("L", (SIZE, SIZE))
     left, _, right, _ = font.getbbox(character, anchor="ls")
-    place = (CENTRE - (left + right) / 2, BASELINE)
-    ImageDraw.Draw(image).text(place, character, fill=255, font=font, anchor="ls")
+    start = (CENTRE - (left + right) / 2, BASELINE)
+    ImageDraw.Draw(image).text(start, character, fill=255, font=font, anchor="ls")
     pixels = np.asarray(image)
     return pixels if pixels.max() > 128 else None
 
@@ -115,7 +115,7 @@ def choose_characters(families: list[dict[str, np.ndarray]]) -> list[str]:
     print(
         f"{CLASSES} of {len(common)} characters, the two most alike differ by {nearest.min():.3f}"
     )
-    return sorted(common[place] for place in chosen)
+    return sorted(common[index] for index in chosen)
 
 
 def main() -> None:
@@ -132,7 +132,7 @@ def main() -> None:
     splits, start = {}, 0
     for split, share in SHARES.items():
         end = start + round(share * len(folders))
-        inside = {folders[place] for place in order[start:end]}
+        inside = {folders[index] for index in order[start:end]}
         splits[split] = [name for name in families if families[name][0].parent in inside]
         start = end
     used = {name for names in splits.values() for name in names}
@@ -144,10 +144,10 @@ def main() -> None:
             for label, character in enumerate(characters):
                 folder = partial / split / f"{label:05d}"
                 folder.mkdir(parents=True)
-                for number, name in enumerate(names):
+                for position, name in enumerate(names):
                     if character in images[name]:
                         picture = Image.fromarray(images[name][character]).convert("RGB")
-                        picture.save(folder / f"{number:03d}.png")
+                        picture.save(folder / f"{position:03d}.png")
                         count += 1
             print(f"{split}: {len(names)} families, {count} images")
         record = {

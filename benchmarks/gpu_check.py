@@ -16,12 +16,11 @@ if not __package__:  # run as a plain script: imports start at the repository ro
 import argparse
 import dataclasses
 import tempfile
-from collections.abc import Callable
-from datetime import date
 
 import torch
 
-from benchmarks.speed import Bench, Meter, OurTraining, describe_machine
+from benchmarks.measuring import provenance
+from benchmarks.speed import Bench, OurTraining
 from relabel.teacher import Ensemble, Teacher
 from utils import cli, runtime
 from utils.cli import bounded
@@ -55,7 +54,7 @@ class Check:
 
     Attributes:
         name: what is compared.
-        value: the difference that was found.
+        value: the difference.
         limit: the largest one that passes.
     """
 
@@ -69,9 +68,9 @@ class Check:
         return self.value <= self.limit
 
 
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+def relative(values: torch.Tensor, expected: torch.Tensor) -> float:
     """Norm of the difference over the norm of what was expected."""
-    return float((found - expected).norm() / expected.norm())
+    return float((values - expected).norm() / expected.norm())
 
 
 def label_checks(bench: Bench) -> list[Check]:
@@ -89,47 +88,47 @@ def label_checks(bench: Bench) -> list[Check]:
 
     group = 16 * size
     alone, grouped = labels(None, size), labels(None, group)
+    grouping = float((grouped - alone).abs().max())
+    again = float((labels(None, group) - grouped).abs().max())
     checks = [
-        Check("labels: 16 batches in one forward pass, fp32, largest difference", 0, 1e-4),
-        Check("labels: the same forward passes again", 0, 0),
+        Check("labels: 16 batches in one forward pass, fp32, largest difference", grouping, 1e-4),
+        Check("labels: the same forward passes again", again, 0),
     ]
-    checks[0].value = float((grouped - alone).abs().max())
-    checks[1].value = float((labels(None, group) - grouped).abs().max())
-    names = {"bf16": torch.bfloat16}
+    precisions = {"bf16": torch.bfloat16}
     if device.type == "cuda":
-        names["fp16"] = torch.float16
-    for name, dtype in names.items():
-        found = labels(dtype, group)
-        checks.append(Check(f"labels: {name} against fp32, relative", relative(found, alone), 0.05))
-        checks.append(
-            Check(f"labels: {name}, distortion at T = 20", distortion(alone, found), 5e-3)
-        )
+        precisions["fp16"] = torch.float16
+    for name, dtype in precisions.items():
+        short = labels(dtype, group)
+        lost = distortion(alone, short)
+        checks += [
+            Check(f"labels: {name} against fp32, relative", relative(short, alone), 0.05),
+            Check(f"labels: {name}, distortion at T = 20", lost, 5e-3),
+        ]
     return checks
 
 
 def view_checks(bench: Bench) -> list[Check]:
     """Views rendered twice, in groups, and on the CPU."""
-    device = bench.machine.device
-    source, sizes = bench.resident(bench.folder(8))
-    on_cpu, _ = dataclasses.replace(bench, machine=Runtime(torch.device("cpu"), None)).resident(
-        bench.folder(8)
-    )
+    device, folder = bench.machine.device, bench.folder(8)
+    source, sizes = bench.resident(folder)
+    cpu = dataclasses.replace(bench, machine=Runtime(torch.device("cpu"), None))
+    on_cpu, _ = cpu.resident(folder)
     views = draw(bench.spec(), sizes, 1)
     batches = list(views.to(device))
     source.together = 8 * views.batch_size
     grouped = torch.cat(list(source.render(batches)))
     source.together = 1
-    first, second = (torch.cat(list(source.render(batches))) for _ in range(2))
+    first = torch.cat(list(source.render(batches)))
+    second = torch.cat(list(source.render(batches)))
     reference = torch.cat(list(on_cpu.render(list(views))))
     grey = 255 * source.std[:, None, None]
+    replayed = float((first - second).abs().max())
+    grouping = float(((grouped - first) * grey).abs().max())
+    elsewhere = float(((reference - first.cpu()) * grey.cpu()).abs().max())
     return [
-        Check("views: replayed, largest difference", float((first - second).abs().max()), 0),
-        Check("views: in groups, grey levels", float(((grouped - first) * grey).abs().max()), 1e-2),
-        Check(
-            "views: against the CPU, grey levels",
-            float(((reference - first.cpu()) * grey.cpu()).abs().max()),
-            1e-2,
-        ),
+        Check("views: replayed, largest difference", replayed, 0),
+        Check("views: in groups, grey levels", grouping, 1e-2),
+        Check("views: against the CPU, grey levels", elsewhere, 1e-2),
     ]
 
 
@@ -137,11 +136,11 @@ def loss_curve(bench: Bench, machine: Runtime, compiled: bool) -> torch.Tensor:
     """The loss of each of the first steps of training."""
     training = OurTraining(dataclasses.replace(bench, machine=machine), bench.folder(8), compiled)
     sums: list[torch.Tensor] = []
-    training.trainer.after_step = lambda so_far: sums.append(so_far.loss.clone())
+    training.after_step = lambda: sums.append(training.step.loss_sum.clone())
     curves = []
-    for number in range(-(-STEPS * bench.args.batch_size // len(training.labels))):
+    for epoch in range(-(-STEPS * bench.args.batch_size // len(training.labels))):
         sums.clear()
-        training.epoch(number)
+        training.run(range(epoch, epoch + 1))
         curves.append(torch.stack(sums).double().diff(prepend=sums[0].new_zeros(1).double()))
     return torch.cat(curves)[:STEPS].cpu()
 
@@ -159,19 +158,13 @@ def training_checks(bench: Bench) -> list[Check]:
         variants["compiled, fp32"] = (None, True, 0.01)
         if device.type == "cuda":
             variants["compiled, fp16"] = (torch.float16, True, 0.05)
-    return [
-        Check(
-            f"training: {name}, mean difference of the loss over {STEPS} steps, relative",
-            float(
-                ((loss_curve(bench, Runtime(device, dtype), compiled) - exact).abs() / exact).mean()
-            ),
-            limit,
-        )
-        for name, (dtype, compiled, limit) in variants.items()
-    ]
-
-
-GROUPS: tuple[Callable[[Bench], list[Check]], ...] = (label_checks, view_checks, training_checks)
+    checks = []
+    for name, (dtype, compiled, limit) in variants.items():
+        curve = loss_curve(bench, Runtime(device, dtype), compiled)
+        difference = float(((curve - exact).abs() / exact).mean())
+        what = f"training: {name}, mean difference of the loss over {STEPS} steps, relative"
+        checks.append(Check(what, difference, limit))
+    return checks
 
 
 def agreement(args: argparse.Namespace) -> bool:
@@ -181,24 +174,25 @@ def agreement(args: argparse.Namespace) -> bool:
     torch.backends.cudnn.allow_tf32 = False
     facts = datasets.named("imagenet1k")
     dataset = datasets.Dataset("benchmark", args.classes, args.size, facts.mean, facts.std)
-    checks: list[Check] = []
     with tempfile.TemporaryDirectory() as root:
-        bench = Bench(args, machine, dataset, Path(root), Meter(machine.device), {})
-        for group in GROUPS:
-            checks += group(bench)
+        bench = Bench(args, machine, dataset, Path(root))
+        checks = label_checks(bench) + view_checks(bench) + training_checks(bench)
     rows = [{**vars(check), "passed": check.passed} for check in checks]
-    header = {
-        "command": " ".join(["python benchmarks/gpu_check.py", *sys.argv[1:]]),
-        "date": date.today().isoformat(),
-        "machine": describe_machine(machine.device),
-        "torch": str(torch.__version__),
-    }
     args.out.mkdir(parents=True, exist_ok=True)
-    atomic_write(args.out / "agreement.json", to_json({**header, "checks": rows}))
-    for check in checks:
-        verdict = "ok" if check.passed else "FAILED"
-        print(f"{verdict:7}{check.value:.2e} (limit {check.limit:.0e})  {check.name}")
+    content = {**provenance(machine.device), "checks": rows}
+    atomic_write(args.out / "agreement.json", to_json(content))
+    print("\n".join(check_lines(rows)))
     return all(check.passed for check in checks)
+
+
+def check_lines(checks: list[dict]) -> list[str]:
+    """A line for each comparison, as it is in agreement.json."""
+    lines = []
+    for check in checks:
+        verdict = "ok" if check["passed"] else "FAILED"
+        limit = f"(limit {check['limit']:.0e})"
+        lines.append(f"{verdict:7}{check['value']:.2e} {limit}  {check['name']}")
+    return lines
 
 
 def summary(out: Path) -> None:
@@ -212,10 +206,7 @@ def summary(out: Path) -> None:
             content[name] = read_json(out / f"{name}.json")
     if "agreement" in content:
         text += ["", content["agreement"]["machine"]]
-        for check in content["agreement"]["checks"]:
-            verdict = "ok" if check["passed"] else "FAILED"
-            limit = f"(limit {check['limit']:.0e})"
-            text.append(f"{verdict:7}{check['value']:.2e} {limit}  {check['name']}")
+        text += check_lines(content["agreement"]["checks"])
     for name in ("speed.txt", "demo.txt"):
         if (out / name).exists():
             text += ["", (out / name).read_text().rstrip()]

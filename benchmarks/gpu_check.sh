@@ -12,7 +12,7 @@ python="${PYTHON:-python3}"
 out="${GPU_CHECK_OUT:-$root/runs/gpu_check}"
 limit="${GPU_CHECK_SECONDS:-530}"
 common=(--device auto --compile)
-speed=(--classes 100 --ipc 10 --passes 5 --repeats 5 --stages relabel train linear memory)
+speed=(--classes 100 --ipc 10 --passes 5 --repeats 5)
 agreement=(--classes 100)
 if [[ -n "${GPU_CHECK_SMALL:-}" ]]; then
     common=(--model ConvNetW32 --size 32 --batch-size 4 --device "${GPU_CHECK_DEVICE:-auto}")

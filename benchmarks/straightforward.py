@@ -16,6 +16,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional
 
+from utils.data import datasets
 from utils.data.views import Views
 
 
@@ -23,11 +24,12 @@ class GivenCrops(Dataset):
     """Item k: the crop of view k, float32 [3, S, S]; the boxes are given, so that they can agree
     with those of another pipeline."""
 
-    def __init__(self, root: Path, views: Views, size: int, mean, std):
+    def __init__(self, root: Path, views: Views, facts: datasets.Dataset):
         self.folder = ImageFolder(str(root))
         self.index, self.box = views.index.tolist(), views.box.tolist()
-        self.flip, self.size = views.flip.tolist(), size
-        self.finish = transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)])
+        self.flip, self.size = views.flip.tolist(), facts.input_size
+        normalise = transforms.Normalize(facts.mean, facts.std)
+        self.finish = transforms.Compose([transforms.ToTensor(), normalise])
 
     def __len__(self) -> int:
         return len(self.index)
@@ -39,11 +41,11 @@ class GivenCrops(Dataset):
 
 
 def crops_loader(
-    root: Path, views: Views, size: int, mean, std, workers: int, device: torch.device
+    root: Path, views: Views, facts: datasets.Dataset, workers: int, device: torch.device
 ) -> DataLoader:
     """Batches of GivenCrops in the order of the views; its workers live on between passes."""
     return DataLoader(
-        GivenCrops(root, views, size, mean, std),
+        GivenCrops(root, views, facts),
         batch_size=views.batch_size,
         num_workers=workers,
         persistent_workers=workers > 0,
@@ -82,15 +84,15 @@ def relabel(
 
 
 def training_loader(
-    root: Path, size: int, mean, std, batch_size: int, workers: int, device: torch.device
+    root: Path, facts: datasets.Dataset, batch_size: int, workers: int, device: torch.device
 ) -> DataLoader:
     """RandomResizedCrop and flip of every image, shuffled; its workers live on between epochs."""
     transform = transforms.Compose(
         [
-            transforms.RandomResizedCrop(size, (0.08, 1)),
+            transforms.RandomResizedCrop(facts.input_size, (0.08, 1)),
             transforms.RandomHorizontalFlip(),
             transforms.ToTensor(),
-            transforms.Normalize(mean, std),
+            transforms.Normalize(facts.mean, facts.std),
         ]
     )
     return DataLoader(

@@ -117,6 +117,4 @@ runs=$study/digits_runs/runs
     "state reset=$runs/reset_slc15_ipc5_ConvNetW32_seed0"
 "$PYTHON" analysis/gradients.py --run "$runs/balanced_slc15_ipc5_ConvNetW32_seed0" \
     --out "$out/gradients" --every 15
-"$PYTHON" analysis/adam_eps.py --run "$study/resnet18/runs/published_slc15_ipc5_ResNet18_seed0" \
-    --out "$out/adam_eps" --batches 2
 "$PYTHON" analysis/study.py --collect "${plans[@]}"

@@ -16,7 +16,7 @@ from relabel import generate, teacher
 from utils import files
 from utils.cli import UserError
 from utils.data import images
-from validate import engine, evaluate, train
+from validate import evaluate, kinds, train
 
 
 class Code:
@@ -325,10 +325,10 @@ def test_several_processes_without_torchrun_are_refused(copied, tmp_path, comman
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (FileNotFoundError(2, "No such file or directory", "g++"), "directory: 'g++'); install"),
+        (FileNotFoundError(2, "No such file or directory", "g++"), "directory: 'g++'); it needs"),
         (
             RuntimeError("C++ compile error\n\nfatal error: Python.h: none\n1 error"),
-            "Python.h: none);",
+            "Python.h: none 1 error); it needs",
         ),
         (torch.OutOfMemoryError("CUDA out of memory"), "out of GPU memory"),
     ],
@@ -380,14 +380,7 @@ def test_a_damaged_finished_pass_is_named_when_continuing(copied, command):
 
 
 def test_nan_loss_stops_and_keeps_the_checkpoint(world, tmp_path, command, monkeypatch):
-    original = engine.train_hard_epoch
-
-    def broken(trainer, *rest):
-        result = original(trainer, *rest)
-        result.loss = float("nan")
-        return result
-
-    monkeypatch.setattr(engine, "train_hard_epoch", broken)
+    monkeypatch.setattr(kinds.Hard, "loss", lambda kind, logits, batch: logits.sum() * torch.nan)
     arguments = train_arguments(world, tmp_path / "run", "--eval-every", 1)
     done = command(train.main, *arguments)
     assert done.code == 2 and "the loss became nan in epoch 2 (hard labels)" in done.err

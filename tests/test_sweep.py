@@ -16,6 +16,7 @@ from conftest import CUSTOM, ROOT, TINY, tree, write_images
 from PIL import Image
 
 from analysis import runner, sweep, tables
+from relabel import compress
 from scripts import prepare_split
 from utils.cli import UserError
 from utils.data import images
@@ -25,16 +26,20 @@ from validate.settings import parse_arguments
 def settings(tmp_path, **more) -> sweep.Settings:
     for label in range(4):
         (tmp_path / "d5" / f"{label:05d}").mkdir(parents=True, exist_ok=True)
-    return sweep.Settings(
-        **{
-            **{"dataset": "digits", "data_dir": f"{tmp_path}/d{{ipc}}", "val_dir": "v"},
-            **{"out_dir": str(tmp_path / "out"), "slc": [5, 10], "ipc": [5]},
-            **{"students": ["ConvNetW32"], "seeds": [0, 1], "label_slc": 40},
-            **{"methods": {name: {"like": name, "flags": ""} for name in ("hard", "soft")}},
-            "relabel": "--teacher T",
-            **more,
-        }
-    )
+    small = {
+        "dataset": "digits",
+        "data_dir": f"{tmp_path}/d{{ipc}}",
+        "val_dir": "v",
+        "out_dir": str(tmp_path / "out"),
+        "slc": [5, 10],
+        "ipc": [5],
+        "students": ["ConvNetW32"],
+        "seeds": [0, 1],
+        "label_slc": 40,
+        "methods": {name: {"like": name, "flags": ""} for name in ("hard", "soft")},
+        "relabel": "--teacher T",
+    }
+    return sweep.Settings(**(small | more))
 
 
 def test_a_plan_is_the_grid_but_for_what_does_not_depend_on_the_slc(tmp_path):
@@ -67,11 +72,72 @@ def test_label_sets_are_made_once_per_ipc_for_what_the_methods_read(tmp_path):
     methods = {name: {"like": name, "flags": ""} for name in ("soft", "hald", "static", "lpqld")}
     tasks = sweep.label_tasks(settings(tmp_path, methods=methods))
     assert [task.name for task in tasks] == [
-        *("labels_views_ipc5", "labels_static_ipc5", "labels_topk_ipc5"),
+        "labels_views_ipc5",
+        "labels_static_ipc5",
+        "labels_top2_ipc5",
     ]
     assert "--mix none --min-scale 1" in shlex.join(tasks[1].command)
     with pytest.raises(UserError, match=r"no label set at .*--relabel"):
         sweep.label_tasks(settings(tmp_path, relabel=""))
+
+
+def test_methods_that_read_labels_of_views_are_trained_on_every_codec(tmp_path, monkeypatch):
+    methods = {name: {"like": name, "flags": ""} for name in ("hard", "soft", "lpqld")}
+    codecs = {"fp16": "", "klt_01": "--codec klt --distortion 0.01"}
+    plan = settings(tmp_path, methods=methods, codecs=codecs, seeds=[0], slc=[5, 10])
+    views, topk, klt = sweep.label_tasks(plan)
+    folder = f"{tmp_path}/out/labels/ipc5"
+    folders = f"--label-dir {folder} --out-dir {folder}_"
+    assert shlex.join(views.command).endswith(f"--label-dir {folder} --slc 40")
+    assert shlex.join(topk.command).endswith(f"{folders}top2 --codec topk --topk 2")
+    assert shlex.join(klt.command).endswith(f"{folders}klt-01 --codec klt --distortion 0.01")
+    assert klt.done == Path(f"{folder}_klt-01/manifest.json")
+    monkeypatch.setattr("sys.argv", klt.command)
+    assert compress.parse_arguments().distortion == 0.01
+    tasks = {task.name: task for task in sweep.run_tasks(plan)}
+    assert list(tasks) == [
+        "hard_ipc5_ConvNetW32_seed0",
+        "soft_fp16_slc5_ipc5_ConvNetW32_seed0",
+        "soft_klt-01_slc5_ipc5_ConvNetW32_seed0",
+        "lpqld_top2_slc5_ipc5_ConvNetW32_seed0",
+        "soft_fp16_slc10_ipc5_ConvNetW32_seed0",
+        "soft_klt-01_slc10_ipc5_ConvNetW32_seed0",
+        "lpqld_top2_slc10_ipc5_ConvNetW32_seed0",
+    ]
+    for name, suffix in (("soft_fp16", ""), ("soft_klt-01", "_klt-01"), ("lpqld_top2", "_top2")):
+        args = parse_arguments(tasks[f"{name}_slc5_ipc5_ConvNetW32_seed0"].command[1:])
+        assert str(args.label_dir) == folder + suffix
+    assert [task.facts["codec"] for task in tasks.values()][:4] == ["", "fp16", "klt_01", "top2"]
+
+
+def test_codecs_whose_folders_would_be_the_same_are_refused(tmp_path):
+    codecs = {"klt_1": "--codec klt --distortion 0.1", "klt-1": "--codec klt --distortion 0.2"}
+    with pytest.raises(UserError, match="two label sets of the plan are both labels_klt-1_ipc5"):
+        sweep.label_tasks(settings(tmp_path, codecs=codecs))
+
+
+def test_the_plan_of_codecs_is_read(monkeypatch):
+    monkeypatch.setattr(
+        "sys.argv", ["sweep.py", "--plan", str(ROOT / "analysis/plans/codecs.yaml")]
+    )
+    plan = sweep.read_settings(sweep.parse_arguments())
+    assert plan.codecs["fp16"] == "" and plan.codecs["klt_01"] == "--codec klt --distortion 0.01"
+
+
+def test_tables_and_plots_show_the_codec(tmp_path):
+    plan = settings(tmp_path, codecs={"fp16": "", "quant_4": "--codec quant --bits 4"}, slc=[5])
+    tasks = sweep.run_tasks(plan)
+    for task in tasks:
+        task.done.parent.mkdir(parents=True)
+        size = {"fp16": 100, "quant_4": 30}.get(task.facts["codec"], 0)
+        task.done.write_text(result(50.0, size))
+    sweep.report(tasks, sweep.collect(tasks), tmp_path / "out")
+    assert tables.read_csv(tmp_path / "out" / "results.csv") == sweep.collect(tasks)
+    assert (tmp_path / "out" / "table.md").read_text().splitlines()[2:] == [
+        "| ConvNetW32 | 5 | hard | – | – | 0 | 51.0 ± 0.0 | 50.0 ± 0.0 | 2 |",
+        "| ConvNetW32 | 5 | soft | fp16 | 5 | 100 | 51.0 ± 0.0 | 50.0 ± 0.0 | 2 |",
+        "| ConvNetW32 | 5 | soft | quant_4 | 5 | 30 | 51.0 ± 0.0 | 50.0 ± 0.0 | 2 |",
+    ]
 
 
 def test_a_plan_file_is_overridden_by_flags_and_checked(tmp_path, monkeypatch):
@@ -91,6 +157,7 @@ def test_a_plan_file_is_overridden_by_flags_and_checked(tmp_path, monkeypatch):
     assert found.methods["mine"] == {"like": "balanced", "flags": "--lr 1"}
     for wrong, message in (
         (text + "sic: 3\n", "unknown 'sic'; did you mean slc"),
+        (text + "codecs: [klt]\n", "codecs must be names, each with flags"),
         (text.replace("like: balanced", "like: balance"), "unknown method 'balance'"),
         (text.replace("slc: [5]", "slc: [7]"), "--slc 7 is not a multiple of IPC 5"),
         (text.replace("val_dir: V\n", ""), "the plan lacks --val-dir"),
@@ -113,7 +180,7 @@ def test_finished_tasks_are_skipped_and_failures_do_not_stop_the_others(tmp_path
     done = task(tmp_path, "done", WRITE)
     done.done.write_text("before")
     tasks = [done, task(tmp_path, "bad", "print('why'); raise SystemExit(2)")]
-    tasks += [task(tmp_path, f"new{number}", WRITE) for number in range(3)]
+    tasks += [task(tmp_path, f"new{index}", WRITE) for index in range(3)]
     failed = runner.run_all(tasks, [{}, {}], tmp_path / "logs", "runs")
     assert failed == ["bad: why"]
     assert done.done.read_text() == "before"
@@ -190,10 +257,10 @@ def result(top1: float, size: int) -> str:
 
 def test_results_become_csv_table_and_plots(tmp_path):
     tasks = sweep.run_tasks(settings(tmp_path))
-    for place, one in enumerate(tasks):
+    for position, one in enumerate(tasks):
         one.done.parent.mkdir(parents=True)
         size = 0 if one.facts["method"] == "hard" else 100 * one.facts["slc"]
-        one.done.write_text(result(50.0 + place, size))
+        one.done.write_text(result(50.0 + position, size))
     out = tmp_path / "out"
     sweep.report(tasks, sweep.collect(tasks), out)
     rows = tables.read_csv(out / "results.csv")
@@ -217,7 +284,9 @@ def test_a_sweep_from_flags_makes_labels_trains_and_reports(world, tmp_path, com
     arguments = [*flags, relabel, "--", "--schedule", "soft:1", "--workers", 0, *CUSTOM[2:]]
     done = subprocess.run(
         ["bash", str(ROOT / "scripts/run_sweep.sh"), *map(str, arguments)],
-        **{"cwd": "/", "capture_output": True, "text": True},
+        cwd="/",
+        capture_output=True,
+        text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr

@@ -21,8 +21,8 @@ from utils import cli, runlog
 from utils.data import images
 from utils.data.images import StreamingImages
 from utils.data.views import ViewSpec, draw
-from validate import engine, evaluate, session, train
-from validate.plan import count_epochs, published_hyper
+from validate import evaluate, kinds, step, train
+from validate.settings import count_epochs, published_hyper
 
 
 def weights(output):
@@ -52,18 +52,18 @@ def test_a_stopped_run_continues_to_the_same_weights(world, tmp_path, command, m
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert command(train.main, *train_arguments(world, whole)).code == 0
 
-    original = session.draw
+    original = kinds.draw
 
     def stop_in_the_fourth_epoch(spec, sizes, seed, epoch=0):
         if epoch == 3:
             raise KeyboardInterrupt
         return original(spec, sizes, seed, epoch)
 
-    monkeypatch.setattr(session, "draw", stop_in_the_fourth_epoch)
+    monkeypatch.setattr(kinds, "draw", stop_in_the_fourth_epoch)
     stopped = command(train.main, *train_arguments(world, parts))
     assert stopped.code == 130 and "the same command again continues" in stopped.err
     assert [line["epoch"] for line in log(parts)] == [1, 2]
-    monkeypatch.setattr(session, "draw", original)
+    monkeypatch.setattr(kinds, "draw", original)
     done = command(train.main, *train_arguments(world, parts))
     assert done.code == 0 and "continuing after epoch 2 of 4" in done.out
     assert accuracies(whole) == accuracies(parts) and same_weights(whole, parts)
@@ -76,17 +76,17 @@ def test_a_run_stopped_between_two_refills_draws_the_rest_of_the_pool(
     """Two passes of three batches: after three epochs of three, half the second shuffle is left."""
     more = ("--schedule", "soft:4", "--eval-every", 1)
     assert command(train.main, *train_arguments(world, tmp_path / "whole", *more)).code == 0
-    original, calls = engine.train_soft_epoch, []
+    original = kinds.TrainingData.stored_batches
 
-    def stop_at_the_fourth(*arguments):
-        calls.append(arguments)
-        if len(calls) == 4:
+    def stop_at_the_fourth(data, epoch):
+        if epoch == 3:
             raise KeyboardInterrupt
-        return original(*arguments)
+        return original(data, epoch)
 
-    monkeypatch.setattr(engine, "train_soft_epoch", stop_at_the_fourth)
+    monkeypatch.setattr(kinds.TrainingData, "stored_batches", stop_at_the_fourth)
     parts = train_arguments(world, tmp_path / "parts", *more)
     assert command(train.main, *parts).code == 130
+    monkeypatch.setattr(kinds.TrainingData, "stored_batches", original)
     done = command(train.main, *parts)
     assert done.code == 0 and "continuing after epoch 3 of 4" in done.out
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
@@ -100,93 +100,105 @@ def heeded():
     signal.signal(signal.SIGINT, earlier)
 
 
-@pytest.mark.usefixtures("heeded")
-@pytest.mark.parametrize(
-    ("name", "batch", "where", "more"),
-    [
-        ("SIGTERM", 2, "2 batches after epoch 0", ()),
-        ("SIGINT", 8, "2 batches after epoch 2", ("--grad-accum", 2)),
-        ("SIGTERM", 12, "2 batches after epoch 3", ("--reset-optimizer",)),
-    ],
-)
-def test_a_signal_saves_after_the_step_and_the_epoch_continues_there(
-    world, tmp_path, command, monkeypatch, name, batch, where, more
-):
-    """Three batches an epoch, one in each evaluation; dropout, so that the random state counts."""
+def strike(monkeypatch, module, name: str, call: int) -> None:
+    """Sends this process a signal at the `call`-th batch that a module counts as correct or not."""
+    original, calls = module.correct_top1_top5, []
+
+    def struck(*arguments):
+        calls.append(arguments)
+        if len(calls) == call:
+            os.kill(os.getpid(), getattr(signal, name))
+        return original(*arguments)
+
+    monkeypatch.setattr(module, "correct_top1_top5", struck)
+
+
+def without_times(lines: list[dict]) -> list[dict]:
+    return [{key: line[key] for key in line if "second" not in key} for line in lines]
+
+
+@pytest.fixture
+def with_dropout(monkeypatch):
+    """A student with dropout, so that the random state counts."""
     build = models.build
     monkeypatch.setattr(
         models, "build", lambda *facts: torch.nn.Sequential(torch.nn.Dropout(0.1), build(*facts))
     )
+
+
+@pytest.mark.usefixtures("heeded", "with_dropout")
+@pytest.mark.parametrize(
+    ("name", "batch", "checkpointed", "more"),
+    [
+        ("SIGTERM", 2, 0, ()),
+        ("SIGHUP", 5, 1, ()),
+        ("SIGINT", 8, 2, ("--grad-accum", 2)),
+        ("SIGUSR1", 11, 2, ("--reset-optimizer",)),
+    ],
+)
+def test_a_signal_ends_after_the_step_and_the_run_continues_from_its_checkpoint(
+    world, tmp_path, command, monkeypatch, name, batch, checkpointed, more
+):
+    """Three batches an epoch; checkpoints after the first epoch and the evaluations at 2 and 4."""
     assert command(train.main, *train_arguments(world, tmp_path / "whole", *more)).code == 0
     parts = train_arguments(world, tmp_path / "parts", *more)
-    original, calls = engine.correct_top1_top5, []
-
-    def interrupting(*arguments):
-        calls.append(arguments)
-        if len(calls) == batch:
-            os.kill(os.getpid(), getattr(signal, name))
-        return original(*arguments)
-
-    monkeypatch.setattr(engine, "correct_top1_top5", interrupting)
-    stopped = command(train.main, *parts)
-    assert stopped.code == {"SIGTERM": 143, "SIGINT": 130}[name]
-    assert "the same command again continues" in stopped.err
+    with monkeypatch.context() as patched:
+        strike(patched, step, name, batch)
+        stopped = command(train.main, *parts)
+    assert stopped.code == 128 + getattr(signal, name)
+    assert f"again continues from epoch {checkpointed + 1} of 4" in stopped.err
     done = command(train.main, *parts)
-    assert done.code == 0 and f"continuing {where} of 4" in done.out
+    told = f"continuing after epoch {checkpointed} of 4" if checkpointed else "starting over"
+    assert done.code == 0 and told in done.out
     assert accuracies(tmp_path / "whole") == accuracies(tmp_path / "parts")
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
-    assert [{**line, "seconds": 0, "images_per_second": 0} for line in log(tmp_path / "parts")] == [
-        {**line, "seconds": 0, "images_per_second": 0} for line in log(tmp_path / "whole")
-    ]
+    assert without_times(log(tmp_path / "parts")) == without_times(log(tmp_path / "whole"))
 
 
-def test_a_signal_in_an_evaluation_keeps_the_epoch(world, tmp_path, command, monkeypatch):
+def test_a_signal_in_an_evaluation_ends_it(world, tmp_path, command, monkeypatch):
     whole, parts = (train_arguments(world, tmp_path / name) for name in ("whole", "parts"))
     assert command(train.main, *whole).code == 0
-    original = engine.evaluate
-
-    def interrupted(*arguments):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return original(*arguments)
-
-    monkeypatch.setattr(engine, "evaluate", interrupted)
-    assert command(train.main, *parts).code == 143
+    with monkeypatch.context() as patched:
+        strike(patched, evaluate, "SIGTERM", 1)
+        stopped = command(train.main, *parts)
+    assert stopped.code == 143 and "again continues from epoch 2 of 4" in stopped.err
     assert not (tmp_path / "parts" / "best.pt").exists()
-    monkeypatch.setattr(engine, "evaluate", original)
-    calls = []
-    original_epoch = engine.train_hard_epoch
-    monkeypatch.setattr(
-        engine, "train_hard_epoch", lambda *a: calls.append(a) or original_epoch(*a)
-    )
     assert command(train.main, *parts).code == 0
-    assert len(calls) == 1  # of two hard epochs, the first was trained before
     assert accuracies(tmp_path / "whole") == accuracies(tmp_path / "parts")
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
     assert [line["epoch"] for line in log(tmp_path / "parts")] == [1, 2, 3, 4]
 
 
+def test_epochs_are_checkpointed_when_a_minute_has_passed(world, tmp_path, command, monkeypatch):
+    """The first one always, so that a run that ends soon has something to continue from."""
+    saved, original = [], runlog.RunFolder.save
+
+    def save(run, name, state):
+        if name == runlog.CHECKPOINT:
+            saved.append(state["reached"]["epochs"])
+        original(run, name, state)
+
+    monkeypatch.setattr(runlog.RunFolder, "save", save)
+    more = ("--schedule", "hard:5", "--eval-every", 4)
+    assert command(train.main, *train_arguments(world, tmp_path / "a", *more)).code == 0
+    assert saved == [1, 4, 5]
+    monkeypatch.setattr(train, "_CHECKPOINT_SECONDS", -1)
+    assert command(train.main, *train_arguments(world, tmp_path / "b", *more)).code == 0
+    assert saved[3:] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.usefixtures("with_dropout")
 def test_streamed_images_leave_the_random_state_alone(world, tmp_path, command, monkeypatch):
     """Stopped within an epoch, with dropout, and images that DataLoaders decode."""
-    build = models.build
-    monkeypatch.setattr(
-        models, "build", lambda *facts: torch.nn.Sequential(torch.nn.Dropout(0.1), build(*facts))
-    )
     monkeypatch.setattr(
         images, "open_images", lambda f, _, *facts: StreamingImages(f.files, *facts)
     )
     whole, parts = (train_arguments(world, tmp_path / name) for name in ("whole", "parts"))
     assert command(train.main, *whole).code == 0
-    original, calls = engine.correct_top1_top5, []
-
-    def interrupting(*arguments):
-        calls.append(arguments)
-        if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*arguments)
-
-    monkeypatch.setattr(engine, "correct_top1_top5", interrupting)
-    assert command(train.main, *parts).code == 143
-    assert "continuing 2 batches after epoch 0" in command(train.main, *parts).out
+    with monkeypatch.context() as patched:
+        strike(patched, step, "SIGTERM", 5)
+        assert command(train.main, *parts).code == 143
+    assert "continuing after epoch 1" in command(train.main, *parts).out
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -243,7 +255,7 @@ def test_the_same_signal_again_ends_at_once_but_not_within_a_second(
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("not reached")
 
-    monkeypatch.setattr(engine, "correct_top1_top5", interrupting_twice)
+    monkeypatch.setattr(step, "correct_top1_top5", interrupting_twice)
     assert command(train.main, *train_arguments(world, tmp_path / "run")).code == 143
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
@@ -332,14 +344,38 @@ def test_the_entry_that_was_taken_is_named():
 
 
 def test_a_log_line_cut_off_by_a_kill_is_dropped(tmp_path):
-    run = runlog.RunFolder(tmp_path / "run", {"lr": 1}, {})
+    run = runlog.RunFolder(tmp_path / "run")
     run.path.mkdir()
-    run.begin(0)
+    run.begin({"lr": 1}, 0)
     run.log({"epoch": 1})
     with (run.path / "log.jsonl").open("a") as file:
         file.write('{"epoch": 2, "lo')
-    run.begin(1)
+    run.begin({"lr": 1}, 1)
     assert run.log_lines() == [{"epoch": 1}]
+
+
+def test_a_result_is_there_before_anything_is_drawn(world, tmp_path, command, monkeypatch):
+    def failing(*_):
+        raise ValueError("no picture")
+
+    arguments = train_arguments(world, tmp_path / "run", "--schedule", "hard:1")
+    with monkeypatch.context() as patched:
+        patched.setattr(runlog, "plot_curves", failing)
+        with pytest.raises(ValueError, match="no picture"):
+            command(train.main, *arguments)
+    assert (tmp_path / "run" / "result.json").exists()
+    assert not (tmp_path / "run" / "curves.png").exists()
+    again = command(train.main, *arguments)
+    assert again.code == 0 and "is done" in again.out
+    assert (tmp_path / "run" / "curves.png").exists()
+
+
+def test_a_kind_without_a_colour_is_drawn_grey(tmp_path):
+    score = {"epoch": 1, "top1": 1.0, "top5": 2.0}
+    line = {"epoch": 1, "kind": "unheard", "loss": 1.0, "train_top1": 0.0, "val_top1": 1.0}
+    result = {"model": "m", "dataset": "d", "best": score, "last": score}
+    runlog.plot_curves([line], result, {}, tmp_path / "c.png")
+    assert Image.open(tmp_path / "c.png").size[0] > 600
 
 
 @pytest.mark.slow

@@ -229,7 +229,7 @@ def _run(main: Callable[[], None]) -> NoReturn:
             message = _OUT_OF_MEMORY
         elif cause:
             message = (
-                f"--compile failed ({type(cause).__name__}: {str(cause).strip().splitlines()[0]}); "
+                f"--compile failed ({' '.join(str(cause).split())[:300]}); "
                 "it needs a C++ compiler and Python's header files (Debian: apt-get install g++ "
                 "python3-dev); without --compile the run goes on"
             )

@@ -1,6 +1,6 @@
-"""Integers as bytes: bit streams, and columns of small numbers under LZMA.
+"""Integers as bytes: bit streams, and columns of small integers under LZMA.
 
-All of it is deterministic: equal numbers become equal bytes.
+All of it is deterministic: equal values become equal bytes.
 """
 
 import lzma
@@ -17,11 +17,11 @@ _DICTIONARY = 1 << 24  # bytes of the LZMA dictionary that a reader provides
 
 def pack_bits(values: np.ndarray, bits: int) -> bytes:
     """Non-negative integers [M] of `bits` bits each as one bit stream, padded to a byte."""
-    place = np.arange(bits - 1, -1, -1)
+    shifts = np.arange(bits - 1, -1, -1)
     parts = []
     for start in range(0, len(values), 1 << 16):
         chunk = values[start : start + (1 << 16), None].astype(np.int64)
-        parts.append(np.packbits((chunk >> place & 1).astype(np.uint8)).tobytes())
+        parts.append(np.packbits((chunk >> shifts & 1).astype(np.uint8)).tobytes())
     return b"".join(parts)
 
 
@@ -35,7 +35,7 @@ def unpack_bits(data: bytes, bits: int, count: int) -> np.ndarray:
 
 
 def _filters(size: int) -> list[dict[str, int]]:
-    """LZMA2 for so many bytes: single numbers matter, not alignment, so no lp and pb.
+    """LZMA2 for so many bytes: single values matter, not alignment, so no lp and pb.
 
     The dictionary is no larger than the data, which makes small passes fast.
     """
@@ -63,8 +63,8 @@ def pack_integers(values: np.ndarray) -> bytes:
     """Packs integers [N, K], |v| <= 32767, whose spread differs by column and by row, with LZMA.
 
     Column by column. The rows of a column are sorted by the energy of what came before (a running,
-    decaying sum of absolute values, which the reader knows by then), so that small numbers lie
-    together. Where the column's largest absolute value m allows, several numbers v + m share a
+    decaying sum of absolute values, which the reader knows by then), so that small values lie
+    together. Where the column's largest absolute value m allows, several values v + m share a
     byte as digits of base 2m + 1, most significant first, the last byte filled with v = 0; above
     127 a column is two planes, the upper and the lower bytes of v + m. All of it, after a header
     (uint32 N, then uint16 m for every column), is one raw LZMA2 stream.
@@ -93,15 +93,15 @@ def unpack_integers(data: bytes, columns: int) -> np.ndarray:
         stream = lzma.decompress(data, lzma.FORMAT_RAW, filters=_filters(_DICTIONARY))
         stream = np.frombuffer(stream, np.uint8)
         rows = int(stream[:4].view(_HEADER)[0])
-        place = 4 + 2 * columns
-        largest = stream[4:place].view("<u2").tolist()
+        offset = 4 + 2 * columns
+        largest = stream[4:offset].view("<u2").tolist()
         values = np.empty((columns, rows), dtype=np.int16)
         energy = np.zeros(rows, dtype=np.int64)
         for column, top in zip(values, largest, strict=True):
             base, per_byte = _digits(top)
             length = 2 * rows if top > 127 else -(-rows // per_byte) if top else 0
-            part = stream[place : place + length].astype(np.int32)
-            place += length
+            part = stream[offset : offset + length].astype(np.int32)
+            offset += length
             if top > 127:
                 shifted = part[:rows] << 8 | part[rows:]
             elif top:
@@ -111,7 +111,7 @@ def unpack_integers(data: bytes, columns: int) -> np.ndarray:
                 shifted = np.zeros(rows, dtype=np.int32)
             column[_next_order(energy)] = shifted - top
             _add_energy(energy, column)
-        if place != len(stream):
+        if offset != len(stream):
             raise ValueError
     except (lzma.LZMAError, ValueError, IndexError):
         raise UserError("the packed numbers of a label set are damaged") from None

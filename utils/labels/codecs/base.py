@@ -39,8 +39,8 @@ def information(
 ) -> tuple[float, float]:
     """KL(teacher || decoded) and KL(teacher || uniform) of logits [N, C], summed over labels."""
     expected = (teacher.double() / temperature).log_softmax(1)
-    found = (decoded.double() / temperature).log_softmax(1)
-    lost = (expected.exp() * (expected - found)).sum()
+    stored = (decoded.double() / temperature).log_softmax(1)
+    lost = (expected.exp() * (expected - stored)).sum()
     told = (expected.exp() * (expected + math.log(teacher.shape[1]))).sum()
     return float(lost), float(told)
 

@@ -32,7 +32,7 @@ def _principal(centred: torch.Tensor, rank: int = 1024) -> torch.Tensor:
     """float32 [K, C]: orthonormal directions of [N, C], the largest variance first.
 
     All of them up to 4096 classes, by the eigenvectors of the covariance; above that the `rank`
-    leading ones by subspace iteration (arXiv 0909.4061, algorithm 4.4).
+    leading ones by torch.svd_lowrank, which draws its start: here always the same.
     """
     classes = centred.shape[1]
     if classes <= 4 * rank:
@@ -40,12 +40,10 @@ def _principal(centred: torch.Tensor, rank: int = 1024) -> torch.Tensor:
         for chunk in centred.split(BLOCK):
             scatter += chunk.double().T @ chunk.double()
         return torch.linalg.eigh(scatter).eigenvectors.flip(1).T.float().contiguous()
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(classes, min(rank, len(centred)), generator=generator)
-    for _ in range(4):
-        start = torch.linalg.qr(centred.T @ (centred @ start)).Q
-    _, _, directions = torch.linalg.svd(centred @ start, full_matrices=False)
-    return (directions @ start.T).contiguous()
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(0)
+        _, _, directions = torch.svd_lowrank(centred, q=min(rank, len(centred)), niter=4)
+    return directions.T.contiguous()
 
 
 def _blend(class_means: torch.Tensor, mixture: Mixture) -> torch.Tensor:
@@ -57,32 +55,17 @@ def _blend(class_means: torch.Tensor, mixture: Mixture) -> torch.Tensor:
 def _class_means(values: torch.Tensor, mixture: Mixture, num_classes: int) -> torch.Tensor:
     """float32 [num_classes, K]: class means whose blends fit values [N, K] best.
 
-    Least squares, shrunk as if every class had one label more, a label of the overall mean;
-    by conjugate gradients, preconditioned with the diagonal.
+    Least squares by the normal equations, shrunk as if every class had one label more, a label of
+    the overall mean.
     """
-
-    def gather(rows: torch.Tensor) -> torch.Tensor:
-        total = torch.zeros(num_classes, rows.shape[1])
-        total.index_add_(0, mixture.own, rows * mixture.lam[:, None])
-        return total.index_add_(0, mixture.partner, rows * (1 - mixture.lam)[:, None])
-
-    weight = torch.ones(num_classes).index_add_(0, mixture.own, mixture.lam**2)
-    weight = weight.index_add_(0, mixture.partner, (1 - mixture.lam) ** 2)[:, None]
-    means = torch.zeros(num_classes, values.shape[1])
-    residual = gather(values)
-    direction = residual / weight
-    energy = start = (residual * direction).sum()
-    for _ in range(20):
-        if energy <= 1e-8 * start:
-            break
-        image = gather(_blend(direction, mixture)) + direction
-        stride = energy / (direction * image).sum().clamp(min=1e-30)
-        means += stride * direction
-        residual -= stride * image
-        scaled = residual / weight
-        before, energy = energy, (residual * scaled).sum()
-        direction = scaled + energy / before.clamp(min=1e-30) * direction
-    return means
+    normal = torch.eye(num_classes, dtype=torch.float64)
+    total = torch.zeros(num_classes, values.shape[1], dtype=torch.float64)
+    shown = ((mixture.own, mixture.lam.double()), (mixture.partner, 1 - mixture.lam.double()))
+    for label, share in shown:
+        total.index_add_(0, label, share[:, None] * values)
+        for other, other_share in shown:
+            normal.index_put_((label, other), share * other_share, accumulate=True)
+    return torch.cholesky_solve(total, torch.linalg.cholesky(normal)).float()
 
 
 _PARTS = {
@@ -272,34 +255,29 @@ class _Fit:
         self.values = (self.probe - self.mean.float()) @ self.directions.T
 
     def search(self, target: dict[str, float]) -> Klt:
-        """The codec whose step meets the target, with a percent to spare at most.
+        """The codec whose step meets the target, with about a percent to spare at most.
 
-        Size and distortion are close to powers of the step: secants in logarithms, kept inside the
-        bracket found so far.
+        By bisection on the logarithm of the step.
         """
         (name, wanted), *_ = target.items()
         measure = {"bytes_per_label": self.bytes_per_label, "distortion": self.distortion}[name]
         # Labels that are all the same need no components: any step will do.
         finest = max(float(self.values.abs().max()), 1e-3) * 4 / LARGEST
         low, high = math.log(finest), math.log(max(float(self.deviation.max()) * 16, 2 * finest))
-        energy = float(self.probe.square().mean())
-        place = min(max(math.log(energy + 1e-30) / 2, low), high)
-        slope = -1.5 if name == "bytes_per_label" else 1.5
-        best = before = None
-        for _ in range(40):
-            codec = self.codec(math.exp(place), target)
-            excess = math.log(max(measure(codec), 1e-12) / wanted)
+        best = None
+        while high - low > 0.004:
+            middle = (low + high) / 2
+            codec = self.codec(math.exp(middle), target)
+            excess = measure(codec) / wanted - 1
             if excess <= 0:
                 best = codec
-            if -0.012 < excess <= 0 or high - low < 0.005:
+            if -0.012 < excess <= 0:
                 break
-            low, high = (low, place) if excess * slope > 0 else (place, high)
-            if before and 0.3 < (excess - before[1]) / (place - before[0]) / slope < 3:
-                slope = (excess - before[1]) / (place - before[0])
-            before = place, excess
-            place -= (excess + 0.006) / slope
-            if not low < place < high:
-                place = (low + high) / 2
+            # A coarser step takes fewer bytes and loses more.
+            if (excess > 0) == (name == "distortion"):
+                high = middle
+            else:
+                low = middle
         if best is None:
             raise UserError(
                 f"{flag(name)} {wanted:g} cannot be met by codec klt for {self.labels} labels"

@@ -126,8 +126,8 @@ class Quant(Codec):
 
     def _rows_of_bits(self, level: torch.Tensor) -> torch.Tensor:
         """uint8 [N, width] from uint8 [N, C]."""
-        place = torch.arange(self.bits - 1, -1, -1, device=level.device)
-        bits = (level[:, :, None] >> place & 1).flatten(1)
+        shifts = torch.arange(self.bits - 1, -1, -1, device=level.device)
+        bits = (level[:, :, None] >> shifts & 1).flatten(1)
         return torch.from_numpy(np.packbits(bits.cpu().numpy().astype(np.uint8), axis=1))
 
     def pack_codes(self, codes: Codes) -> bytes:
@@ -144,8 +144,8 @@ class Quant(Codec):
 
     def expand(self, codes: Codes, mixture: Mixture) -> torch.Tensor:
         offset, step, rows = codes
-        place = torch.arange(7, -1, -1, device=rows.device)
-        bits = (rows[:, :, None] >> place & 1).flatten(1)[:, : self.num_classes * self.bits]
+        shifts = torch.arange(7, -1, -1, device=rows.device)
+        bits = (rows[:, :, None] >> shifts & 1).flatten(1)[:, : self.num_classes * self.bits]
         worth = 2.0 ** torch.arange(self.bits - 1, -1, -1, device=rows.device)
         level = bits.unflatten(1, (self.num_classes, self.bits)).float() @ worth
         logits = offset.float()[:, None] + step.float()[:, None] * level
