@@ -13,10 +13,16 @@ from conftest import ROOT, generate_arguments, script, train_arguments
 from utils.labels import LabelSet
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FOLDERS = "analysis|benchmarks|docs|models|relabel|scripts|tests|utils|validate"
+ROOMS = ("analysis", "benchmarks", "models", "relabel", "scripts", "utils", "validate")
+CODE = {
+    path: path.read_text()
+    for room in ROOMS
+    for path in sorted((ROOT / room).rglob("*.*"))
+    if path.suffix in (".py", ".sh")
+}
 FOREIGN_FLAGS = {
     "--logit-range",  # of the codec that docs/extending.md adds
-    *("--nproc_per_node", "--array"),  # of torchrun and of sbatch
+    "--nproc_per_node",  # of torchrun
 }
 
 
@@ -123,29 +129,29 @@ def test_links_and_files_of_a_page_exist(page):
     text = page.read_text()
     links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text)
     local = [page.parent / link for link in links if "://" not in link]
-    named = re.findall(
-        rf"(?<![\w/.-])(?:{FOLDERS})/[\w./-]*\.(?:py|sh|md|yaml|txt|csv|png)\b", text
-    )
+    rooms = "|".join([*ROOMS, "docs", "tests"])
+    named = re.findall(rf"(?<![\w/.-])(?:{rooms})/[\w./-]*\.(?:py|sh|md|yaml|txt|csv|png)\b", text)
     missing = [path for path in [*local, *(ROOT / file for file in named)] if not path.exists()]
     assert missing == []
 
 
-def entry_scripts() -> list[Path]:
-    files = [
-        path for folder in FOLDERS.split("|") for path in sorted((ROOT / folder).rglob("*.py"))
-    ]
-    return [
-        path for path in files if "cli.run(main)" in path.read_text() and path.parts[-2] != "tests"
-    ]
+def flags_in(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
 
 
 def test_every_flag_of_the_pages_is_one_of_a_parser(command):
     known = set(FOREIGN_FLAGS)
-    for path in entry_scripts():
+    for path in [path for path, code in CODE.items() if "cli.run(main)" in code]:
         module = importlib.import_module(name(path).removesuffix(".py").replace("/", "."))
-        known |= set(re.findall(r"(?<![\w-])--[a-z][\w-]*", command(module.main, "--help").out))
-    for path in sorted((ROOT / "scripts").glob("*.sh")):
-        known |= set(re.findall(r"(?<![\w-])--[a-z][\w-]*", path.read_text()))
+        known |= flags_in(command(module.main, "--help").out)
+    known |= flags_in((ROOT / "scripts/sweep_slurm.sh").read_text())  # those of sbatch
     for page in PAGES:
-        used = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text()))
-        assert used - known == set(), name(page)
+        assert flags_in(page.read_text()) - known == set(), name(page)
+
+
+def test_the_refusals_of_the_page_are_those_of_the_code():
+    page = (ROOT / "docs/imagenet.md").read_text().partition("## When something is refused")[2]
+    code = re.sub(r'"(?: \\)?\n\s+f?"', "", "".join(CODE.values()))  # strings over several lines
+    for line in re.findall(r"^\| (?!the line says)([^|-][^|]*) \|", page, re.MULTILINE):
+        shown = re.split(r"\.\.\.|'[^']*'|--[\w-]+|\([^)]*\)|nan|\d[\d.]*", line)
+        assert max(shown, key=len).strip() in code, line
