@@ -13,7 +13,6 @@ from torch import nn
 
 from utils import cli, runlog, runtime
 from utils.cli import UserError
-from utils.files import sha256_file
 from validate.kinds import Batch, hard_loss, soft_loss
 from validate.settings import Materials, Settings
 from validate.train import Training
@@ -49,12 +48,11 @@ class Replay:
             val_dir=Path(settings.val_dir),
             label_dir=Path(settings.label_dir) if settings.label_dir else None,
         )
-        labels = materials.labels
         now = dataclasses.replace(
             settings,
             images_sha256=materials.images_sha256,
             validation_images=materials.validation.listing_sha256(),
-            labels_sha256=sha256_file(labels.path / "manifest.json") if labels else None,
+            labels_sha256=materials.labels_sha256(),
             processes=machine.world,
         )
         if difference := now.difference(settings):

@@ -312,7 +312,7 @@ def main() -> None:
     args = parse_arguments()
     dataset = datasets.from_arguments(args)
     machine = runtime.from_arguments(args)
-    print(runtime.describe(machine, dataset.input_size))
+    print(runtime.describe(machine))
     folder = images.scan(args.data_dir, dataset.num_classes)
     dataset = dataclasses.replace(dataset, num_classes=len(folder.classes))
     passes, ipc = count_passes(args, folder)

@@ -362,7 +362,7 @@ def test_a_run_with_other_settings_is_left_alone(copied, tmp_path, command):
     before = tree(tmp_path)
     for more, field in (
         (("--lr", 0.5), "lr: expected 0.5, found 0.001"),
-        (("--schedule", "hard:2"), "phases: expected [['hard', 2]], found [['hard', 1]]"),
+        (("--schedule", "hard:2"), "schedule: expected 'hard:2', found 'hard:1'"),
         (("--model", "ConvNet"), "model: expected 'ConvNet', found 'ConvNetW32'"),
     ):
         changed = train_arguments(copied, run, "--schedule", "hard:1", *more)

@@ -152,33 +152,3 @@ def test_memory_is_kept_on_a_cpu(monkeypatch, device, calls):
     monkeypatch.setattr(runtime, "keep_freed_memory", lambda: called.append(True))
     runtime.from_arguments(Namespace(device=device, amp="off"))
     assert len(called) == calls
-
-
-@pytest.mark.parametrize(
-    ("ratio", "dtype", "size", "told"),
-    [
-        (1.8, None, 224, "1.8 times as fast with --amp bf16"),
-        (0.5, torch.bfloat16, 224, "2.0 times as fast with --amp off"),
-        *((1.1, None, 224, ""), (1.8, torch.bfloat16, 224, ""), (0.5, None, 224, "")),
-        *((1.8, None, 32, ""), (0.5, torch.bfloat16, 32, "")),
-    ],
-)
-def test_a_faster_precision_is_pointed_out_for_large_images(monkeypatch, ratio, dtype, size, told):
-    monkeypatch.setattr(runtime, "bf16_speedup", lambda: ratio)
-    line = runtime.describe(Runtime(CPU.device, dtype), size)
-    assert line.endswith(told or f"{torch.get_num_threads()} threads")
-
-
-def test_precisions_are_compared_by_their_fastest_convolutions(monkeypatch):
-    """In fp32 they take 9, 7, 3, 9, 9 seconds, in bf16 2, 2, 9, 2, 2."""
-    now, taken = [0.0], iter([9, 7, 3, 9, 9, 2, 2, 9, 2, 2])
-    kinds = []
-
-    def convolve(pixels, weights, padding):
-        kinds.append((pixels.dtype, weights.dtype))
-        now[0] += next(taken)
-
-    monkeypatch.setattr(runtime.F, "conv2d", convolve)
-    monkeypatch.setattr(runtime.time, "perf_counter", lambda: now[0])
-    assert runtime.bf16_speedup() == 1.5
-    assert kinds == [(torch.float32,) * 2] * 5 + [(torch.bfloat16,) * 2] * 5

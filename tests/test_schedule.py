@@ -8,7 +8,6 @@ from utils.cli import UserError
 from validate.schedule import (
     auto_soft_epochs,
     drawn_from_pool,
-    epoch_kinds,
     label_batches,
     learning_rate,
     phases,
@@ -55,10 +54,6 @@ def test_phases(name, soft, hard, passes, expected):
 def test_schedules_that_do_not_parse(name, message):
     with pytest.raises(UserError, match=message):
         phases(name, 1, 1, 1, KINDS)
-
-
-def test_epoch_kinds():
-    assert epoch_kinds([(S, 2), (H, 1)]) == [S, S, H]
 
 
 def test_learning_rate():

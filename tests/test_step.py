@@ -84,10 +84,10 @@ def test_an_epoch_reports_means_over_all_views():
     logits = Linear()(whole.pixels)
     expected = nn.functional.cross_entropy(logits, whole.own, label_smoothing=0.1)
     means = step.means()
-    assert means.views == 8 and means.top5 == 100
-    assert means.loss == pytest.approx(expected.item(), rel=1e-5)
+    assert step.views == 8 and means["train_top5"] == 100
+    assert means["loss"] == pytest.approx(expected.item(), rel=1e-5)
     hits = (logits.argmax(1) == whole.own).float().mean().item()
-    assert means.top1 == pytest.approx(100 * hits)
+    assert means["train_top1"] == pytest.approx(100 * hits)
     step.begin_epoch()
     assert step.views == 0 and step.loss_sum == 0
 

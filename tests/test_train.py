@@ -335,12 +335,13 @@ def test_hard_labels_alone_need_no_label_set(world, tmp_path, command):
     ],
 )
 def test_published_hyperparameters(dataset, model, ipc, expected):
-    assert published_hyper(dataset, model, ipc)[:2] == expected
+    assert published_hyper(dataset, model, [ipc] * 3)[:2] == expected
 
 
 def test_the_entry_that_was_taken_is_named():
-    assert "IPC 10 (nearest to IPC 20)" in published_hyper("imagenet1k", "ResNet50", 20)[2]
-    assert "default, no entry" in published_hyper("digits", "ConvNet", 5)[2]
+    assert "IPC 10 (nearest to IPC 20)" in published_hyper("imagenet1k", "ResNet50", [20, 20])[2]
+    assert "default, no entry" in published_hyper("digits", "ConvNet", [5, 5])[2]
+    assert "default, no entry" in published_hyper("imagenet1k", "ResNet18", [10, 9])[2]
 
 
 def test_a_log_line_cut_off_by_a_kill_is_dropped(tmp_path):

@@ -5,8 +5,8 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime
+import inspect
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 import numpy
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import torchvision
 from torch import nn
 
@@ -22,8 +21,6 @@ from utils.cli import UserError, bounded
 from utils.data.datasets import Dataset
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
-_LARGE_INPUT = 128  # pixels a side; of smaller ones, convolutions take too little of the time
-_CLEARLY = 1.2  # times as fast: from here on a faster precision is worth a word
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt(3)
 AMP_CHOICES = ("auto", "fp16", "bf16", "off")
 # Ranks wait for rank 0 while it alone decodes, fits or writes, which may take long; a rank that
@@ -60,6 +57,19 @@ class Runtime:
         """Loss scaling, active only where fp16 gradients could underflow."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
 
+    def random_state(self) -> dict[str, torch.Tensor]:
+        """The state of torch's random numbers on the CPU and, where it is one, the GPU."""
+        state = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def set_random_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Goes on with a state that `random_state` gave, perhaps on another device."""
+        torch.set_rng_state(state["cpu"])
+        if self.device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+
     def total(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of a tensor over all ranks, in place."""
         if self.world > 1:
@@ -92,6 +102,19 @@ class Runtime:
         yield
         if self.rank == 0:
             self.barrier()
+
+    def shared(self, model: nn.Module) -> nn.Module:
+        """The model, its gradients averaged over the ranks; each has running statistics of its own.
+
+        See `average_buffers`.
+        """
+        if self.world == 1:
+            return model
+        kind = nn.parallel.DistributedDataParallel
+        # Newer versions of torch call the argument by its second name, and warn about the first.
+        names = [*inspect.signature(kind).parameters]
+        name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+        return kind(model, **{name: False})
 
     def average_buffers(self, model: nn.Module) -> None:
         """Gives every rank the mean of the ranks' floating-point buffers (running statistics)."""
@@ -136,8 +159,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--amp",
         choices=AMP_CHOICES,
         default="auto",
-        help="mixed precision; auto: fp16 on CUDA, off (exact) on a CPU, where the first line of a "
-        "run says if bf16 is clearly faster (for inputs from 128 pixels on)",
+        help="mixed precision; auto: fp16 on CUDA, off (exact) on a CPU, where bf16 is faster on "
+        "some processors",
     )
     group.add_argument(
         "--workers",
@@ -157,44 +180,15 @@ def usable_cores() -> int:
     return max(cores, 1)
 
 
-def describe(machine: Runtime, input_size: int) -> str:
-    """Device, precision and threads in a line; on a CPU also whether another precision is faster.
-
-    That is measured: among processors with instructions for bf16, some are slower with them.
-    """
-    if machine.device.type == "cuda":
-        return f"{device_name(machine.device)}, precision {machine.precision}"
-    line = f"cpu, precision {machine.precision}, {torch.get_num_threads()} threads"
-    if input_size >= _LARGE_INPUT:
-        ratio = bf16_speedup()
-        if machine.dtype is None and ratio > _CLEARLY:
-            line += f"; convolutions are {ratio:.1f} times as fast with --amp bf16"
-        if machine.dtype is torch.bfloat16 and ratio < 1 / _CLEARLY:
-            line += f"; convolutions are {1 / ratio:.1f} times as fast with --amp off"
-    return line
+def describe(machine: Runtime) -> str:
+    """Device, precision and, on a CPU, threads: the first line of a run."""
+    threads = f", {torch.get_num_threads()} threads" if machine.device.type == "cpu" else ""
+    return f"{device_name(machine.device)}, precision {machine.precision}{threads}"
 
 
 def device_name(device: torch.device) -> str:
     """The GPU's name, or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def bf16_speedup() -> float:
-    """How many times as fast as in fp32 this CPU convolves in bf16; takes less than a second.
-
-    By the fastest of five convolutions in the middle of a ResNet-18, as other work only slows.
-    """
-    pixels, weights = torch.ones(16, 128, 28, 28), torch.ones(128, 128, 3, 3)
-    seconds: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
-    for dtype, times in seconds.items():
-        inputs, filters = (
-            tensor.to(dtype, memory_format=torch.channels_last) for tensor in (pixels, weights)
-        )
-        for _ in range(5):
-            started = time.perf_counter()
-            F.conv2d(inputs, filters, padding=1)
-            times.append(time.perf_counter() - started)
-    return min(seconds[torch.float32]) / min(seconds[torch.bfloat16])
 
 
 def from_arguments(args: argparse.Namespace) -> Runtime:

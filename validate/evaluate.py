@@ -9,7 +9,6 @@ from pathlib import Path
 if not __package__:  # run as a plain script: imports start at the repository root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -38,10 +37,10 @@ def main() -> None:
     runtime.add_arguments(parser)
     evaluation.add_arguments(parser)
     args = parser.parse_args()
-    machine = runtime.from_arguments(args)
     model, saved = load_student(args.checkpoint, args.model)
-    if args.amp == "auto":
-        machine = _training_precision(machine, saved["precision"])
+    machine = runtime.from_arguments(args)
+    if args.amp == "auto" and (saved["precision"], machine.device.type) != ("fp16", "cpu"):
+        machine = runtime.start(device=args.device, amp=saved["precision"])  # as in training
     dataset = Dataset(**saved["dataset"])
     folder = images.scan(args.val_dir)
     images.check_same_classes(folder, saved["classes"], str(args.checkpoint))
@@ -121,14 +120,6 @@ def load_student(checkpoint: Path, name: str | None = None) -> tuple[nn.Module, 
     except RuntimeError:
         raise UserError(f"the weights in {checkpoint} do not fit {network}") from None
     return model, saved
-
-
-def _training_precision(machine: runtime.Runtime, precision: str) -> runtime.Runtime:
-    """The precision that training evaluated with, where this device has it."""
-    if precision == "fp16" and machine.device.type == "cpu":
-        return machine
-    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}
-    return dataclasses.replace(machine, dtype=dtypes[precision])
 
 
 if __name__ == "__main__":

@@ -194,22 +194,17 @@ class Hard(Kind):
         return self.hard_loss(logits, batch.mixture)
 
 
-class Joint(Kind):
+class Joint(Soft):
     """Stored views with hard_share * hard loss + (1 - hard_share) * soft loss."""
 
     name = "joint"
     colour = "tab:green"
-    draws_from_pool = True
     flags = ("temperature_end", "slc_from", "hard_share")
 
-    def batches(self, epoch: int) -> Iterator[Batch]:
-        return self.data.render_stored(self.data.stored_batches(epoch))
-
     def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        hard = self.hard_loss(logits, batch.mixture)
-        soft = self.soft_loss(logits, batch.teacher)
         share = self.settings.hard_share
-        return share * hard + (1 - share) * soft
+        hard = self.hard_loss(logits, batch.mixture)
+        return share * hard + (1 - share) * super().loss(logits, batch)
 
 
 class Static(Kind):

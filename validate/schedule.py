@@ -48,7 +48,7 @@ def phases(schedule: str, soft: int, hard: int, passes: int, kinds: Sequence[str
         case kind if kind in kinds:
             parts = [(kind, soft + hard)]
         case text if ":" in text:
-            parts = _parse(text, kinds)
+            parts = parse(text, kinds)
         case unknown:
             known = [*NAMES, *kinds]
             raise UserError(
@@ -82,7 +82,8 @@ def _alternate(remaining: dict[str, int], every: int) -> list[Phase]:
     return turns
 
 
-def _parse(text: str, kinds: Sequence[str]) -> list[Phase]:
+def parse(text: str, kinds: Sequence[str]) -> list[Phase]:
+    """The phases of the free form "soft:75,hard:150"; raises UserError for another form."""
     parts = []
     for part in text.split(","):
         match = re.fullmatch(rf"\s*({'|'.join(kinds)}):(\d+)\s*", part)
@@ -93,11 +94,6 @@ def _parse(text: str, kinds: Sequence[str]) -> list[Phase]:
             )
         parts.append((match[1], int(match[2])))
     return parts
-
-
-def epoch_kinds(phases: Sequence[Phase]) -> list[str]:
-    """The kind of every epoch."""
-    return [kind for kind, epochs in phases for _ in range(epochs)]
 
 
 def learning_rate(epoch: int, epochs: int, base: float, eta: float) -> float:

@@ -22,199 +22,160 @@ _DEFAULT_HYPER = (0.001, 2.0)
 _DEFAULT_BATCH_SIZE = 16
 _DEFAULT_HARD_SHARE = 0.5
 _DEFAULT_MIN_SCALE = 0.08
+# Fields that say where things lie and how fast they go; all others decide the result.
+_FREE = {"data_dir", "label_dir", "val_dir", "device", "workers", "compile", "val_cache"}
 
 
-def _flag(group: str, text: str, kind: type = str, **options) -> dataclasses.Field:
-    """A field that a flag of the same name gives; `options` are those of add_argument."""
-    if "choices" not in options and "action" not in options:
-        options = {"type": kind, "metavar": options.pop("metavar", "X"), **options}
-    return dataclasses.field(metadata={"group": group, "help": text, **options})
+def _flag(text: str, **options) -> dataclasses.Field:
+    """A field that a flag of its name sets; `options` are those of add_argument."""
+    if "type" in options:
+        options = {"metavar": "X", **options}
+    return dataclasses.field(metadata={"help": text, **options})
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """All that a run is made of, checked; args.yaml holds it as it is.
 
-    The fields up to `eval_every` decide the result: a run is continued only with the same ones.
-    Those after it say where things lie and how fast they go.
-
     Attributes:
         dataset, num_classes, input_size, mean, std: see utils.data.datasets.Dataset.
         images_sha256, validation_images, labels_sha256: fingerprints of the distilled images, of
             the listing of the validation images, and of the label set's manifest.
-        phases: (kind of epoch, epochs), see validate.schedule.
+        schedule: its phases in the form "soft:75,hard:150,soft:75".
         passes: soft labels per image; 0 without a label set.
         processes: of torchrun; each takes grad_accum batches per optimiser step.
-        temperature_end: None where the temperature does not change.
-        hard_share: None without joint epochs.
         precision: "fp16", "bf16" or "off".
-        The others: see their flags.
+        The others: see their flags. Where a flag has no default, resolve() finds the value.
     """
 
     dataset: str
     num_classes: int
     input_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: list[float]
+    std: list[float]
     images_sha256: str
     labels_sha256: str | None
     validation_images: str
-    model: str = _flag(
-        "student",
-        "a network of models/, a torchvision name, timm:NAME or package.module:factory",
-        required=True,
-        metavar="NAME",
-    )
-    phases: tuple[schedule.Phase, ...]
+    schedule: str
     passes: int
+    processes: int
+    precision: str
+    data_dir: str
+    label_dir: str | None
+    val_dir: str
+    device: str
+    workers: int
+    val_cache: str
+    model: str = _flag(
+        "the student: a network of models/, a torchvision name, timm:NAME or "
+        "package.module:factory",
+        required=True,
+    )
+    seed: int = _flag(
+        "of the student's weights, the fresh views and the order of stored batches",
+        type=bounded(int, 0, 2**62),
+        default=0,
+    )
+    batch_size: int = _flag(
+        f"must be the label set's (default: that, or {_DEFAULT_BATCH_SIZE} without labels)",
+        type=bounded(int, 1),
+    )
+    grad_accum: int = _flag("batches per optimiser step", type=bounded(int, 1), default=1)
+    eval_every: int = _flag(
+        "epochs between evaluations; the last is always evaluated", type=bounded(int, 1), default=10
+    )
     slc_from: str = _flag(
-        "labels and views",
-        "which soft labels --slc uses: the first passes, or batches chosen at random from all",
+        "which labels --slc takes: the first passes, or batches chosen at random from all passes",
         choices=("first", "random"),
         default="first",
     )
-    batch_size: int = _flag(
-        "student",
-        f"must be the label set's (default: that, or {_DEFAULT_BATCH_SIZE} without labels)",
-        bounded(int, 1),
-    )
     min_scale: float = _flag(
-        "labels and views",
         "smallest crop in hard and static epochs (default: the label set's; "
         f"{_DEFAULT_MIN_SCALE} without labels and with those of whole images)",
-        bounded(float, 0.0001, 1),
+        type=bounded(float, 0.0001, 1),
     )
     hard_mix: str = _flag(
-        "labels and views",
-        "mixing in hard epochs; none suits training a teacher",
-        choices=MIXES,
-        default="cutmix",
+        "mixing in hard epochs; none suits training a teacher", choices=MIXES, default="cutmix"
     )
-    lr: float = _flag(
-        "optimiser", "of the first epoch (default: validate/hyper.yaml)", bounded(float, 0)
-    )
-    eta: float = _flag(
-        "optimiser",
-        "length of the rate's cosine in runs: 1 ends at zero, 2 at half the rate (default: "
-        "validate/hyper.yaml)",
-        bounded(float, 0.01),
-    )
-    weight_decay: float = _flag(
-        "optimiser",
-        "AdamW's, of tensors with more than one dimension",
-        bounded(float, 0),
-        default=0.01,
-    )
-    reset_optimizer: bool = _flag(
-        "optimiser",
-        "forget Adam's moments at each switch to another kind of epoch",
-        action="store_true",
-    )
-    grad_accum: int = _flag("student", "batches per optimiser step", bounded(int, 1), default=1)
-    processes: int
     temperature: float = _flag(
-        "loss", "of teacher and student in the soft loss", bounded(float, 0.01), default=20.0
+        "of teacher and student in the soft loss", type=bounded(float, 0.01), default=20.0
     )
     temperature_end: float | None = _flag(
-        "loss",
         "anneal the temperature to this one over the run, by equal factors per epoch",
-        bounded(float, 0.01),
+        type=bounded(float, 0.01),
     )
     soft_loss_scale: str = _flag(
-        "loss",
         "none: as published; T2: times T^2 (arXiv 1503.02531), the balanced recipe, which keeps "
         "gradients as large as those of hard labels",
         choices=("none", "T2"),
         default="none",
     )
     hard_share: float | None = _flag(
-        "loss",
         f"weight of the hard loss in joint epochs (default: {_DEFAULT_HARD_SHARE})",
-        bounded(float, 0, 1),
+        type=bounded(float, 0, 1),
     )
     label_smoothing: float = _flag(
-        "loss",
         "of the hard labels; 0.8 suits 1000 classes, ten want less",
-        bounded(float, 0, 1),
+        type=bounded(float, 0, 1),
         default=0.8,
     )
-    precision: str
-    seed: int = _flag(
-        "student",
-        "of the student's weights, the fresh views and the order of stored batches",
-        bounded(int, 0, 2**62),
-        default=0,
+    lr: float = _flag("of the first epoch (default: validate/hyper.yaml)", type=bounded(float, 0))
+    eta: float = _flag(
+        "length of the rate's cosine in runs: 1 ends at zero, 2 at half the rate (default: "
+        "validate/hyper.yaml)",
+        type=bounded(float, 0.01),
     )
-    eval_every: int = _flag(
-        "student",
-        "epochs between evaluations; the last epoch is always evaluated",
-        bounded(int, 1),
-        default=10,
+    weight_decay: float = _flag(
+        "AdamW's, of tensors with more than one dimension", type=bounded(float, 0), default=0.01
     )
-
-    data_dir: str
-    label_dir: str | None
-    val_dir: str
-    device: str
-    workers: int
+    reset_optimizer: bool = _flag(
+        "forget Adam's moments at each switch to another kind of epoch", action="store_true"
+    )
     compile: bool = _flag(
-        "student",
-        "compile it (torch.compile), on a GPU into CUDA graphs; needs a C++ compiler",
+        "compile the student (torch.compile), on a GPU into CUDA graphs; needs a C++ compiler",
         action="store_true",
     )
-    val_cache: str
 
     @property
     def facts(self) -> datasets.Dataset:
         """The facts of the data set."""
-        return datasets.Dataset(
-            name=self.dataset,
-            num_classes=self.num_classes,
-            input_size=self.input_size,
-            mean=self.mean,
-            std=self.std,
-        )
+        mean, std = tuple(self.mean), tuple(self.std)
+        return datasets.Dataset(self.dataset, self.num_classes, self.input_size, mean, std)
+
+    @property
+    def phases(self) -> list[schedule.Phase]:
+        """The phases of the schedule."""
+        return schedule.parse(self.schedule, [*KINDS])
 
     @property
     def kinds(self) -> list[str]:
         """The kind of every epoch."""
-        return schedule.epoch_kinds(self.phases)
+        return [kind for kind, epochs in self.phases for _ in range(epochs)]
 
     @property
     def view_spec(self) -> ViewSpec:
         """What freshly drawn views are drawn from."""
-        return ViewSpec(
-            input_size=self.input_size,
-            batch_size=self.batch_size,
-            min_scale=self.min_scale,
-            mix=self.hard_mix,
-        )
+        scale = self.min_scale
+        return ViewSpec(self.input_size, self.batch_size, min_scale=scale, mix=self.hard_mix)
 
     def label_batches(self, labels: LabelSet) -> list[int]:
         """The stored label batches that epochs of this run draw from."""
         keep = self.passes * labels.batches_per_pass
         return schedule.label_batches(len(labels), keep, self.slc_from, self.seed)
 
-    def record(self) -> dict:
-        """The fields as YAML takes them."""
-        record = {**vars(self), "phases": [list(phase) for phase in self.phases]}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in record.items()}
-
     @classmethod
     def from_record(cls, record: dict, path: Path) -> "Settings":
-        """What `record` gave; raises UserError for the record, at `path`, of another version."""
+        """The settings that `vars` gave; raises UserError for another version's, at `path`."""
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(record, dict) or {*record} != names:
             raise UserError(
                 f"{path} is damaged or of another version of this code; choose another --output-dir"
             )
-        phases = tuple(tuple(phase) for phase in record["phases"])
-        mean, std = tuple(record["mean"]), tuple(record["std"])
-        return cls(**{**record, "phases": phases, "mean": mean, "std": std})
+        return cls(**record)
 
     def difference(self, earlier: "Settings") -> str:
         """ "field: expected X, found Y" of the first field that decides the result, or ""."""
-        return first_difference(self.record(), earlier.record(), set(_FREE))
+        return first_difference(vars(self), vars(earlier), _FREE)
 
     def check_continues(self, earlier: "Settings", path: Path) -> None:
         """Raises UserError unless the run at `path` was begun with settings of the same result."""
@@ -230,9 +191,6 @@ class Settings:
                 f"{path} holds a run with other settings ({difference}); choose another "
                 "--output-dir or the same settings"
             )
-
-
-_FREE = ("data_dir", "label_dir", "val_dir", "device", "workers", "compile", "val_cache")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,70 +226,9 @@ class Materials:
             labels.check(counted, folder.classes, fingerprint)
         return cls(folder, sizes, fingerprint, validation, labels)
 
-
-def resolve(args: argparse.Namespace, materials: Materials, machine: runtime.Runtime) -> Settings:
-    """The settings that flags, hyper.yaml and label set give.
-
-    Raises:
-        UserError: flags that clash with each other, with the schedule or with the label set.
-    """
-    dataset, labels = datasets.from_arguments(args), materials.labels
-    classes = len(materials.folder.classes)
-    if args.temperature_end == args.temperature:
-        raise UserError(f"--temperature-end {args.temperature_end:g} is what --temperature is")
-    passes = _labels_per_image(args, labels)
-    soft, hard = count_epochs(args, passes, classes)
-    phases = schedule.phases(args.schedule, soft, hard, max(passes, 1), [*KINDS])
-    kinds = sorted({kind for kind, _ in phases})
-    for kind in kinds:
-        if KINDS[kind].needs_labels and labels is None:
-            raise UserError(f"schedule {args.schedule} has {kind} epochs: give --label-dir")
-    lr, eta = _learning_rate(args, dataset, materials.folder)
-    hard_share = _DEFAULT_HARD_SHARE if args.hard_share is None else args.hard_share
-    crops_stored = labels is not None and labels.spec.min_scale < 1
-    stored_scale = labels.spec.min_scale if crops_stored else _DEFAULT_MIN_SCALE
-    settings = Settings(
-        dataset=dataset.name,
-        num_classes=classes,
-        input_size=dataset.input_size,
-        mean=dataset.mean,
-        std=dataset.std,
-        images_sha256=materials.images_sha256,
-        labels_sha256=sha256_file(labels.path / "manifest.json") if labels else None,
-        validation_images=materials.validation.listing_sha256(),
-        model=args.model,
-        phases=tuple(phases),
-        passes=passes,
-        slc_from=args.slc_from,
-        batch_size=_batch_size(args, labels),
-        min_scale=args.min_scale or stored_scale,
-        hard_mix=args.hard_mix,
-        lr=lr,
-        eta=eta,
-        weight_decay=args.weight_decay,
-        reset_optimizer=args.reset_optimizer,
-        grad_accum=args.grad_accum,
-        processes=machine.world,
-        temperature=args.temperature,
-        temperature_end=args.temperature_end,
-        soft_loss_scale=args.soft_loss_scale,
-        hard_share=hard_share if "joint" in kinds else None,
-        label_smoothing=args.label_smoothing,
-        precision=machine.precision,
-        seed=args.seed,
-        eval_every=args.eval_every,
-        data_dir=str(args.data_dir),
-        label_dir=str(args.label_dir) if args.label_dir else None,
-        val_dir=str(args.val_dir),
-        device=args.device,
-        workers=args.workers,
-        compile=args.compile,
-        val_cache=args.val_cache,
-    )
-    for kind in kinds:
-        KINDS[kind].check(settings, labels)
-    _check_flags_are_used(args, kinds)
-    return settings
+    def labels_sha256(self) -> str | None:
+        """Fingerprint of the label set's manifest, which holds those of its other files."""
+        return sha256_file(self.labels.path / "manifest.json") if self.labels else None
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -350,45 +247,85 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="auto: continue the run in the output folder; off: refuse if there is one",
     )
     datasets.add_arguments(parser)
-    epochs = parser.add_argument_group("schedule")
-    epochs.add_argument(
+    group = parser.add_argument_group("training")
+    group.add_argument(
         "--schedule",
         default="hald",
         help=f'{", ".join([*schedule.NAMES, *KINDS])}, or a form like "soft:75,hard:150,soft:75"; '
         f"{', '.join(KINDS)} train soft + hard epochs on that kind alone",
     )
-    epochs.add_argument(
+    of_a_name = f"of a schedule given by name (default: {_DEFAULT_EPOCHS})"
+    group.add_argument(
         "--soft-epochs",
-        type=_auto_or_count,
+        type=lambda text: text if text == "auto" else bounded(int, 0)(text),
         metavar="N",
-        help=f"of a schedule given by name (default: {_DEFAULT_EPOCHS}); auto: shares 2 x "
-        "--hard-epochs between both kinds by labels per image and classes",
+        help=f"{of_a_name}; auto: shares 2 x --hard-epochs between both kinds by labels per image "
+        "and classes",
     )
-    epochs.add_argument(
-        "--hard-epochs",
-        type=bounded(int, 0),
-        metavar="N",
-        help=f"of a schedule given by name (default: {_DEFAULT_EPOCHS})",
-    )
-    names = ("student", "loss", "optimiser", "labels and views")
-    groups = {name: parser.add_argument_group(name) for name in names}
-    groups["labels and views"].add_argument(
+    group.add_argument("--hard-epochs", type=bounded(int, 0), metavar="N", help=of_a_name)
+    group.add_argument(
         "--slc", type=bounded(int, 1), metavar="N", help="use only so many soft labels per class"
     )
     for field in dataclasses.fields(Settings):
-        options = dict(field.metadata)
-        if options:
-            group = groups[options.pop("group")]
-            group.add_argument("--" + field.name.replace("_", "-"), **options)
+        if field.metadata:
+            group.add_argument("--" + field.name.replace("_", "-"), **field.metadata)
     runtime.add_arguments(parser)
     evaluation.add_arguments(parser)
     loggers.add_arguments(parser)
     return parser.parse_args(arguments)
 
 
-def _auto_or_count(text: str) -> int | str:
-    """An argparse type: "auto", or a number of epochs."""
-    return text if text == "auto" else bounded(int, 0)(text)
+def resolve(args: argparse.Namespace, materials: Materials, machine: runtime.Runtime) -> Settings:
+    """The settings that flags, hyper.yaml and label set give.
+
+    Raises:
+        UserError: flags that clash with each other, with the schedule or with the label set.
+    """
+    dataset, labels = datasets.from_arguments(args), materials.labels
+    classes = len(materials.folder.classes)
+    if args.temperature_end == args.temperature:
+        raise UserError(f"--temperature-end {args.temperature_end:g} is what --temperature is")
+    passes = _labels_per_image(args, labels)
+    soft, hard = count_epochs(args, passes, classes)
+    phases = schedule.phases(args.schedule, soft, hard, max(passes, 1), [*KINDS])
+    kinds = sorted({kind for kind, _ in phases})
+    for kind in kinds:
+        if KINDS[kind].needs_labels and labels is None:
+            raise UserError(f"schedule {args.schedule} has {kind} epochs: give --label-dir")
+    lr, eta, entry = published_hyper(dataset.name, args.model, materials.folder.counts())
+    if args.lr is None or args.eta is None:
+        print(f"learning rate: {entry}")
+    hard_share = _DEFAULT_HARD_SHARE if args.hard_share is None else args.hard_share
+    crops_stored = labels is not None and labels.spec.min_scale < 1
+    stored_scale = labels.spec.min_scale if crops_stored else _DEFAULT_MIN_SCALE
+    given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(Settings)}
+    resolved = {
+        "dataset": dataset.name,
+        "num_classes": classes,
+        "input_size": dataset.input_size,
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
+        "images_sha256": materials.images_sha256,
+        "labels_sha256": materials.labels_sha256(),
+        "validation_images": materials.validation.listing_sha256(),
+        "schedule": ",".join(f"{kind}:{epochs}" for kind, epochs in phases),
+        "passes": passes,
+        "processes": machine.world,
+        "precision": machine.precision,
+        "data_dir": str(args.data_dir),
+        "label_dir": str(args.label_dir) if labels else None,
+        "val_dir": str(args.val_dir),
+        "batch_size": _batch_size(args, labels),
+        "min_scale": args.min_scale or stored_scale,
+        "hard_share": hard_share if "joint" in kinds else None,
+        "lr": lr if args.lr is None else args.lr,
+        "eta": eta if args.eta is None else args.eta,
+    }
+    settings = Settings(**{**given, **resolved})
+    for kind in kinds:
+        KINDS[kind].check(settings, labels)
+    _check_flags_are_used(args, kinds)
+    return settings
 
 
 def count_epochs(args: argparse.Namespace, passes: int, classes: int) -> tuple[int, int]:
@@ -447,37 +384,29 @@ def _batch_size(args: argparse.Namespace, labels: LabelSet | None) -> int:
 def _check_flags_are_used(args: argparse.Namespace, kinds: Sequence[str]) -> None:
     """Raises UserError for a flag that means nothing in a schedule of these kinds of epoch."""
     for name in sorted({name for kind in KINDS.values() for name in kind.flags}):
-        users = {kind.name for kind in KINDS.values() if name in kind.flags}
-        if getattr(args, name) not in (None, "first") and not users & {*kinds}:
+        users = sorted(kind.name for kind in KINDS.values() if name in kind.flags)
+        if getattr(args, name) not in (None, "first") and not {*users} & {*kinds}:
             flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} is for {' or '.join(sorted(users))} epochs; this run has none")
+            raise UserError(f"{flag} is for {' or '.join(users)} epochs; this run has none")
 
 
-def published_hyper(dataset: str, model: str, ipc: int | None) -> tuple[float, float, str]:
+def published_hyper(dataset: str, model: str, counts: Sequence[int]) -> tuple[float, float, str]:
     """Learning rate and eta of hyper.yaml, and a line that says which entry was taken.
 
-    No entry for this IPC: the nearest of that student (the smaller of two equally near ones);
-    none for the student: 0.001 and 2.
+    No entry for the IPC: the nearest of that student (the smaller of two equally near ones);
+    none for the student, or classes that differ in size: 0.001 and 2.
+
+    Args:
+        dataset, model: names.
+        counts: images per class.
     """
     table = yaml.safe_load(Path(__file__).with_name("hyper.yaml").read_text())
     students = {name.lower(): entries for name, entries in table.get(dataset, {}).items()}
-    entries = students.get(model.lower())
-    if entries is None or ipc is None:
+    entries, ipc = students.get(model.lower()), counts[0]
+    if entries is None or {*counts} != {ipc}:
         lr, eta = _DEFAULT_HYPER
         return lr, eta, f"lr {lr}, eta {eta}: default, no entry for {model} on {dataset}"
     nearest = min(entries, key=lambda entry: (abs(entry - ipc), entry))
     lr, eta = entries[nearest]
     note = "" if nearest == ipc else f" (nearest to IPC {ipc})"
     return lr, eta, f"lr {lr}, eta {eta}: {model} on {dataset} at IPC {nearest}{note}"
-
-
-def _learning_rate(
-    args: argparse.Namespace, dataset: datasets.Dataset, folder: images.ImageFolder
-) -> tuple[float, float]:
-    """Learning rate and eta: those of the flags, else of hyper.yaml, and then says which entry."""
-    counts = set(folder.counts())
-    ipc = counts.pop() if len(counts) == 1 else None
-    lr, eta, source = published_hyper(dataset.name, args.model, ipc)
-    if args.lr is None or args.eta is None:
-        print(f"learning rate: {source}")
-    return lr if args.lr is None else args.lr, eta if args.eta is None else args.eta

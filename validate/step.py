@@ -1,9 +1,7 @@
 """One optimiser step on batches of tensors: forward, loss, backward, update, sums of the epoch."""
 
 import contextlib
-import inspect
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -11,19 +9,6 @@ from torch import nn
 from utils.metrics import correct_top1_top5
 from utils.runtime import Runtime
 from validate.kinds import Batch
-
-
-class Means(NamedTuple):
-    """Over the views of an epoch: loss, and top-1 and top-5 in percent.
-
-    A view counts as correct when the prediction is the class that covers most of it. A soft epoch
-    may have a few views more or less than there are images, as its batches come from the pool.
-    """
-
-    views: int
-    loss: float
-    top1: float
-    top5: float
 
 
 class Step:
@@ -82,12 +67,16 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
 
-    def means(self) -> Means:
-        """Means over the epoch and all ranks: its only read-back."""
+    def means(self) -> dict[str, float]:
+        """Loss, and top-1 and top-5 (%), over the epoch's views on all ranks: its only read-back.
+
+        A view counts as correct when the prediction is the class that covers most of it.
+        """
         views = torch.tensor([self.views], device=self.machine.device)
         sums = torch.cat([self.loss_sum.double()[None], self.correct.double(), views])
         loss, top1, top5, seen = self.machine.total(sums).tolist()
-        return Means(int(seen), loss / seen, 100 * top1 / seen, 100 * top5 / seen)
+        means = {"loss": loss, "train_top1": 100 * top1, "train_top5": 100 * top5}
+        return {name: value / seen for name, value in means.items()}
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -114,12 +103,3 @@ def compiled(model: nn.Module, machine: Runtime, grad_accum: int) -> nn.Module:
     """
     graphs = machine.device.type == "cuda" and grad_accum == 1 and machine.world == 1
     return torch.compile(model, mode="reduce-overhead" if graphs else None, dynamic=False)
-
-
-def distributed(model: nn.Module) -> nn.Module:
-    """DistributedDataParallel that leaves running statistics to each rank until the epoch ends."""
-    kind = nn.parallel.DistributedDataParallel
-    # Newer versions of torch call the argument by its second name, and warn about the first.
-    names = [*inspect.signature(kind).parameters]
-    name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-    return kind(model, **{name: False})

@@ -33,7 +33,7 @@ _STEPS_TO_AGREE = 8  # between the moments at which ranks ask each other for a s
 def main() -> None:
     args = parse_arguments()
     dataset, machine = datasets.from_arguments(args), runtime.from_arguments(args)
-    print(runtime.describe(machine, dataset.input_size))
+    print(runtime.describe(machine))
     materials = Materials.open(dataset, args.data_dir, args.val_dir, args.label_dir)
     if args.val_dir.resolve() == args.data_dir.resolve():
         print("--val-dir is --data-dir: top-1 is that on the training images")
@@ -88,26 +88,19 @@ class Training:
         model = self.student
         if settings.compile:
             model = step.compiled(model, machine, settings.grad_accum)
-        if machine.world > 1:
-            model = step.distributed(model)
-        self.step = step.Step(model, self.optimizer, machine.scaler(), machine)
+        self.step = step.Step(machine.shared(model), self.optimizer, machine.scaler(), machine)
 
     def begin_epoch(self, epoch: int) -> Kind:
         """Sets what changes with the epoch, counted from 0; returns its kind."""
-        kinds = self.settings.kinds
+        settings, kinds = self.settings, self.settings.kinds
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(epoch)
-        if self.settings.reset_optimizer and epoch > 0 and kinds[epoch] != kinds[epoch - 1]:
+            group["lr"] = schedule.learning_rate(epoch, len(kinds), settings.lr, settings.eta)
+        if settings.reset_optimizer and epoch > 0 and kinds[epoch] != kinds[epoch - 1]:
             step.forget(self.optimizer)
         self.data.begin_epoch(epoch)
         self.step.begin_epoch()
         self.step.model.train()
         return self.kinds[kinds[epoch]]
-
-    def learning_rate(self, epoch: int) -> float:
-        """The rate of an epoch, counted from 0."""
-        settings = self.settings
-        return schedule.learning_rate(epoch, len(settings.kinds), settings.lr, settings.eta)
 
     def batches(self, kind: Kind, epoch: int) -> Iterator[list[Batch]]:
         """The batches of an epoch, as many at a time as an optimiser step takes."""
@@ -117,16 +110,11 @@ class Training:
 
     def state(self) -> dict:
         """What a checkpoint holds of it; all ranks must ask for it together."""
-        device = self.machine.device
-        random_state = {
-            "cpu": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        }
         return {
             "model": self.student.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.step.scaler.state_dict(),
-            "random_states": self.machine.gather(random_state),
+            "random_states": self.machine.gather(self.machine.random_state()),
         }
 
     def restore(self, saved: dict) -> None:
@@ -134,10 +122,7 @@ class Training:
         self.student.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step.scaler.load_state_dict(saved["scaler"])
-        own = saved["random_states"][self.machine.rank]
-        torch.set_rng_state(own["cpu"])
-        if self.machine.device.type == "cuda" and own["cuda"] is not None:
-            torch.cuda.set_rng_state(own["cuda"], self.machine.device)
+        self.machine.set_random_state(saved["random_states"][self.machine.rank])
 
 
 def train(
@@ -180,7 +165,7 @@ def train(
         "precision": machine.precision,
     }
     if machine.rank == 0:
-        run.begin(settings.record(), first, openers)
+        run.begin(vars(settings), first, openers)
     bar = cli.progress(
         desc="train", unit="view", total=epochs * views_per_epoch, initial=first * views_per_epoch
     )
@@ -205,20 +190,18 @@ def train(
             machine.average_buffers(training.student)
             means = training.step.means()
             trained = time.monotonic() - started
-            if not math.isfinite(means.loss):
+            if not math.isfinite(means["loss"]):
                 raise UserError(
-                    f"the loss became {means.loss} in epoch {epoch + 1} ({kind.name} labels); "
+                    f"the loss became {means['loss']} in epoch {epoch + 1} ({kind.name} labels); "
                     f"the last good checkpoint is kept in {run.path}; try a lower --lr or --amp off"
                 )
             line = {
                 "epoch": epoch + 1,
                 "kind": kind.name,
-                "lr": training.learning_rate(epoch),
-                "loss": means.loss,
-                "train_top1": means.top1,
-                "train_top5": means.top5,
+                "lr": training.optimizer.param_groups[0]["lr"],
+                **means,
                 "seconds": round(trained, 3),
-                "images_per_second": round(means.views / trained, 1),
+                "images_per_second": round(training.step.views * machine.world / trained, 1),
             }
             evaluated = epoch + 1 == epochs or (epoch + 1) % settings.eval_every == 0
             if evaluated:
@@ -250,7 +233,7 @@ def train(
             bar.n = (epoch + 1) * views_per_epoch
             top1 = f"top-1 {reached['last']['top1']:.2f} %" if reached["last"] else "not evaluated"
             bar.set_postfix_str(
-                f"epoch {epoch + 1}/{epochs} {kind.name} loss {means.loss:.4g} {top1}",
+                f"epoch {epoch + 1}/{epochs} {kind.name} loss {means['loss']:.4g} {top1}",
                 refresh=False,
             )
     reads_labels = any(KINDS[name].needs_labels for name in training.kinds)
@@ -260,7 +243,7 @@ def train(
         "best": reached["best"],
         "last": reached["last"],
         "epochs": reached["epochs"],
-        "phases": settings.record()["phases"],
+        "phases": settings.phases,
         "seed": settings.seed,
         "label_bytes": materials.labels.bytes_on_disk(settings.passes) if reads_labels else 0,
         "seconds": round(reached["seconds"], 1),
