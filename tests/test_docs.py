@@ -1,0 +1,157 @@
+"""The pages of docs/ and the README: their examples run, and what they name exists."""
+
+import importlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, generate_arguments, script, train_arguments
+
+from utils.labels import LabelSet
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ROOMS = ("analysis", "benchmarks", "models", "relabel", "scripts", "utils", "validate")
+CODE = {
+    path: path.read_text()
+    for room in ROOMS
+    for path in sorted((ROOT / room).rglob("*.*"))
+    if path.suffix in (".py", ".sh")
+}
+FOREIGN_FLAGS = {
+    "--logit-range",  # of the codec that docs/extending.md adds
+    "--nproc_per_node",  # of torchrun
+}
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def block(page: str, marker: str) -> str:
+    """The code block of a page that follows the comment <!-- marker -->."""
+    pattern = rf"<!-- {re.escape(marker)} -->\n```\w*\n(.*?)```\n"
+    (code,) = re.findall(pattern, (ROOT / page).read_text(), re.DOTALL)
+    return code
+
+
+@pytest.fixture
+def clone(tmp_path) -> Path:
+    """A copy of the code, without the user's own extensions."""
+    root = tmp_path / "clone"
+    for folder in ("models", "relabel", "utils", "validate"):
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("*.pyc"))
+    (root / "extensions").mkdir()
+    return root
+
+
+def add(clone: Path, file: str) -> None:
+    """Writes the example of docs/extending.md for a file that is not there yet."""
+    assert not (clone / file).exists()
+    (clone / file).write_text(block("docs/extending.md", f"file: {file}"))
+
+
+def run(clone: Path, entry: str, arguments: list[object]) -> str:
+    """What an entry script of the copy prints; it must succeed."""
+    done = script(clone / entry, *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def kinds_logged(run_folder: Path) -> list[str]:
+    lines = (run_folder / "log.jsonl").read_text().splitlines()
+    return [json.loads(line)["kind"] for line in lines]
+
+
+def test_a_kind_and_a_loss_are_one_class_in_one_new_file(world, clone, tmp_path):
+    add(clone, "extensions/mixed.py")
+    add(clone, "extensions/squared.py")
+    schedule = ("--schedule", "soft:1,mixed:2,squared:1")
+    run(clone, "validate/train.py", train_arguments(world, tmp_path / "run", *schedule))
+    assert kinds_logged(tmp_path / "run") == ["soft", "mixed", "mixed", "squared"]
+    assert (tmp_path / "run/curves.png").exists()
+
+
+def test_a_codec_with_its_flag_is_one_class_in_one_new_file(world, clone, tmp_path):
+    add(clone, "extensions/byte.py")
+    labels, decoded = tmp_path / "labels", tmp_path / "decoded"
+    byte = ("--slc", 6, "--codec", "byte", "--logit-range", 40)
+    run(clone, "relabel/generate.py", generate_arguments(world.data, labels, world.weights, *byte))
+    recode = ["--label-dir", labels, "--out-dir", decoded, "--codec", "fp16"]
+    run(clone, "relabel/compress.py", recode)
+    for expected, found in zip(LabelSet.open(world.labels), LabelSet.open(decoded), strict=True):
+        assert (expected.views.index == found.views.index).all()
+        half_precision = 2**-10 * float(expected.logits.abs().max())
+        error = float((expected.logits - found.logits).abs().max())
+        assert 0 < error < 40 / 127 + half_precision
+    arguments = train_arguments(world, tmp_path / "run", "--label-dir", labels)
+    run(clone, "validate/train.py", [*arguments, "--schedule", "soft"])
+    assert kinds_logged(tmp_path / "run") == ["soft"] * 4
+
+
+def test_a_data_set_is_a_line_and_a_network_a_function(world, clone, tmp_path):
+    add(clone, "extensions/plain.py")
+    with (clone / "utils/data/datasets.yaml").open("a") as file:
+        file.write(block("docs/extending.md", "file: utils/data/datasets.yaml, appended"))
+    arguments = [
+        *("--data-dir", world.data, "--val-dir", world.val, "--output-dir", tmp_path / "run"),
+        *("--dataset", "stripes", "--model", "extensions.plain:plain", "--schedule", "hard:1"),
+        *("--device", "cpu", "--workers", 0),
+    ]
+    run(clone, "validate/train.py", arguments)
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert (result["dataset"], result["model"]) == ("stripes", "extensions.plain:plain")
+
+
+def test_the_reader_of_the_page_reads_what_the_label_set_says(world):
+    page: dict = {}
+    exec(block("docs/label-format.md", "example: reader of an fp16 set"), page)
+    labels = LabelSet.open(world.labels)
+    for pass_index in range(labels.passes):
+        image, logits = page["read_pass"](world.labels, pass_index)
+        whole = labels.whole_pass(pass_index)
+        assert np.array_equal(image, whole.views.index.numpy())
+        assert np.array_equal(logits, whole.logits.numpy())
+
+
+def test_the_page_names_every_field_and_array_of_a_label_set(world):
+    text = (ROOT / "docs/label-format.md").read_text()
+    manifest = json.loads((world.labels / "manifest.json").read_text())
+    with np.load(world.labels / "pass_0000.npz") as archive:
+        names = [*manifest, *manifest["images"], *manifest["teachers"][0], *archive.files]
+    assert [field for field in names if f"`{field}`" not in text] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_and_files_of_a_page_exist(page):
+    text = page.read_text()
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text)
+    local = [page.parent / link for link in links if "://" not in link]
+    rooms = "|".join([*ROOMS, "docs", "tests"])
+    named = re.findall(rf"(?<![\w/.-])(?:{rooms})/[\w./-]*\.(?:py|sh|md|yaml|txt|csv|png)\b", text)
+    missing = [path for path in [*local, *(ROOT / file for file in named)] if not path.exists()]
+    assert missing == []
+
+
+def flags_in(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
+
+
+def test_every_flag_of_the_pages_is_one_of_a_parser(command):
+    known = set(FOREIGN_FLAGS)
+    for path in [path for path, code in CODE.items() if "cli.run(main)" in code]:
+        module = importlib.import_module(name(path).removesuffix(".py").replace("/", "."))
+        known |= flags_in(command(module.main, "--help").out)
+    known |= flags_in((ROOT / "scripts/sweep_slurm.sh").read_text())  # those of sbatch
+    for page in PAGES:
+        assert flags_in(page.read_text()) - known == set(), name(page)
+
+
+def test_the_refusals_of_the_page_are_those_of_the_code():
+    page = (ROOT / "docs/imagenet.md").read_text().partition("## When something is refused")[2]
+    code = re.sub(r'"(?: \\)?\n\s+f?"', "", "".join(CODE.values()))  # strings over several lines
+    for line in re.findall(r"^\| (?!the line says)([^|-][^|]*) \|", page, re.MULTILINE):
+        shown = re.split(r"\.\.\.|'[^']*'|--[\w-]+|\([^)]*\)|nan|\d[\d.]*", line)
+        assert max(shown, key=len).strip() in code, line
