@@ -1,8 +1,11 @@
 """Teachers: loading pretrained networks and labelling batches of views with them."""
 
 import dataclasses
+import itertools
 import os
+import re
 import urllib.error
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,6 +18,9 @@ from utils.cli import UserError
 from utils.data.datasets import Dataset
 from utils.files import load_tensors, sha256_state
 from utils.runtime import Runtime, check_outputs
+
+_USUAL_KEYS = ("state_dict", "model", "net", "network", "model_state_dict", "model_state")
+_PREFIXES = ("module.", "_orig_mod.")
 
 
 @dataclasses.dataclass
@@ -32,8 +38,10 @@ class Teacher:
     sha256: str
 
 
-def load_teacher(name: str, weights: Path | None, dataset: Dataset, runtime: Runtime) -> Teacher:
-    """Builds a network and loads its weights.
+def load_teacher(
+    name: str, weights: Path | None, dataset: Dataset, runtime: Runtime, ema: bool = False
+) -> Teacher:
+    """Builds a network and loads its weights, the averaged ones of a file where `ema` asks for it.
 
     Weights come from `weights`; else from $Main_Data_Path/<name>.pth; else, for a
     `package.module:factory`, from the factory itself; else, for ImageNet-1K, from torchvision.
@@ -45,7 +53,7 @@ def load_teacher(name: str, weights: Path | None, dataset: Dataset, runtime: Run
         model = models.build(name, dataset.num_classes, dataset.input_size)
     except ValueError as error:
         raise UserError(f"--teacher: {error}") from None
-    state = _find_weights(name, weights, dataset)
+    state = _find_weights(name, weights, dataset, ema)
     if state is not None:
         load_state(model, state[0], f"teacher weights {state[1]}", name)
     model.requires_grad_(False).eval()
@@ -55,14 +63,15 @@ def load_teacher(name: str, weights: Path | None, dataset: Dataset, runtime: Run
 
 
 def _find_weights(
-    name: str, weights: Path | None, dataset: Dataset
+    name: str, weights: Path | None, dataset: Dataset, ema: bool
 ) -> tuple[dict[str, torch.Tensor], str] | None:
     """The state dict and where it came from; None when the factory brings its own weights."""
     data_path = os.environ.get("Main_Data_Path")  # noqa: SIM112 - config.sh's published name
     if weights is None and data_path and (Path(data_path) / f"{name}.pth").is_file():
         weights = Path(data_path) / f"{name}.pth"
     if weights is not None:
-        return unwrap_state(load_tensors(weights, "teacher weights"), weights), str(weights)
+        content = load_tensors(weights, "teacher weights")
+        return unwrap_state(content, weights, ema), str(weights)
     if ":" in name and not name.startswith("timm:"):
         return None
     reason = f"there are no public weights for {dataset.name}"
@@ -79,15 +88,53 @@ def _find_weights(
     )
 
 
-def unwrap_state(content: object, path: Path) -> dict[str, torch.Tensor]:
-    """A state dict from a file's content: raw, or under `state_dict` or `model`; no `module.`."""
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    is_state = isinstance(content, dict) and content
-    if not is_state or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise UserError(f"{path} holds no state dict (raw, or under 'state_dict' or 'model')")
-    return {name.removeprefix("module."): value for name, value in content.items()}
+def unwrap_state(content: object, path: Path, ema: bool = False) -> dict[str, torch.Tensor]:
+    """The network in a checkpoint: the one dict of tensors in it, wherever training scripts put it.
+
+    Args:
+        content: of the file.
+        path: of the file, for messages.
+        ema: take the averaged weights, under a key with "ema" in it, instead of the others.
+
+    Returns:
+        The state dict, without the prefixes of DistributedDataParallel and torch.compile.
+
+    Raises:
+        UserError: no such dict, or several.
+    """
+    states = dict(_find_states(content, ""))
+    averaged = {key for key in states if "ema" in key.lower()}
+    chosen = [key for key in states if (key in averaged) == ema]
+    usual = [key for key in chosen if key.split(".")[-1] in _USUAL_KEYS]
+    if len(chosen) > 1 and len(usual) == 1:
+        chosen = usual
+    if len(chosen) != 1:
+        keys = ", ".join(map(repr, content)) if isinstance(content, dict) else "no dict at all"
+        which = f"several networks ({', '.join(chosen)})" if chosen else "no state dict"
+        hint = "; --teacher-ema takes the averaged weights" if averaged and not ema else ""
+        raise UserError(f"{path} holds {which}; its top-level keys: {_shortened(keys)}{hint}")
+    state = states[chosen[0]]
+    for prefix in itertools.cycle(_PREFIXES):
+        if not any(all(key.startswith(one) for key in state) for one in _PREFIXES):
+            return state
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+
+
+def _find_states(content: object, key: str) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Dicts of tensors by their keys, at most two dicts deep; not those of an optimiser."""
+    if not isinstance(content, dict) or not content:
+        return
+    if all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in content.items()):
+        yield key, content
+    elif key.count(".") < 2:
+        for name, value in content.items():
+            if not re.search("optim|sched|scaler", str(name)):
+                yield from _find_states(value, f"{key}.{name}" if key else str(name))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def load_state(model: nn.Module, state: dict[str, torch.Tensor], what: str, name: str) -> None:

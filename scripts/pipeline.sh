@@ -4,13 +4,27 @@
 # shellcheck source=scripts/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 explain "$@"
+
+# The environment overrides config.sh, which may set as little as the two paths.
+declare -A settings=(
+    [Main_Data_Path]="" [val_dir]="" [METHOD]=fadrm [IPC]=10 [SLC]=150 [BATCH_SIZE]=16 [CODEC]=klt
+    [TEACHER]=ResNet18 [TEACHER_WEIGHTS]="" [MODEL]=ResNet18 [SCHEDULE]=hald [SOFT_EPOCHS]=""
+    [HARD_EPOCHS]="" [SEED]=0 [WORKERS]=4 [GPUS]=all [TRAIN_GPUS]=1
+)
+declare -A given=()
+for name in "${!settings[@]}"; do given[$name]="${!name:-}"; done
 # shellcheck source=config.sh
-source "$ROOT/config.sh"
+source <(tr -d '\r' < "$ROOT/config.sh") # as an editor of Windows may have written it
+for name in "${!settings[@]}"; do
+    value="${given[$name]:-${!name:-${settings[$name]}}}"
+    printf -v "$name" %s "${value/#\~\//${HOME:-}/}" # ~/ within quotes
+done
+export Main_Data_Path val_dir
 
 DOWNLOADS="https://drive.google.com/drive/folders"
 
-check_paths() { # DATASET IMAGES VALIDATION: one line for each thing that is missing
-    local dataset="$1" images="$2" validation="$3" missing=0
+check_paths() { # DATASET IMAGES VALIDATION LABELS: one line for each thing that is missing
+    local dataset="$1" images="$2" validation="$3" published="$4" missing=0
     if [[ -z "$Main_Data_Path" || -z "$val_dir" ]]; then
         echo "config.sh: set Main_Data_Path (images, labels, runs) and val_dir (validation images)" \
             "in $ROOT/config.sh or in the environment; to see everything work without any data," \
@@ -33,7 +47,7 @@ check_paths() { # DATASET IMAGES VALIDATION: one line for each thing that is mis
         echo "no teacher weights at TEACHER_WEIGHTS=$TEACHER_WEIGHTS" >&2
         missing=1
     elif [[ -z "$TEACHER_WEIGHTS" && "$dataset" != imagenet1k && "$TEACHER" != *:* &&
-        ! -f "$Main_Data_Path/$TEACHER.pth" ]]; then
+        ! -f "$published" && ! -f "$Main_Data_Path/$TEACHER.pth" ]]; then
         echo "no teacher weights at $Main_Data_Path/$TEACHER.pth: put a $TEACHER trained on" \
             "$dataset there, or name a file with TEACHER_WEIGHTS" >&2
         missing=1
@@ -64,6 +78,7 @@ run_pipeline() { # DATASET [-- FLAG ...]: the flags go to validate/train.py
     local name="${METHOD}_bs${BATCH_SIZE}_slc${SLC}_ipc${IPC}"
     local images="$Main_Data_Path/generated_data/syn_data/$dataset/${METHOD}_ipc$IPC"
     local published="$Main_Data_Path/generated_data/new_labels/$dataset/$name" kind=""
+    local order="$published/sampler_indices_dict.pt"
     if [[ ! "$GPUS" =~ ^(all|[1-9][0-9]*)$ || ! "$TRAIN_GPUS" =~ ^[1-9][0-9]*$ ]]; then
         echo "GPUS=$GPUS, TRAIN_GPUS=$TRAIN_GPUS: must be numbers from 1 on; GPUS may be all" >&2
         return 2
@@ -73,9 +88,9 @@ run_pipeline() { # DATASET [-- FLAG ...]: the flags go to validate/train.py
             "config.sh" >&2
         return 2
     fi
-    check_paths "$dataset" "$images" "$val_dir/$dataset"
+    check_paths "$dataset" "$images" "$val_dir/$dataset" "$order"
     use_environment requirements.txt
-    if [[ -f "$published/sampler_indices_dict.pt" ]]; then
+    if [[ -f "$order" ]]; then
         kind=_imported
     elif [[ "$CODEC" != fp16 ]]; then
         kind="_$CODEC"
@@ -87,16 +102,16 @@ run_pipeline() { # DATASET [-- FLAG ...]: the flags go to validate/train.py
         "$PYTHON" "$ROOT/relabel/convert.py" --fkd-dir "$published" --data-dir "$images" \
             --out-dir "$labels" --dataset "$dataset"
     else
-        local teacher=(--teacher "$TEACHER")
-        [[ -z "$TEACHER_WEIGHTS" ]] || teacher+=(--teacher-weights "$TEACHER_WEIGHTS")
-        [[ "$METHOD" != rded ]] || teacher+=(--no-bssl)
+        local labelling=(--teacher "$TEACHER")
+        [[ -z "$TEACHER_WEIGHTS" ]] || labelling+=(--teacher-weights "$TEACHER_WEIGHTS")
+        [[ "$METHOD" != rded ]] || labelling+=(--no-bssl)
         [[ "$GPUS" != all ]] ||
             GPUS="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
         echo "== 1/2 labels: $labels"
         mkdir -p "$(dirname "$labels")"
         in_processes "$GPUS" "$ROOT/relabel/generate.py" --data-dir "$images" --label-dir "$labels" \
             --dataset "$dataset" --slc "$SLC" --batch-size "$BATCH_SIZE" --codec "$CODEC" \
-            --workers "$WORKERS" "${teacher[@]}"
+            --workers "$WORKERS" "${labelling[@]}"
     fi
     local epochs=()
     [[ -z "$SOFT_EPOCHS" ]] || epochs+=(--soft-epochs "$SOFT_EPOCHS")

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Relabels distilled Tiny-ImageNet images and trains a student on them; settings: config.sh.
 # Flags after -- go to validate/train.py: bash scripts/run_tiny_imagenet.sh -- --soft-loss-scale T2
+if [ -z "${BASH_VERSION:-}" ] || [ -o posix ]; then exec bash "$0" "$@"; fi # started by sh
 set -euo pipefail
 
 # shellcheck source=scripts/pipeline.sh

@@ -5,6 +5,7 @@ import atexit
 import contextlib
 import difflib
 import errno
+import multiprocessing
 import os
 import re
 import signal
@@ -47,7 +48,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser without abbreviations, whose errors are one line each."""
+    """An argument parser without abbreviations, whose errors are one line each, and ~ a folder."""
 
     def __init__(self, **kwargs):
         kwargs.setdefault("formatter_class", _HelpFormatter)
@@ -58,7 +59,19 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
             self.error(f"unknown argument {unknown[0]}{did_you_mean(unknown[0], flags)}")
+        for name, value in vars(parsed).items():
+            if isinstance(value, Path):
+                setattr(parsed, name, self._at_home(value))
+            elif isinstance(value, list) and all(isinstance(each, Path) for each in value):
+                setattr(parsed, name, [self._at_home(each) for each in value])
         return parsed
+
+    def _at_home(self, path: Path) -> Path:
+        """The path with ~ expanded, which no shell does in --flag=~/folder or within quotes."""
+        try:
+            return path.expanduser()
+        except RuntimeError:
+            self.error(f"{path}: there is no such home folder")
 
     def error(self, message: str) -> NoReturn:
         _fail(self.prog, f"{message} (--help lists the flags)")
@@ -112,9 +125,16 @@ def progress(iterable=None, **options) -> tqdm:
     return tqdm(iterable, **options)
 
 
+def world_size() -> int:
+    """How many processes torchrun started; 1 without it, or where the variable is no number."""
+    text = os.environ.get("WORLD_SIZE", "")
+    return int(text) if text.isdecimal() and int(text) > 0 else 1
+
+
 def _rank() -> int:
     """The number of this process among torchrun's; 0 without it."""
-    return int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
+    text = os.environ.get("RANK", "")
+    return int(text) if world_size() > 1 and text.isdecimal() else 0
 
 
 def _fail(program: str, message: str) -> NoReturn:
@@ -124,6 +144,7 @@ def _fail(program: str, message: str) -> NoReturn:
         time.sleep(5)
         program = f"{program} (process {_rank()})"
     print(f"{program}: {message}", file=sys.stderr)
+    kill_children()
     sys.exit(2)
 
 
@@ -141,7 +162,15 @@ def end_by_signal(number: int, where: str = "") -> NoReturn:
         with contextlib.suppress(OSError):  # of a terminal that is closed
             message = f"{what}; the same command again continues {where}".rstrip()
             print(f"\n{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    kill_children()
     sys.exit(128 + number)
+
+
+def kill_children() -> None:
+    """Ends the processes that decode images: one that hangs would be waited for, for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler reports children that are gone
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def _heeded() -> list[signal.Signals]:

@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, and read without executing anything in them."""
 
+import argparse
 import contextlib
 import errno
 import fcntl
@@ -7,14 +8,17 @@ import hashlib
 import io
 import json
 import os
+import pathlib
 import pickle
 import shutil
 import socket
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 
 from utils.cli import UserError
@@ -33,6 +37,14 @@ _FIRST_BYTES = {
     b"\x89HDF": "an HDF5 file",
     b"#!": "a script",
 }
+# What training scripts save beside weights. Unpickling calls none of them with side effects.
+_HARMLESS = [
+    argparse.Namespace,
+    *(pathlib.PurePosixPath, pathlib.PosixPath),
+    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
+    *(np.float64(0).__reduce__()[0], np.dtype),
+    *(type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "u1", "?")),
+]
 LOCK, _TEMPORARY, _SEAL = ".lock", ".hald-temporary", "content_sha256"
 
 
@@ -173,9 +185,15 @@ def content_name(path: Path) -> str | None:
     if head[4:8] == b"ftyp":
         brand = head[8:12].decode("latin-1")
         return {"avif": "an AVIF image"}.get(brand, f"an HEIC image or a film ({brand})")
-    return next((name for start, name in _FIRST_BYTES.items() if head.startswith(start)), None) or (
-        "a tar archive" if head[257:262] == b"ustar" else None
-    )
+    if head[257:262] == b"ustar":
+        return "a tar archive (tar -xf unpacks it)"
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = [Path(name).name for name in archive.namelist()]
+        if "constants.pkl" in names:
+            return "a TorchScript program, not weights"
+        return None if "data.pkl" in names else "a zip archive (unzip unpacks it)"
+    return next((name for start, name in _FIRST_BYTES.items() if head.startswith(start)), None)
 
 
 def save_png(figure, path: Path) -> None:
@@ -253,9 +271,9 @@ def save_tensors(path: Path, state: dict) -> None:
 
 
 def load_tensors(path: Path, what: str) -> Any:
-    """Loads a file written by torch.save, with plain types and tensors only, onto the CPU.
+    """Loads a file of tensors, plain types and `_HARMLESS` objects, executing nothing, to the CPU.
 
-    What `save_tensors` wrote is verified.
+    What `save_tensors` wrote is verified; .safetensors files need the package of that name.
 
     Args:
         path: the file.
@@ -267,19 +285,45 @@ def load_tensors(path: Path, what: str) -> Any:
     if not path.is_file():
         state = "is a folder, not a file" if path.is_dir() else "not found"
         raise UserError(f"{what} {state}: {path}")
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path, what)
+    if name := content_name(path):
+        raise UserError(f"{what} {path} is {name}; get the file itself")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{what} {path} is damaged, or holds Python objects and not only tensors; nothing "
-            "in it was executed (save the model's state_dict() alone)"
-        ) from None
+        with torch.serialization.safe_globals(_HARMLESS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # whatever the reader stumbles over in somebody else's file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{what} {path} is damaged: {reason}") from None
+        raise UserError(f"{what} {path} {_why_unreadable(path, error)}") from None
     checksum = content.pop(_SEAL, None) if isinstance(content, dict) else None
     if checksum not in (None, sha256_state(content)):
         raise UserError(f"{what} {path} is damaged: its content does not agree with its checksum")
     return content
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    """Completes "FILE ..." for a file that torch.load refuses."""
+    try:
+        blocked = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # no archive of torch's
+        blocked = []
+    if blocked or isinstance(error, pickle.UnpicklingError):
+        objects = ", ".join(sorted(blocked)) or "in an old format"
+        return (
+            f"is damaged, or holds Python objects ({objects}) and not only tensors; nothing in it "
+            "was executed (save the model's state_dict() alone, where the file comes from)"
+        )
+    return f"is damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+
+
+def _load_safetensors(path: Path, what: str) -> dict[str, torch.Tensor]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UserError(f"{what} {path}: pip install safetensors reads such files") from None
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{what} {path} is damaged: {error}") from None

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import datetime
@@ -17,7 +18,7 @@ import torch.distributed as dist
 import torchvision
 from torch import nn
 
-from utils.cli import UserError, bounded
+from utils.cli import UserError, bounded, world_size
 from utils.data.datasets import Dataset
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -122,6 +123,31 @@ class Runtime:
             for buffer in model.buffers():
                 if buffer.is_floating_point():
                     self.total(buffer).div_(self.world)
+
+
+def check_trains(
+    model: nn.Module, dataset: Dataset, device: torch.device, views: int, what: str
+) -> None:
+    """Raises UserError unless a training pass takes a batch of so many views, as BatchNorm may not.
+
+    A copy of the network is tried, and the random numbers it draws are given back.
+
+    Args:
+        model: on `device`.
+        dataset: gives the input size.
+        views: in the smallest batch of an epoch, its last.
+        what: names the network in the message.
+    """
+    pixels = torch.zeros(views, 3, dataset.input_size, dataset.input_size, device=device)
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices), torch.no_grad():
+            copy.deepcopy(model).train()(pixels)
+    except ValueError as error:
+        raise UserError(
+            f"{what} cannot be trained on the last batch of an epoch, which has {views} views "
+            f"({error}); choose another --batch-size, or relabel with one"
+        ) from None
 
 
 def check_outputs(model: nn.Module, dataset: Dataset, device: torch.device, what: str) -> None:
@@ -245,11 +271,11 @@ def keep_freed_memory() -> None:
 
 def _join(machine: Runtime) -> Runtime:
     """The runtime as one of torchrun's processes, with a device of its own; without it, as is."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = world_size()
     if world == 1:
         return machine
     if missing := [
-        name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR") if name not in os.environ
+        name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR") if not os.environ.get(name)
     ]:
         raise UserError(
             f"WORLD_SIZE is {world} but {missing[0]} is not set: start several processes with "

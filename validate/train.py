@@ -74,7 +74,10 @@ class Training:
             raise UserError(f"--model: {error}") from None
         # Convolutions are faster with channels last, on GPUs in mixed precision and on CPUs.
         self.student = student.to(machine.device, memory_format=torch.channels_last)
-        runtime.check_outputs(student, settings.facts, machine.device, f"--model {settings.model}")
+        what = f"--model {settings.model}"
+        runtime.check_outputs(student, settings.facts, machine.device, what)
+        last = len(materials.sizes) % settings.batch_size or settings.batch_size
+        runtime.check_trains(student, settings.facts, machine.device, last, what)
         self.optimizer = torch.optim.AdamW(
             step.parameter_groups(student, settings.weight_decay), lr=settings.lr, fused=True
         )

@@ -12,6 +12,7 @@ import hashlib
 import math
 import os
 import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import BinaryIO
@@ -62,7 +63,7 @@ def load(
     shape = (len(folder.files), 3, dataset.input_size, dataset.input_size)
     if cache == "auto":
         cache = "off" if math.prod(shape) < _SMALLEST else _default_folder()
-    pixels = None if cache == "off" else _cached(Path(cache), shape, folder, dataset)
+    pixels = None if cache == "off" else _cached(Path(cache).expanduser(), shape, folder, dataset)
     if pixels is None:
         pixels = load_evaluation(folder, dataset)
     return pixels.to(device) if fits(pixels, device, _SHARE_OF_GPU) else pixels
@@ -71,7 +72,10 @@ def load(
 def _default_folder() -> str:
     if data_path := os.environ.get("Main_Data_Path"):  # noqa: SIM112 - config.sh's published name
         return f"{data_path}/cache"
-    return f"{os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'}/hald"
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111
+    if not caches.is_absolute():  # a user without a home folder, as in containers
+        caches = Path(tempfile.gettempdir())
+    return str(caches / "hald")
 
 
 def _cached(

@@ -168,8 +168,8 @@ def _check_order(root: Path, classes: list[str]) -> None:
 def check_same_classes(folder: ImageFolder, classes: list[str], owner: str) -> None:
     """Raises UserError unless the folder's classes can be those of `owner`.
 
-    Index folders (00000 ..., or 0 ...) and WordNet ids (n01440764 ...) name the same classes in
-    the same order; any other difference in names is a difference of class lists.
+    Index folders (00000 ..., 0 ... or new000 ...) and WordNet ids (n01440764 ...) name the same
+    classes in the same order; any other difference in names is a difference of class lists.
     """
     if len(folder.classes) != len(classes):
         raise UserError(
@@ -178,10 +178,10 @@ def check_same_classes(folder: ImageFolder, classes: list[str], owner: str) -> N
     sides = (folder.classes, classes)
     if folder.classes == classes or {_kind(side) for side in sides} == {"index", "WordNet"}:
         return
-    if {_kind(side) for side in sides} == {"index"} and [*map(int, sides[0])] == [
-        *map(int, classes)
-    ]:
-        return
+    if {_kind(side) for side in sides} == {"index"}:
+        first, second = ([int(name.removeprefix("new")) for name in side] for side in sides)
+        if first == second:
+            return
     for position, (found, expected) in enumerate(zip(folder.classes, classes, strict=True)):
         if found != expected:
             raise UserError(
@@ -191,8 +191,11 @@ def check_same_classes(folder: ImageFolder, classes: list[str], owner: str) -> N
 
 
 def _kind(classes: list[str]) -> str:
-    """ "index" for numbers, "WordNet" for ids like n01440764, else "names"."""
-    for kind, pattern in (("index", r"\d+"), ("WordNet", r"n\d{8}")):
+    """ "index" for numbers, "WordNet" for ids like n01440764, else "names".
+
+    SRe2L calls the folders of its distilled images new000, new001, ...
+    """
+    for kind, pattern in (("index", r"(new)?\d+"), ("WordNet", r"n\d{8}")):
         if all(re.fullmatch(pattern, name) for name in classes):
             return kind
     return "names"

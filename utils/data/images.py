@@ -22,7 +22,7 @@ import torch
 from PIL import Image, features
 from torchvision.transforms import functional as transforms
 
-from utils.cli import ENDING_SIGNALS, UserError, ending_at_once, progress
+from utils.cli import ENDING_SIGNALS, UserError, ending_at_once, kill_children, progress
 from utils.data.datasets import Dataset
 from utils.data.folders import ImageFolder
 from utils.data.views import Views, crop_resize, mix, normalise, render
@@ -225,6 +225,7 @@ class StreamingImages:
             with ending_at_once():
                 part = next(received)
         except RuntimeError as error:  # of the loader: a worker died, or nothing came in time
+            kill_children()
             raise UserError(
                 f"images of {self.files[0].parent.parent} could not be decoded by {workers} "
                 f"processes ({str(error).strip().splitlines()[-1]}): is there memory, room in "
