@@ -3,22 +3,7 @@
 The same functions draw and render the views that a teacher labels, that a student trains on, and
 that reports show, so what was labelled is what is replayed.
 
-How views are drawn (part of the label format, version 1). All randomness is the raw 64-bit output
-of the Philox4x64-10 counter generator (`numpy.random.Philox(key=[seed, 256 * epoch + purpose])`,
-counter 0), whose bit stream is fixed across numpy versions and platforms; everything after it is
-unsigned 64-bit integer arithmetic. hi(r) and lo(r) are the upper and lower 32 bits of an output r.
-  * order (purpose 0): one r per image; the images sorted by r, cut into batches.
-  * crops (purpose 1): twelve r per view, in shuffled order. Attempt k < 10 takes area = H*W *
-    (min + (max - min) * hi(r_k) / 2^32) and the log-uniform aspect ratio
-    q = q0 * (q1 / q0)^(u / 2^24), u = lo(r_k) / 2^8, in Q16 fixed point; width and height are
-    sqrt(area * q) and sqrt(area / q), rounded. The first attempt that fits counts; if none of ten
-    fits, the largest central crop whose aspect ratio is allowed. top = hi(r_10) * (H - h + 1) /
-    2^32, left = lo(r_10) * (W - w + 1) / 2^32, flip = the top bit of r_11.
-  * mixing (purpose 2): batch_size + 64 r per batch. The first ones, sorted, give the permutation.
-    CutMix (alpha 1): with r the next one, 1 - lambda = (2^32 - hi(r)) / 2^32, side = S * sqrt(1 -
-    lambda); the r after it gives the centre (hi: row, lo: column); the box is cut off at the
-    border. MixUp (alpha 0.8): Joehnk's method on the remaining pairs (hi, lo):
-    x = hi^(5/4), y = lo^(5/4), accepted when 0 < x + y <= 1, lambda = x / (x + y).
+docs/label-format.md says how they follow from the seed, to the bit; that is part of the label format.
 Source of the distributions: torchvision's RandomResizedCrop; CutMix (arXiv 1905.04899); MixUp
 (arXiv 1710.09412).
 """
