@@ -7,6 +7,7 @@ import ctypes
 import dataclasses
 import datetime
 import inspect
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +71,15 @@ class Runtime:
         torch.set_rng_state(state["cpu"])
         if self.device.type == "cuda" and "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"], self.device)
+
+    def divisible(self, batches: int) -> int:
+        """The number of batches, rounded up so that every rank gets equally many."""
+        return -(-batches // self.world) * self.world
+
+    def share(self, batches: list) -> list:
+        """This rank's batches of an epoch; the first ones again where they do not divide evenly."""
+        cycled = itertools.cycle(batches)
+        return list(itertools.islice(cycled, self.rank, self.divisible(len(batches)), self.world))
 
     def total(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of a tensor over all ranks, in place."""

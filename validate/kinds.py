@@ -6,7 +6,6 @@ A subclass of `Kind` registers itself: schedules, checks of flags, plots, logs a
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
@@ -64,8 +63,6 @@ class TrainingData:
         self.sizes = materials.sizes
         self.labels = materials.labels.to(machine.device) if materials.labels else None
         self.hard_labels = materials.folder.labels.to(machine.device)
-        batches = math.ceil(len(self.sizes) / settings.batch_size / machine.world)
-        self.batches_per_epoch = batches * machine.world  # over all ranks, as many on each
         self.temperature = torch.ones((), device=machine.device)
         self.soft_weight = torch.ones((), device=machine.device)
 
@@ -84,23 +81,17 @@ class TrainingData:
         drawn = schedule.drawn_from_pool(
             phases=settings.phases,
             epoch=epoch,
-            per_epoch=self.batches_per_epoch,
+            per_epoch=self.machine.divisible(math.ceil(len(self.sizes) / settings.batch_size)),
             pool=settings.label_batches(self.labels),
             drawing={name for name, kind in KINDS.items() if kind.draws_from_pool},
             seed=settings.seed,
         )
-        return self._share(drawn)
+        return self.machine.share(drawn)
 
     def fresh_views(self, epoch: int) -> list[Views]:
         """This rank's batches of freshly drawn views, one view of every image over all ranks."""
         views = draw(self.settings.view_spec, self.sizes, self.settings.seed, epoch + 1)
-        return self._share(list(views.to(self.machine.device)))
-
-    def _share(self, batches: list) -> list:
-        """This rank's batches of an epoch; the first ones again where they do not divide evenly."""
-        cycled = itertools.cycle(batches)
-        rank, world = self.machine.rank, self.machine.world
-        return list(itertools.islice(cycled, rank, self.batches_per_epoch, world))
+        return self.machine.share(list(views.to(self.machine.device)))
 
     def render(self, batches: Sequence[Views]) -> Iterator[Batch]:
         """Batches of these views, without a teacher."""
@@ -298,10 +289,7 @@ def mixed_logits(
 ) -> torch.Tensor:
     """Logits whose probabilities at T are lam * those of `own` + (1 - lam) * those of `partner`.
 
-    Args:
-        own, partner: float32 [B, C].
-        lam: float32 [B].
-        temperature: T.
+    `own` and `partner` are float32 [B, C], `lam` float32 [B].
     """
     shares = torch.stack([lam, 1 - lam]).log()[:, :, None]
     log_probabilities = torch.log_softmax(torch.stack([own, partner]) / temperature, dim=2)

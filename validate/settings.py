@@ -67,25 +67,21 @@ class Settings:
     workers: int
     val_cache: str
     model: str = _flag(
-        "the student: a network of models/, a torchvision name, timm:NAME or "
-        "package.module:factory",
+        "student: a name of models/ or torchvision, timm:NAME, package.module:factory",
         required=True,
     )
     seed: int = _flag(
-        "of the student's weights, the fresh views and the order of stored batches",
-        type=bounded(int, 0, 2**62),
-        default=0,
+        "of weights, fresh views and the order of batches", type=bounded(int, 0, 2**62), default=0
     )
     batch_size: int = _flag(
-        f"must be the label set's (default: that, or {_DEFAULT_BATCH_SIZE} without labels)",
-        type=bounded(int, 1),
+        f"the label set's; without one, default {_DEFAULT_BATCH_SIZE}", type=bounded(int, 1)
     )
     grad_accum: int = _flag("batches per optimiser step", type=bounded(int, 1), default=1)
     eval_every: int = _flag(
         "epochs between evaluations; the last is always evaluated", type=bounded(int, 1), default=10
     )
     slc_from: str = _flag(
-        "which labels --slc takes: the first passes, or batches chosen at random from all passes",
+        "what --slc takes: first passes, or random batches",
         choices=("first", "random"),
         default="first",
     )
@@ -115,7 +111,7 @@ class Settings:
         type=bounded(float, 0, 1),
     )
     label_smoothing: float = _flag(
-        "of the hard labels; 0.8 suits 1000 classes, ten want less",
+        "of hard labels; 0.8 suits 1000 classes, ten want less",
         type=bounded(float, 0, 1),
         default=0.8,
     )
@@ -132,8 +128,7 @@ class Settings:
         "forget Adam's moments at each switch to another kind of epoch", action="store_true"
     )
     compile: bool = _flag(
-        "compile the student (torch.compile), on a GPU into CUDA graphs; needs a C++ compiler",
-        action="store_true",
+        "compile the student, on a GPU into CUDA graphs; needs a C++ compiler", action="store_true"
     )
 
     @property

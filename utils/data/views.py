@@ -3,7 +3,7 @@
 The same functions draw and render the views that a teacher labels, that a student trains on, and
 that reports show, so what was labelled is what is replayed.
 
-docs/label-format.md says how they follow from the seed, to the bit; that is part of the label format.
+docs/label-format.md says how they follow from the seed, to the bit, as part of the label format.
 Source of the distributions: torchvision's RandomResizedCrop; CutMix (arXiv 1905.04899); MixUp
 (arXiv 1710.09412).
 """
