@@ -155,6 +155,14 @@ def test_klt_meets_a_distortion_target(logits, mixture):
     assert codec.parameters() == {"name": "klt", "distortion": 0.1}
 
 
+def test_klt_takes_the_coarsest_step_that_meets_its_target(logits, mixture):
+    statistics = klt._Fit(logits, mixture, CLASSES, 1200, None)
+    for target in (0.002, 0.05, 0.3):
+        chosen = statistics.search({"distortion": target}).step
+        coarser = [statistics.codec(chosen * 1.01**k, {}) for k in range(1, 8)]
+        assert min(statistics.distortion(codec) for codec in coarser) > target
+
+
 def test_klt_without_a_target_is_near_lossless(logits, mixture):
     assert fit(logits, mixture).parameters()["distortion"] == klt.DEFAULT_DISTORTION
 
@@ -172,7 +180,9 @@ def test_klt_keeps_a_byte_budget_fitted_part_included(logits, mixture):
 def test_klt_keeps_its_budget_on_labels_it_was_not_fitted_on(mixture):
     labels, passes = 1200, 10
     first = make_logits(mixture)
-    codec = Klt.fit([(first, mixture)], CLASSES, labels * passes, bytes_per_label=10)
+    codec = Klt.fit(
+        [(first, mixture)], CLASSES, labels * passes, pass_labels=labels, bytes_per_label=10
+    )
     used = sum(len(codec.pack(make_logits(mixture, seed), mixture)) for seed in range(passes))
     size = (used + klt.fitted_bytes(codec)) / (labels * passes)
     assert 8.5 < size <= 10.2

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -140,11 +141,12 @@ def test_passes_in_any_order_and_after_interruption_give_equal_bytes(world, tmp_
 
 def test_manifest_names_what_the_contract_asks_for(world):
     manifest = LabelSet.open(world.labels).manifest
-    assert (manifest["format"], manifest["version"]) == ("hald-labels", 1)
+    assert (manifest["format"], manifest["version"]) == ("hald-labels", 2)
     assert (manifest["ipc"], manifest["slc"], manifest["passes"]) == (3, 6, 2)
     assert manifest["images"]["count"] == 12 and len(manifest["images"]["sha256"]) == 64
     assert set(manifest["files"]) == {"pass_0000.npz", "pass_0001.npz"}
     assert 0 < manifest["teacher_top1"] <= 100
+    assert manifest["versions"]["pcodec"] == metadata.version("pcodec")
 
 
 def test_uneven_classes_can_be_labelled_by_passes(copied, tmp_path, command):
@@ -220,9 +222,12 @@ def test_every_kind_of_damage_is_named(copied):
 def test_other_versions_and_incomplete_sets_are_refused(copied):
     manifest_path = copied.labels / "manifest.json"
     intact = manifest_path.read_text()
-    manifest_path.write_text(json.dumps({**json.loads(intact), "version": 2}))
-    with pytest.raises(UserError, match="version 2; this code reads version 1"):
-        LabelSet.open(copied.labels)
+    made_by = {"generate": {}, "compress": {"recoded_from": {}}, "convert": {"imported": {}}}
+    for name, fields in made_by.items():
+        manifest_path.write_text(json.dumps({**json.loads(intact), "version": 1, **fields}))
+        message = rf"version 1; this code reads version 2: .*relabel/{name}\.py"
+        with pytest.raises(UserError, match=message):
+            LabelSet.open(copied.labels)
     manifest_path.write_text(intact)
     manifest_path.rename(copied.labels / "manifest.partial.json")
     (copied.labels / "pass_0001.npz").unlink()

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pcodec
 
 from utils.cli import UserError
 from utils.data.datasets import Dataset
@@ -12,7 +13,7 @@ from utils.data.views import ViewSpec
 from utils.files import read_json, read_sealed
 from utils.runtime import versions
 
-FORMAT, VERSION = "hald-labels", 1
+FORMAT, VERSION = "hald-labels", 2
 MANIFEST, PARTIAL = "manifest.json", "manifest.partial.json"
 SIZES, CODEC = "sizes.npz", "codec.npz"
 # What is known only when all passes are there; everything else is a label set's settings.
@@ -74,7 +75,7 @@ def make_settings(
             "per_class": ipc or folder.counts(),
             "sha256": images_sha256,
         },
-        "versions": versions(),
+        "versions": {**versions(), "pcodec": pcodec.__version__},
     }
 
 
@@ -97,9 +98,11 @@ def read_manifest(path: Path) -> dict:
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise UserError(f"{path} is not the manifest of a label set")
     if raw.get("version") != VERSION:
+        made_by = "compress" if "recoded_from" in raw else "generate"
+        made_by = "convert" if "imported" in raw else made_by
         raise UserError(
-            f"{path.parent} has label format version {raw.get('version')}; this code reads "
-            f"version {VERSION}"
+            f"{path.parent} has label format version {raw.get('version')}; this code reads version "
+            f"{VERSION}: make the set again, in another folder, with relabel/{made_by}.py"
         )
     return read_sealed(path)
 

@@ -1,18 +1,49 @@
 """The codec klt: a basis and class means fitted to the labels, one quantiser step."""
 
+import bisect
+import dataclasses
+import functools
 import math
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from pcodec import ChunkConfig, DeltaSpec, ModeSpec, PagingSpec, standalone
 
 from utils.cli import UserError, bounded
 from utils.data.views import Mixture
 from utils.labels.codecs.base import BLOCK, Codec, Codes, distortion, flag, half, labels_to_fit
-from utils.labels.packing import LARGEST, pack_integers, unpack_integers
 
 # What klt aims at without a target: near-lossless. Settled by the study of accuracy per byte.
 DEFAULT_DISTORTION = 0.002
+LARGEST = (1 << 15) - 1  # of the absolute values of codes
+# Neighbours have nothing in common that a difference or a common factor would show, but rows differ
+# in spread: each part of a stream has frequencies of its own.
+_PACKING = ChunkConfig(
+    compression_level=8,
+    mode_spec=ModeSpec.classic(),
+    delta_spec=DeltaSpec.no_op(),
+    paging_spec=PagingSpec.equal_pages_up_to(1 << 15),
+)
+
+
+def pack_integers(values: torch.Tensor) -> bytes:
+    """A pcodec stream (standalone format) of int16 [K, N], row after row."""
+    whole = values.to(torch.int16).cpu().contiguous().numpy()
+    return bytes(standalone.simple_compress(whole.reshape(-1), _PACKING))
+
+
+def unpack_integers(stream: bytes, rows: int, columns: int) -> torch.Tensor:
+    """int16 [rows, columns]: the inverse of pack_integers; raises UserError on damage."""
+    try:
+        values = np.empty(rows * columns, dtype=np.int16)  # touched only as far as it is filled
+        progress = standalone.simple_decompress_into(stream, values)
+        complete = progress.finished and progress.n_processed == len(values)
+    except (RuntimeError, MemoryError, ValueError):
+        complete = False
+    if not complete:
+        raise UserError("the packed numbers of a label set are damaged")
+    return torch.from_numpy(values).view(rows, columns)
 
 
 def _entropy_bits(values: torch.Tensor) -> torch.Tensor:
@@ -23,9 +54,8 @@ def _entropy_bits(values: torch.Tensor) -> torch.Tensor:
     columns = torch.arange(clipped.shape[1], device=values.device) * width
     counts = torch.bincount((clipped - low + columns).flatten(), minlength=clipped.shape[1] * width)
     counts = counts.view(-1, width).double()
-    return len(values) * math.log2(max(len(values), 1)) - torch.xlogy(counts, counts).sum(
-        1
-    ) / math.log(2)
+    nats = len(values) * math.log(max(len(values), 1)) - torch.xlogy(counts, counts).sum(1)
+    return nats / math.log(2)
 
 
 def _principal(centred: torch.Tensor, rank: int = 1024) -> torch.Tensor:
@@ -34,14 +64,14 @@ def _principal(centred: torch.Tensor, rank: int = 1024) -> torch.Tensor:
     All of them up to 4096 classes, by the eigenvectors of the covariance; above that the `rank`
     leading ones by torch.svd_lowrank, which draws its start: here always the same.
     """
-    classes = centred.shape[1]
+    classes, device = centred.shape[1], centred.device
     if classes <= 4 * rank:
-        scatter = torch.zeros(classes, classes, dtype=torch.float64)
+        scatter = torch.zeros(classes, classes, dtype=torch.float64, device=device)
         for chunk in centred.split(BLOCK):
             scatter += chunk.double().T @ chunk.double()
         return torch.linalg.eigh(scatter).eigenvectors.flip(1).T.float().contiguous()
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(0)
+    with torch.random.fork_rng(devices=[device] if centred.is_cuda else []):
+        torch.manual_seed(0)
         _, _, directions = torch.svd_lowrank(centred, q=min(rank, len(centred)), niter=4)
     return directions.T.contiguous()
 
@@ -58,44 +88,15 @@ def _class_means(values: torch.Tensor, mixture: Mixture, num_classes: int) -> to
     Least squares by the normal equations, shrunk as if every class had one label more, a label of
     the overall mean.
     """
-    normal = torch.eye(num_classes, dtype=torch.float64)
-    total = torch.zeros(num_classes, values.shape[1], dtype=torch.float64)
+    normal = torch.eye(num_classes, dtype=torch.float64, device=values.device)
+    total = normal.new_zeros(num_classes, values.shape[1])
     shown = ((mixture.own, mixture.lam.double()), (mixture.partner, 1 - mixture.lam.double()))
+    # index_put_ adds in a fixed order on a GPU, too, which index_add_ does not.
     for label, share in shown:
-        total.index_add_(0, label, share[:, None] * values)
+        total.index_put_((label,), share[:, None] * values, accumulate=True)
         for other, other_share in shown:
             normal.index_put_((label, other), share * other_share, accumulate=True)
     return torch.cholesky_solve(total, torch.linalg.cholesky(normal)).float()
-
-
-_PARTS = {
-    "step": "<f8",
-    "basis_step": "<f8",
-    "mean": "<f2",
-    "deviation": "<f4",
-    "basis": "u1",
-    "class_means": "u1",
-}
-
-
-def join_fitted(parts: dict[str, np.ndarray]) -> np.ndarray:
-    """uint8: the parts of `_PARTS` in that order, after their lengths in bytes as six uint32.
-
-    One array, because each takes some 250 bytes more in an .npz archive.
-    """
-    content = [parts[name].astype(kind).tobytes() for name, kind in _PARTS.items()]
-    lengths = np.array([len(part) for part in content], dtype="<u4").tobytes()
-    return np.frombuffer(b"".join([lengths, *content]), dtype=np.uint8)
-
-
-def split_fitted(joined: np.ndarray) -> dict[str, np.ndarray]:
-    """The inverse of join_fitted."""
-    lengths = joined[: 4 * len(_PARTS)].view("<u4").tolist()
-    ends = 4 * len(_PARTS) + np.cumsum(lengths)
-    return {
-        name: joined[end - length : end].copy().view(kind)
-        for (name, kind), length, end in zip(_PARTS.items(), lengths, ends.tolist(), strict=True)
-    }
 
 
 class Klt(Codec):
@@ -105,12 +106,11 @@ class Klt(Codec):
     quantiser step for all components spends bits where they reduce squared error most, which at
     high temperature is KL. A coefficient is coded as round((coefficient - prediction) / step);
     the prediction is the lambda-weighted mean of the classes in the view, in the components where
-    that pays. Payload: `pack_integers` of the codes [N, K].
+    that pays. Payload: uint32 N, then `pack_integers` of the codes [K, N].
 
-    codec.npz holds one array of bytes, `fitted`, with the parts of `_PARTS` one after the other:
-    step; basis_step; mean [C]; deviation [K]; basis, pack_integers of [C, K], times basis_step /
-    deviation the directions; class_means, pack_integers of [classes, K], times step / 4 the
-    coefficients of the class means.
+    codec.npz holds: step, float64 []; mean, float16 [C]; scale, float32 [K]; basis, uint8,
+    pack_integers of [K, C], whose rows times scale are the directions; class_means, uint8,
+    pack_integers of [K, C], times step / 4 the coefficients of the class means.
     """
 
     name = "klt"
@@ -139,24 +139,23 @@ class Klt(Codec):
         """
         super().__init__(num_classes, **target)
         self._arrays = arrays
-        parts = split_fitted(arrays["fitted"])
-        self.step = parts["step"].item()
-        deviation = torch.from_numpy(parts["deviation"].astype(np.float32))
-        components = len(deviation)
-        rows = unpack_integers(parts["basis"].tobytes(), components)
-        basis = torch.from_numpy(rows.T.astype(np.float32)) * parts["basis_step"].item()
-        basis = basis / deviation[:, None]
+        self.step = arrays["step"].item()
+        scale = torch.from_numpy(arrays["scale"].astype(np.float32))
+        components = len(scale)
+
+        def matrix(name: str) -> torch.Tensor:
+            return unpack_integers(arrays[name].tobytes(), components, num_classes).float()
+
+        basis = matrix("basis") * scale[:, None]
         self.basis = basis - basis.mean(1, keepdim=True)
-        mean = torch.from_numpy(parts["mean"].astype(np.float32))
+        mean = torch.from_numpy(arrays["mean"].astype(np.float32))
         self.mean = mean - mean.mean()
-        whole = unpack_integers(parts["class_means"].tobytes(), components)
-        self.class_means = torch.from_numpy(whole.astype(np.float32)) * (self.step / 4)
+        self.class_means = matrix("class_means").T.contiguous() * (self.step / 4)
         # The rounded basis is not quite orthonormal: least squares, not the transpose, inverts it.
         rows = self.basis.double()
         gram = rows @ rows.T
         gram += 1e-9 * gram.trace() * torch.eye(components)
         self.projection = torch.linalg.solve(gram, rows).T.float().contiguous()
-        self._device = torch.device("cpu")
 
     @classmethod
     def options_from(cls, given: dict[str, Any]) -> dict[str, Any]:
@@ -169,10 +168,8 @@ class Klt(Codec):
 
     def to(self, device: torch.device) -> "Klt":
         """Moves the fitted part to a device."""
-        if device != self._device:
-            for name in ("basis", "mean", "class_means", "projection"):
-                setattr(self, name, getattr(self, name).to(device))
-            self._device = device
+        for name in ("basis", "mean", "class_means", "projection"):
+            setattr(self, name, getattr(self, name).to(device))
         return self
 
     def encode(self, logits: torch.Tensor, mixture: Mixture) -> Codes:
@@ -187,13 +184,15 @@ class Klt(Codec):
         return (codes.short(),)
 
     def pack_codes(self, codes: Codes) -> bytes:
-        return pack_integers(torch.cat(codes, 1).cpu().numpy())
+        return len(codes[0]).to_bytes(4, "little") + pack_integers(torch.cat(codes, 1).T)
 
     def unpack(self, payload: bytes) -> Codes:
-        codes = torch.from_numpy(unpack_integers(payload, len(self.basis)))
-        wide = (codes.abs().amax(0) > 127).nonzero() if len(codes) else codes.new_zeros(0, 1)
+        labels = int.from_bytes(payload[:4], "little")
+        codes = unpack_integers(payload[4:], len(self.basis), labels)
+        # In memory, a byte holds a code of all components after the last that needs two.
+        wide = (codes.abs().amax(1) > 127).nonzero() if codes.numel() else codes.new_zeros(0)
         split = int(wide.max()) + 1 if len(wide) else 0
-        return codes[:, :split].contiguous(), codes[:, split:].to(torch.int8).contiguous()
+        return codes[:split].T.contiguous(), codes[split:].to(torch.int8).T.contiguous()
 
     def expand(self, codes: Codes, mixture: Mixture) -> torch.Tensor:
         self.to(codes[0].device)
@@ -209,14 +208,14 @@ class Klt(Codec):
         pass_labels: int | None = None,
         **target: float,
     ) -> "Klt":
-        """Fits basis, class means and step to the first labels of a set.
+        """Fits basis, class means and step to the first labels of a set, on their device.
 
         Of a sample of at most 20,000 labels, four fifths give the basis and the means and the
         fifth label each is held back, to find the step that meets the target on labels that were
         not fitted. Where the sample is the whole set, all of it serves both ends.
 
         Args:
-            samples: centred logits float32 [n, C] and their mixtures, on the CPU.
+            samples: centred logits float32 [n, C] and their mixtures.
             num_classes: C.
             labels: how many labels the fitted part will serve; its bytes count pro rata.
             pass_labels: labels packed together (default: as many as there are).
@@ -235,16 +234,33 @@ class Klt(Codec):
         )
 
 
+@dataclasses.dataclass
+class _Plan:
+    """What the codec of one step keeps, and what that is expected to cost.
+
+    Attributes:
+        basis: whole numbers [K, C], times scale [K] the directions that are kept.
+        scale: float32 [K].
+        class_means: whole numbers [K, C]; zero in the components where they do not pay.
+        expected: bytes_per_label, the fitted part included, and distortion.
+    """
+
+    basis: torch.Tensor
+    scale: torch.Tensor
+    class_means: torch.Tensor
+    expected: dict[str, float]
+
+
 class _Fit:
     """The statistics of a sample of labels, and the klt codec for any step."""
 
     def __init__(self, logits, mixture, num_classes, labels, pass_labels):
         self.num_classes, self.labels = num_classes, labels
-        rows = torch.arange(len(logits))
+        rows = torch.arange(len(logits), device=logits.device)
         train, probe = rows, rows[:: -(-len(rows) // 8192)]
         if len(logits) < labels and len(logits) >= 5:
             train, probe = rows[rows % 5 != 4], rows[rows % 5 == 4]
-        self.pass_labels = min(pass_labels or labels, len(probe))
+        self.pass_labels = min(pass_labels or labels, 8192)
         self.probe, self.probe_mixture = logits[probe], mixture.rows(probe)
         self.mean = half(logits[train].mean(0), Klt.name)
         centred = logits[train] - self.mean.float()
@@ -252,59 +268,74 @@ class _Fit:
         values = centred @ self.directions.T
         self.deviation = values.square().mean(0).sqrt().clamp(min=1e-6)
         self.class_means = _class_means(values, mixture.rows(train), num_classes)
-        self.values = (self.probe - self.mean.float()) @ self.directions.T
+        centred = self.probe - self.mean.float()
+        self.values = centred @ self.directions.T
+        self.energy = self.values.double().square().sum(0)
+        self.outside = float(centred.double().square().sum() - self.energy.sum())
 
     def search(self, target: dict[str, float]) -> Klt:
-        """The codec whose step meets the target, with about a percent to spare at most.
+        """The codec of the coarsest step of a distortion, or of the finest of a budget.
 
-        By bisection on the logarithm of the step.
+        Steps differ by half a percent. What they cost is estimated, and measured for the step that
+        the estimates name; estimates are then corrected by what was measured.
         """
         (name, wanted), *_ = target.items()
         measure = {"bytes_per_label": self.bytes_per_label, "distortion": self.distortion}[name]
         # Labels that are all the same need no components: any step will do.
         finest = max(float(self.values.abs().max()), 1e-3) * 4 / LARGEST
-        low, high = math.log(finest), math.log(max(float(self.deviation.max()) * 16, 2 * finest))
-        best = None
-        while high - low > 0.004:
-            middle = (low + high) / 2
-            codec = self.codec(math.exp(middle), target)
-            excess = measure(codec) / wanted - 1
-            if excess <= 0:
-                best = codec
-            if -0.012 < excess <= 0:
+        coarsest = max(float(self.deviation.max()) * 16, 2 * finest)
+        steps = np.geomspace(finest, coarsest, math.ceil(200 * math.log(coarsest / finest)))
+        if name == "bytes_per_label":
+            steps = steps[::-1]  # what is measured grows along the steps
+
+        @functools.cache
+        def estimate(position: int) -> float:
+            return self.plan(steps[position]).expected[name]
+
+        best, tried, aim = None, set(), wanted
+        while True:
+            position = bisect.bisect_right(range(len(steps)), aim, key=estimate) - 1
+            # An estimate jumps where components come and go, and a further step may meet the aim.
+            for further in range(position + 1, min(position + 5, len(steps))):
+                if estimate(further) <= aim:
+                    position = further
+            if position < 0 or position in tried:
                 break
-            # A coarser step takes fewer bytes and loses more.
-            if (excess > 0) == (name == "distortion"):
-                high = middle
-            else:
-                low = middle
+            tried.add(position)
+            codec = self.codec(steps[position], target)
+            measured = measure(codec)
+            aim *= wanted / max(measured, 1e-12)
+            if measured > wanted:
+                aim = min(aim, math.nextafter(estimate(position), 0))
+            elif best is None or position > best[0]:
+                best = position, codec
         if best is None:
             raise UserError(
                 f"{flag(name)} {wanted:g} cannot be met by codec klt for {self.labels} labels"
             )
-        return best
+        return best[1]
 
     def bytes_per_label(self, codec: Klt) -> float:
         """Bytes per label of the held-back labels, the fitted part included pro rata."""
-        parts = zip(
-            self.probe.split(self.pass_labels),
-            *(part.split(self.pass_labels) for part in self.probe_mixture),
-            strict=True,
-        )
-        used = sum(len(codec.pack(logits, Mixture(*mixed))) for logits, *mixed in parts)
-        return used / len(self.probe) + fitted_bytes(codec) / self.labels
+        (codes,) = codec.encode(self.probe, self.probe_mixture)
+        # Passes may be longer than what was held back, and a stream has a fixed part.
+        rows = torch.arange(max(len(codes), self.pass_labels), device=codes.device) % len(codes)
+        used = sum(len(codec.pack_codes((codes[part],))) for part in rows.split(self.pass_labels))
+        return used / len(rows) + fitted_bytes(codec) / self.labels
 
     def distortion(self, codec: Klt) -> float:
         """Distortion of the held-back labels."""
         decoded = codec.expand(codec.encode(self.probe, self.probe_mixture), self.probe_mixture)
         return distortion(self.probe, decoded)
 
-    def codec(self, step: float, target: dict[str, float]) -> Klt:
-        """The codec of one step; components, and class means in them, only where they pay.
+    def plan(self, step: float) -> _Plan:
+        """What the codec of one step keeps: components, and class means in them, where they pay.
 
         Squared error is weighed against bits at the slope of a uniform quantiser at high rate,
         d(error) / d(bit) = 2 ln 2 step^2 / 12. The same slope gives the precision of the basis,
         whose bits serve all labels: with rows scaled to a label's deviation, step / sqrt(labels).
+        Bits are those of the entropy, and distortion that of a high temperature: the share of the
+        squared logits that is lost.
         """
         price = 2 * math.log(2) * step**2 / 12
         share = self.labels / len(self.probe)
@@ -312,33 +343,45 @@ class _Fit:
         basis_step = max(step / math.sqrt(self.labels), float(scaled.abs().max()) / LARGEST)
         basis = (scaled / basis_step).round()
         means = (self.class_means / (step / 4)).round().clamp(-LARGEST, LARGEST)
-        predicted = _blend(means * (step / 4), self.probe_mixture)
 
-        def cost(values: torch.Tensor) -> torch.Tensor:
+        def coded(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            """Squared error and bits of each component, in the whole set."""
             codes = (values / step).round()
             error = (values - codes * step).double().square().sum(0)
-            return share * (error + price * _entropy_bits(codes))
+            return share * error, share * _entropy_bits(codes)
 
-        plain = cost(self.values)
-        helped = cost(self.values - predicted) + price * _entropy_bits(means)
-        means = means * (helped < plain)
-        coded = torch.minimum(plain, helped) + price * _entropy_bits(basis.T)
-        dropped = share * self.values.double().square().sum(0)
-        kept = (coded < dropped) & basis.any(1)
-        parts = {
-            "step": np.array([step]),
-            "basis_step": np.array([basis_step]),
-            "mean": self.mean.numpy(),
-            "deviation": self.deviation[kept].numpy(),
-            "basis": packed(basis[kept].T),
-            "class_means": packed(means[:, kept]),
+        error, bits = coded(self.values)
+        helped_error, helped_bits = coded(
+            self.values - _blend(means * (step / 4), self.probe_mixture)
+        )
+        helped_bits += _entropy_bits(means)
+        helped = helped_error + price * helped_bits < error + price * bits
+        error, bits = (
+            torch.where(helped, helped_error, error),
+            torch.where(helped, helped_bits, bits),
+        )
+        bits += _entropy_bits(basis.T)
+        kept = (error + price * bits < share * self.energy) & basis.any(1)
+        lost = torch.where(kept, error / share, self.energy).sum() + self.outside
+        plain_bytes = 2 * self.num_classes + 4 * int(kept.sum()) + 8 + 256 * 5
+        expected = {
+            "bytes_per_label": (float(bits[kept].sum()) / 8 + plain_bytes) / self.labels,
+            "distortion": float(lost / self.probe.double().square().sum().clamp(min=1e-30)),
         }
-        return Klt(self.num_classes, {"fitted": join_fitted(parts)}, **target)
+        scale = basis_step / self.deviation
+        return _Plan(basis[kept], scale[kept], (means * helped).T[kept], expected)
 
-
-def packed(whole: torch.Tensor) -> np.ndarray:
-    """uint8: pack_integers of whole numbers [N, K]."""
-    return np.frombuffer(pack_integers(whole.numpy().astype(np.int16)), dtype=np.uint8)
+    def codec(self, step: float, target: dict[str, float]) -> Klt:
+        """The codec of one step."""
+        plan = self.plan(step)
+        arrays = {
+            "step": np.array(step),
+            "mean": self.mean.cpu().numpy(),
+            "scale": plan.scale.cpu().numpy(),
+            "basis": np.frombuffer(pack_integers(plan.basis), np.uint8),
+            "class_means": np.frombuffer(pack_integers(plan.class_means), np.uint8),
+        }
+        return Klt(self.num_classes, arrays, **target)
 
 
 def fitted_bytes(codec: Codec) -> int:

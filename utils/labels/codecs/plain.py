@@ -8,7 +8,6 @@ import torch
 from utils.cli import UserError, bounded
 from utils.data.views import Mixture
 from utils.labels.codecs.base import Codec, Codes, half
-from utils.labels.packing import pack_bits, unpack_bits
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
@@ -19,6 +18,22 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 def _from_bytes(data: memoryview, kind: str, shape: tuple[int, ...]) -> torch.Tensor:
     array = np.frombuffer(data, dtype="<" + kind).reshape(shape)
     return torch.from_numpy(array.astype(kind))
+
+
+def pack_bits(values: np.ndarray, bits: int) -> bytes:
+    """Non-negative integers [M] of `bits` bits each as one bit stream, padded to a byte."""
+    shifts = np.arange(bits - 1, -1, -1)
+    parts = []
+    for start in range(0, len(values), 1 << 16):
+        chunk = values[start : start + (1 << 16), None].astype(np.int64)
+        parts.append(np.packbits((chunk >> shifts & 1).astype(np.uint8)).tobytes())
+    return b"".join(parts)
+
+
+def unpack_bits(data: bytes, bits: int, count: int) -> np.ndarray:
+    """int64 [count]: the inverse of pack_bits."""
+    stream = np.unpackbits(np.frombuffer(data, np.uint8), count=count * bits).reshape(count, bits)
+    return stream @ (1 << np.arange(bits - 1, -1, -1))
 
 
 def _count_labels(payload: bytes, bits_per_label: int, size_of) -> int:
