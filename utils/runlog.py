@@ -56,6 +56,10 @@ class RunFolder:
         path = self.path / RESULT
         return read_json(path) if path.exists() else None
 
+    def has_curves(self) -> bool:
+        """Whether the curves of the run are drawn."""
+        return (self.path / CURVES).exists()
+
     def checkpoint(self) -> dict | None:
         """The last checkpoint, else None."""
         path = self.path / CHECKPOINT
@@ -100,9 +104,8 @@ class RunFolder:
         atomic_write(self.path / RESULT, to_json(result))
 
     def draw_curves(self, result: dict, colours: dict[str, str]) -> None:
-        """Draws the curves of a finished run, unless they are drawn; see `plot_curves`."""
-        if not (self.path / CURVES).exists():
-            plot_curves(self.log_lines(), result, colours, self.path / CURVES)
+        """Draws the curves of a finished run; see `plot_curves`."""
+        plot_curves(self.log_lines(), result, colours, self.path / CURVES)
 
 
 def describe(result: dict) -> str:

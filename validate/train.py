@@ -46,11 +46,12 @@ def main() -> None:
     openers = loggers.from_arguments(args)
     if result := run.result():
         print(f"{run.path} is done: {runlog.describe(result)}")
-    else:
-        with run.locked() if machine.rank == 0 else contextlib.nullcontext():
-            result = train(settings, materials, machine, run, openers)
-    if machine.rank == 0:
-        run.draw_curves(result, {name: kind.colour for name, kind in KINDS.items()})
+        if run.has_curves():
+            return
+    with run.locked() if machine.rank == 0 else contextlib.nullcontext():
+        result = result or train(settings, materials, machine, run, openers)
+        if machine.rank == 0:
+            run.draw_curves(result, {name: kind.colour for name, kind in KINDS.items()})
 
 
 class Training:
