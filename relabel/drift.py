@@ -9,8 +9,6 @@ from utils import cli
 from utils.data.views import Views
 from utils.labels import LabelSet
 
-AREA_EDGES = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-
 
 @dataclasses.dataclass(order=True)
 class Drifted:

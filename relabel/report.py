@@ -14,9 +14,11 @@ if not __package__:  # run as a plain script: imports start at the repository ro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import textwrap
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torchvision.models import ResNet18_Weights
 
 from relabel import drift
@@ -25,13 +27,13 @@ from utils import cli
 from utils.cli import UserError
 from utils.data import folders, images
 from utils.data.views import crop_resize, mix
-from utils.files import atomic_write, to_json
-from utils.labels import LabelSet, pass_name
+from utils.files import atomic_write, save_png, to_json
+from utils.labels import LabelSet
+from utils.labels.arrays import read_npz
 from utils.results import write_csv
 
 TEMPERATURES = (20.0, 4.0, 1.0)
-_RANKS = ("first", "second", "third")
-_VIEW_COLUMNS = ("pass", "row", "image", "file", "crop_area", "class", "probability", *_RANKS)
+_VIEW_COLUMNS = ("pass", "row", "image", "file", "crop_area", "class", "probability", "top_three")
 _VIEW_ARRAYS = ("index", "box", "flip", "mix_index", "mix_box", "mix_lam")
 
 
@@ -60,38 +62,33 @@ def parse_arguments() -> argparse.Namespace:
 def sizes(labels: LabelSet) -> dict[str, int]:
     """Bytes on disk by purpose; they add up to `labels.bytes_on_disk()`."""
     payload = views = 0
-    for pass_index in range(labels.passes):
-        with np.load(labels.path / pass_name(pass_index), allow_pickle=False) as stored:
-            payload += stored["payload"].nbytes
-            views += sum(stored[name].nbytes for name in _VIEW_ARRAYS if name in stored)
-
-    def file(name: str) -> int:
-        path = labels.path / name
-        return path.stat().st_size if path.exists() else 0
-
+    for path in labels.path.glob("pass_*.npz"):
+        stored = read_npz(path)
+        payload += stored["payload"].nbytes
+        views += sum(stored[name].nbytes for name in _VIEW_ARRAYS if name in stored)
+    files = {path.name: path.stat().st_size for path in labels.path.iterdir()}
     parts = {
         "logits": payload,
-        "codec, fitted part": file("codec.npz"),
+        "codec, fitted part": files.get("codec.npz", 0),
         "views": views,
-        "image sizes": file("sizes.npz"),
-        "manifest": file("manifest.json"),
+        "image sizes": files.get("sizes.npz", 0),
+        "manifest": files["manifest.json"],
     }
     return {**parts, "checksums, headers": labels.bytes_on_disk() - sum(parts.values())}
 
 
 def published(classes: int) -> dict[str, float]:
     """Bytes per label of other formats, views included, for this number of classes."""
-    pruned = {
-        f"LPQLD, top {k}": 4.0 * k + 10  # k x (fp16 + int16), 4 fp16 coordinates, flip, mix, box
-        for k in (100, 50, 10)
-        if k < classes
-    }
-    return {
+    formats = {
         "SRe2L, LPLD (raw logits fp16)": 2.0 * classes + 25,
         "HALD, published code (softmax fp16)": 2.0 * classes + 17,
-        **pruned,
-        **({"FKD, top 5": 40.0} if classes > 5 else {}),
     }
+    for k in (100, 50, 10):
+        if k < classes:  # k x (fp16 + int16), 4 fp16 coordinates, flip, mix, box
+            formats[f"LPQLD, top {k}"] = 4.0 * k + 10
+    if classes > 5:
+        formats["FKD, top 5"] = 40.0
+    return formats
 
 
 def size_table(labels: LabelSet, parts: dict[str, int]) -> tuple[str, dict]:
@@ -135,12 +132,10 @@ def loss_table(labels: LabelSet, reference: LabelSet | None) -> tuple[str, dict]
         check_reference(labels, reference)
         passes = cli.progress(range(labels.passes), desc="compare", unit="pass")
         distortions, same = compare(labels, reference, passes, TEMPERATURES)
-        measured = {
-            f"distortion at T = {t:g}": value
-            for t, value in zip(TEMPERATURES, distortions, strict=True)
-        } | {"same first class": same}
+        names = [f"distortion at T = {t:g}" for t in TEMPERATURES]
+        measured = {**dict(zip(names, distortions, strict=True)), "same first class": same}
         lines = [f"{name:36}{value:>15.5f}" for name, value in measured.items()]
-        return f"against {reference.path} (fp16)\n" + "\n".join(lines), measured
+        return "\n".join([f"against {reference.path} (fp16)", *lines]), measured
     if codec["name"] == "fp16":
         return "codec fp16: nothing is lost beyond half precision", {}
     options = ", ".join(f"{key} {value}" for key, value in codec.items() if key != "name")
@@ -174,18 +169,31 @@ def drift_table(labels: LabelSet, measured: drift.Drift) -> tuple[str, dict]:
         f"views; none of the view's classes: {100 * measured.none / total:.1f} %",
         f"{'crop area':>12}{'views':>10}{'astray (%)':>12}{'p(own class)':>14}",
     ]
-    for k, (views, wrong) in enumerate(measured.by_area):
+    for row in area_rows(measured):
         share = f"{'-':>12}{'-':>14}"
-        if views:
-            share = f"{100 * wrong / views:>12.1f}{measured.own_by_area[k]:>14.3f}"
-        lines.append(
-            f"{drift.AREA_EDGES[k]:>6.1f}-{drift.AREA_EDGES[k + 1]:>4.1f} {views:>10,}{share}"
-        )
+        if row["views"]:
+            share = f"{100 * row['astray'] / row['views']:>12.1f}"
+            share += f"{row['mean_probability_of_own_class']:>14.3f}"
+        lines.append(f"{row['from']:>6.1f}-{row['to']:>4.1f} {row['views']:>10,}{share}")
     return "\n".join(lines), values
 
 
+def area_rows(measured: drift.Drift) -> list[dict]:
+    """Lines of crop_area.csv: what drifts by the crop's share of the image."""
+    return [
+        {
+            "from": tenth / 10,
+            "to": (tenth + 1) / 10,
+            "views": int(views),
+            "astray": int(astray),
+            "mean_probability_of_own_class": measured.own_by_area[tenth],
+        }
+        for tenth, (views, astray) in enumerate(measured.by_area)
+    ]
+
+
 def class_rows(labels: LabelSet, measured: drift.Drift) -> list[dict]:
-    """What drifts in each class that views show, the classes that drift most first."""
+    """Lines of classes.csv: each class that views show, the classes that drift most first."""
     own, names = labels.hard_labels.numpy(), class_names(labels)
     classes = labels.manifest["num_classes"]
     views = np.bincount(own, measured.views, classes)
@@ -205,10 +213,9 @@ def class_rows(labels: LabelSet, measured: drift.Drift) -> list[dict]:
     ]
 
 
-def write_tables(out: Path, labels: LabelSet, measured: drift.Drift, files: list[str]) -> None:
-    """images.csv, classes.csv, crop_area.csv, views.csv; `files` names every image."""
-    classes = class_names(labels)
-    by_image = [
+def image_rows(labels: LabelSet, measured: drift.Drift, files: list[str]) -> list[dict]:
+    """Lines of images.csv; `files` names every image."""
+    return [
         {
             "image": image,
             "file": file,
@@ -219,46 +226,30 @@ def write_tables(out: Path, labels: LabelSet, measured: drift.Drift, files: list
         }
         for image, file in enumerate(files)
     ]
-    by_area = [
-        {
-            "from": drift.AREA_EDGES[k],
-            "to": drift.AREA_EDGES[k + 1],
-            "views": measured.by_area[k, 0],
-            "astray": measured.by_area[k, 1],
-            "mean_probability_of_own_class": measured.own_by_area[k],
-        }
-        for k in range(10)
-    ]
-    worst = []
+
+
+def view_rows(labels: LabelSet, measured: drift.Drift, files: list[str]) -> list[dict]:
+    """Lines of views.csv: the views that drift most."""
+    names, rows = class_names(labels), []
     for view in measured.worst:
-        row = {
-            "pass": view.pass_index,
-            "row": view.row,
-            "image": view.image,
-            "file": files[view.image],
-            "crop_area": round(view.area, 4),
-            "class": classes[view.expected],
-            "probability": round(view.own, 5),
-        }
-        for rank, (label, probability) in zip(_RANKS, view.top, strict=False):
-            row[rank] = f"{classes[label]} {probability:.4f}"
-        worst.append(row)
-    write_csv(by_image, out / "images.csv")
-    write_csv(class_rows(labels, measured), out / "classes.csv")
-    write_csv(by_area, out / "crop_area.csv")
-    write_csv(worst, out / "views.csv", columns=_VIEW_COLUMNS)
+        top = "; ".join(f"{names[label]} {probability:.4f}" for label, probability in view.top)
+        cells = (
+            *(view.pass_index, view.row, view.image, files[view.image], round(view.area, 4)),
+            *(names[view.expected], round(view.own, 5), top),
+        )
+        rows.append(dict(zip(_VIEW_COLUMNS, cells, strict=True)))
+    return rows
 
 
 def draw_drift(path: Path, labels: LabelSet, measured: drift.Drift) -> None:
     """Three panels: drift against crop area, over classes, and Tr(Sigma) over images."""
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    centres = np.arange(10) / 10 + 0.05
     views, astray = measured.by_area.T
     shown = views > 0
-    shares = 100 * astray[shown] / views[shown]
-    left.bar(centres[shown], shares, 0.09, color="C1", label="first class is another")
-    left.plot(centres[shown], 100 * measured.own_by_area[shown], "C0o-", label="mean p(own class)")
+    centres, shares = np.arange(10)[shown] / 10 + 0.05, 100 * astray[shown] / views[shown]
+    left.bar(centres, shares, 0.09, color="C1", label="first class is another")
+    left.plot(centres, 100 * measured.own_by_area[shown], "C0o-", label="mean p(own class)")
     left.set(xlabel="crop area / image area", ylabel="views (%)", xlim=(0, 1), ylim=(0, 100))
     left.legend()
     shares = 100 * np.array([row["astray_share"] for row in class_rows(labels, measured)])
@@ -268,13 +259,17 @@ def draw_drift(path: Path, labels: LabelSet, measured: drift.Drift) -> None:
         right.hist(measured.spread, bins=30, color="C0")
     right.set(xlabel="Tr(Σ) of an image's soft labels", ylabel="images", xlim=(0, None))
     figure.suptitle(f"Drift of {len(measured.views):,} images, {measured.views.sum():,} views")
-    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    save_png(figure, path)
 
 
 def draw_views(
     path: Path, labels: LabelSet, worst: list[drift.Drifted], folder: folders.ImageFolder
 ) -> None:
     """The views that drift most: image with the crop's box, the view as rendered, and its label."""
+
+    def name_of(label: int) -> str:
+        return textwrap.shorten(names[label], 22, placeholder="…")
+
     columns = min(4, len(worst))
     rows = -(-len(worst) // columns)
     figure = Figure(figsize=(4.2 * columns, 2.75 * rows), layout="constrained")
@@ -294,27 +289,19 @@ def draw_views(
         if int(views.index[row]) != view.image:
             row = int(views.partner()[row])
         top, left_edge, height, width = views.box[row].tolist()
-        bottom, right_edge = top + height, left_edge + width
         left.imshow(sources[row].permute(1, 2, 0).numpy())
-        left.plot(
-            [left_edge, right_edge, right_edge, left_edge, left_edge],
-            [top, top, bottom, bottom, top],
-            color="yellow",
-            lw=2,
+        left.add_patch(
+            Rectangle((left_edge, top), width, height, fill=False, edgecolor="yellow", linewidth=2)
         )
-        left.set_title(f"{shorten(names[view.expected])}\np = {view.own:.2f}", fontsize=8)
+        left.set_title(f"{name_of(view.expected)}\np = {view.own:.2f}", fontsize=8)
         right.imshow(rendered.round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
-        lines = [f"{shorten(names[label])} {probability:.2f}" for label, probability in view.top]
+        lines = [f"{name_of(label)} {probability:.2f}" for label, probability in view.top]
         right.set_title("\n".join(lines), fontsize=8, color="firebrick")
     figure.suptitle(
         "Views that drift most. Left: image, its class, the crop's box; right: the view and the "
         "teacher's top 3"
     )
-    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=100))
-
-
-def shorten(name: str) -> str:
-    return name if len(name) <= 22 else name[:20] + "…"
+    save_png(figure, path)
 
 
 def open_folder(labels: LabelSet, path: Path) -> folders.ImageFolder:
@@ -360,7 +347,10 @@ def main() -> None:
         files = [path.relative_to(folder.root).as_posix() for path in folder.files]
     else:
         files = [str(image) for image in range(len(measured.views))]
-    write_tables(out, labels, measured, files)
+    write_csv(image_rows(labels, measured, files), out / "images.csv")
+    write_csv(class_rows(labels, measured), out / "classes.csv")
+    write_csv(area_rows(measured), out / "crop_area.csv")
+    write_csv(view_rows(labels, measured, files), out / "views.csv", columns=_VIEW_COLUMNS)
     draw_drift(out / "drift.png", labels, measured)
     if folder and measured.worst:
         draw_views(out / "views.png", labels, measured.worst, folder)

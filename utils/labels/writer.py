@@ -76,7 +76,7 @@ class LabelWriter:
     def open_codec(self) -> None:
         """Sets `codec`, which stays None while its fitted part has yet to be fitted."""
         parameters, fitted = self.settings["codec"], {}
-        if codecs.needs_fit(parameters):
+        if codecs.find(parameters)[0].fitted:
             if not (self.path / CODEC).exists():
                 return
             fitted = read_npz(self.path / CODEC)
@@ -89,12 +89,13 @@ class LabelWriter:
             samples: logits float32 [images, C] and mixture of each of the first passes.
         """
         count = self.settings["images"]["count"]
-        self.codec = codecs.fit(
-            self.settings["codec"],
+        kind, options = codecs.find(self.settings["codec"])
+        self.codec = kind.fit(
             [(centre(logits), mixture) for logits, mixture in samples],
             self.settings["num_classes"],
             labels=count * self.settings["passes"],
             pass_labels=count,
+            **options,
         )
         atomic_write(self.path / CODEC, npz_bytes(self.codec.arrays()))
 
