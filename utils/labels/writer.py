@@ -60,8 +60,11 @@ class LabelWriter:
         self.settings = {"format": FORMAT, "version": VERSION, **settings}
         self.spec = view_spec(self.settings)
         self.sizes = sizes
-        existing = self._existing_settings()
-        if existing is not None:
+        manifests = [
+            self.path / name for name in (MANIFEST, PARTIAL) if (self.path / name).exists()
+        ]
+        if manifests:
+            existing = read_manifest(manifests[0])
             if difference := first_difference(self.settings, existing, NOT_COMPARED):
                 raise UserError(
                     f"{self.path} holds a label set made with other settings ({difference}); "
@@ -109,12 +112,6 @@ class LabelWriter:
                 compact = {"sizes": np.asarray(self.sizes, dtype="<u4")}
                 atomic_write(self.path / SIZES, npz_bytes(compact))
             yield
-
-    def _existing_settings(self) -> dict | None:
-        for name in (MANIFEST, PARTIAL):
-            if (self.path / name).exists():
-                return read_manifest(self.path / name)
-        return None
 
     def complete(self) -> bool:
         """Whether the set is finished; if so, everything in it has been verified."""
