@@ -12,11 +12,11 @@ if not __package__:  # run as a plain script: imports start at the repository ro
 import argparse
 from collections.abc import Iterable, Sequence
 
+import pcodec
 import torch
 
 from utils import cli
 from utils.cli import UserError
-from utils.data.views import Mixture
 from utils.labels import LabelSet, LabelWriter, codecs
 from utils.labels.codecs.base import information, labels_to_fit
 
@@ -33,16 +33,6 @@ def parse_arguments() -> argparse.Namespace:
     )
     codecs.add_arguments(parser)
     return parser.parse_args()
-
-
-def first_passes(source: LabelSet) -> list[tuple[torch.Tensor, Mixture]]:
-    """Logits and mixture of the first passes, as many as a codec is fitted to."""
-    needed = -(-labels_to_fit(source.manifest["num_classes"]) // len(source.hard_labels))
-    samples = []
-    for pass_index in range(min(needed, source.passes)):
-        whole = source.whole_pass(pass_index)
-        samples.append((whole.logits, source.mixture(whole.views)))
-    return samples
 
 
 def compare(
@@ -93,6 +83,7 @@ def main() -> None:
         "passes": source.passes,
         "codec": parameters,
         "recoded_from": source.manifest["codec"],
+        "versions": {**source.manifest["versions"], "pcodec": pcodec.__version__},
     }
     if args.slc is not None:
         settings["slc"] = args.slc
@@ -103,7 +94,9 @@ def main() -> None:
     with writer.begun():
         if writer.codec is None:
             print(f"fitting codec {args.codec}", flush=True)
-            writer.fit(first_passes(source))
+            needed = -(-labels_to_fit(source.manifest["num_classes"]) // len(source.hard_labels))
+            first = [source.whole_pass(index) for index in range(min(needed, source.passes))]
+            writer.fit([(whole.logits, source.mixture(whole.views)) for whole in first])
         for pass_index in cli.progress(range(source.passes), desc="compress", unit="pass"):
             if not writer.verified(pass_index):
                 whole = source.whole_pass(pass_index)

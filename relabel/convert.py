@@ -17,6 +17,7 @@ if not __package__:  # run as a plain script: imports start at the repository ro
 
 import argparse
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from utils.cli import UserError, bounded
 from utils.data import datasets, folders, images
 from utils.data.views import Views, ViewSpec
 from utils.files import load_tensors, sha256_file
-from utils.labels import LabelWriter, make_settings
+from utils.labels import LabelWriter, centre, make_settings
 from utils.metrics import near_chance
 
 TEMPERATURE = 20.0
@@ -43,12 +44,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--force", action="store_true", help="go on although the labels hardly fit the images"
     )
+    crop = "smallest crop the labels were made with; hard epochs use it too"
     parser.add_argument(
-        "--min-scale",
-        type=bounded(float, 0.0001, 1),
-        default=0.08,
-        metavar="X",
-        help="smallest crop the labels were made with; hard epochs use it too",
+        "--min-scale", type=bounded(float, 0.0001, 1), default=0.08, metavar="X", help=crop
     )
     return parser.parse_args()
 
@@ -66,8 +64,7 @@ def load_published(path: Path) -> object:
         return load_tensors(path, "published label file")
 
 
-@dataclasses.dataclass
-class PublishedPass:
+class PublishedPass(NamedTuple):
     """One pass as published, checked: its views, and float32 [images, C] probabilities."""
 
     views: Views
@@ -165,18 +162,10 @@ def _assemble(
     return PublishedPass(views, torch.cat(parts["probabilities"]))
 
 
-def mix_of(views: Views) -> str:
-    """How views are mixed, as the manifest says it."""
-    if views.mix_index is None:
-        return "none"
-    return "mixup" if views.mix_box is None else "cutmix"
-
-
 def to_logits(probabilities: torch.Tensor) -> torch.Tensor:
     """Centred logits 20 log p; a probability that half precision lost becomes its smallest one."""
     smallest = torch.finfo(torch.float16).smallest_normal / 1024
-    logits = TEMPERATURE * probabilities.clamp(min=smallest).log()
-    return logits - logits.mean(dim=1, keepdim=True)
+    return centre(TEMPERATURE * probabilities.clamp(min=smallest).log())
 
 
 def read_order(path: Path, images_count: int) -> list[list[int]]:
@@ -233,6 +222,7 @@ def main() -> None:
     beginning = published(0)
     check_fit(args, beginning, folder.labels, dataset)
     first = beginning.views
+    mix = "none" if first.mix_index is None else "mixup" if first.mix_box is None else "cutmix"
     settings = make_settings(
         dataset=dataset,
         folder=folder,
@@ -240,9 +230,7 @@ def main() -> None:
         images_sha256=fingerprint,
         ipc=folder.ipc(),
         passes=len(orders),
-        spec=ViewSpec(
-            dataset.input_size, first.batch_size, min_scale=args.min_scale, mix=mix_of(first)
-        ),
+        spec=ViewSpec(dataset.input_size, first.batch_size, min_scale=args.min_scale, mix=mix),
         seed=None,
         origin={
             "teachers": [],

@@ -9,58 +9,47 @@ from utils import cli
 from utils.data.views import Views
 from utils.labels import LabelSet
 
-AREA_EDGES = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-
-
-@dataclasses.dataclass(order=True)
-class Drifted:
-    """A view whose soft label puts another class first.
-
-    Attributes:
-        gap: probability of the first class minus that of the image's own, at temperature 1.
-        pass_index, row: the pass, and the view's row in it.
-        image: which image the view mainly shows.
-        area: the crop's share of that image.
-        expected: the image's class.
-        top: the three most probable classes and their probabilities.
-        own: the probability of the image's class.
-    """
-
-    gap: float
-    pass_index: int
-    row: int
-    image: int
-    area: float
-    expected: int
-    top: list[tuple[int, float]]
-    own: float
-
 
 @dataclasses.dataclass
 class Drift:
-    """What drifts in a label set.
+    """What every view of a label set shows and is labelled as, in the order of passes and rows.
 
-    A mixed view counts for the image that covers most of it; `none` counts the views whose first
-    class is that of neither image.
+    A mixed view counts for the image that covers most of it. Probabilities are at temperature 1.
 
     Attributes:
         spread: float64 [images], an estimate of Tr(Sigma), the trace of the covariance of an
-            image's soft labels (probabilities at temperature 1); NaN with one label per image.
-        views, astray: int64 [images], views that mainly show the image, and those of them whose
-            first class is not the image's.
-        by_area: int64 [10, 2], views and views astray by the crop's share of the image.
-        own_by_area: float64 [10], mean probability of the image's class.
-        none: views that the teacher takes for no image in them.
-        worst: the views with the largest gaps, at most one per image, the largest first.
+            image's soft labels; NaN with one label per image.
+        image, expected: int64 [views], the image that the view mainly shows, and its class.
+        area: float64 [views], the crop's share of that image.
+        own: float32 [views], the probability of that image's class.
+        gap: float32 [views], by how much the most probable class exceeds it.
+        astray: bool [views], whether another class than the image's is the most probable one.
+        none: bool [views], whether it is the class of no image in the view.
     """
 
     spread: np.ndarray
-    views: np.ndarray
+    image: np.ndarray
+    expected: np.ndarray
+    area: np.ndarray
+    own: np.ndarray
+    gap: np.ndarray
     astray: np.ndarray
-    by_area: np.ndarray
-    own_by_area: np.ndarray
-    none: int
-    worst: list[Drifted]
+    none: np.ndarray
+
+    def by_image(self, values: np.ndarray | None = None) -> np.ndarray:
+        """[images]: how many views mainly show each image, or the sum of their values."""
+        return np.bincount(self.image, values, len(self.spread))
+
+    def by_area(self, values: np.ndarray | None = None) -> np.ndarray:
+        """[10]: how many views show 0 to 10 %, ... 90 to 100 % of their image, or the sums."""
+        return np.bincount((self.area * 10).astype(int).clip(0, 9), values, 10)
+
+    def worst(self, count: int) -> np.ndarray:
+        """int64: the views that drift most, at most one of each image, the largest gap first."""
+        order = np.argsort(-self.gap, kind="stable")
+        _, firsts = np.unique(self.image[order], return_index=True)
+        chosen = order[np.sort(firsts)]
+        return chosen[self.gap[chosen] > 0][:count]
 
 
 def shown(labels: LabelSet, views: Views) -> tuple[torch.Tensor, ...]:
@@ -84,64 +73,38 @@ def shown(labels: LabelSet, views: Views) -> tuple[torch.Tensor, ...]:
     )
 
 
-def measure(labels: LabelSet, worst: int) -> Drift:
+def measure(labels: LabelSet) -> Drift:
     """Reads a label set once, two passes in memory.
 
     Tr(Sigma) of an image is estimated by half the mean squared distance between its soft labels of
     successive passes, which has the right expectation and needs no sums over the whole set.
-
-    Args:
-        labels: the set.
-        worst: how many drifting views to keep.
     """
-    count = labels.manifest["images"]["count"]
-    spread = torch.zeros(count, dtype=torch.float64)
-    views_of, astray_of = (torch.zeros(count, dtype=torch.int64) for _ in range(2))
-    by_area, own_by_area = torch.zeros(10, 2, dtype=torch.int64), torch.zeros(10).double()
-    none, worst_by_image, before = 0, {}, None
+    spread = torch.zeros(labels.manifest["images"]["count"], dtype=torch.float64)
+    passes, before = [], None
     for pass_index in cli.progress(range(labels.passes), desc="report", unit="pass"):
         whole = labels.whole_pass(pass_index)
         soft = whole.logits.softmax(1)
-        image, area, main_class, other_class = shown(labels, whole.views)
-        bins = (area * 10).long().clamp(0, 9)
-        first = soft.argmax(1)
-        own = soft.gather(1, main_class[:, None])[:, 0]
-        astray = first != main_class
-        none += int((astray & (first != other_class)).sum())
-        views_of.index_add_(0, image, torch.ones_like(first))
-        astray_of.index_add_(0, image, astray.long())
-        by_area.index_add_(0, bins, torch.stack([torch.ones_like(first), astray], 1))
-        own_by_area.index_add_(0, bins, own.double())
+        image, area, expected, other = shown(labels, whole.views)
+        largest, first = soft.max(1)
+        own = soft.gather(1, expected[:, None])[:, 0]
+        astray = first != expected
+        passes.append(
+            {
+                "image": image,
+                "expected": expected,
+                "area": area,
+                "own": own,
+                "gap": largest - own,
+                "astray": astray,
+                "none": astray & (first != other),
+            }
+        )
         by_image = soft[whole.views.index.argsort()]
         if before is not None:
             parts = zip(*(each.split(1024) for each in (spread, by_image, before)), strict=True)
             for total, now, last in parts:
                 total += (now - last).double().square().sum(1)
         before = by_image
-        gap = torch.where(astray, soft.amax(1) - own, torch.zeros_like(own))
-        for row in gap.topk(min(4 * worst, len(gap))).indices.tolist():
-            known = worst_by_image.get(int(image[row]))
-            if gap[row] == 0 or (known and known.gap >= gap[row]):
-                continue
-            top = soft[row].topk(min(3, soft.shape[1]))
-            worst_by_image[int(image[row])] = Drifted(
-                gap=float(gap[row]),
-                pass_index=pass_index,
-                row=row,
-                image=int(image[row]),
-                area=float(area[row]),
-                expected=int(main_class[row]),
-                top=list(zip(top.indices.tolist(), top.values.tolist(), strict=True)),
-                own=float(own[row]),
-            )
     spread = spread / (2 * (labels.passes - 1)) if labels.passes > 1 else spread * float("nan")
-    own_by_area /= by_area[:, 0].clamp(min=1)
-    return Drift(
-        spread=spread.numpy(),
-        views=views_of.numpy(),
-        astray=astray_of.numpy(),
-        by_area=by_area.numpy(),
-        own_by_area=own_by_area.numpy(),
-        none=none,
-        worst=sorted(worst_by_image.values(), reverse=True)[:worst],
-    )
+    columns = {name: torch.cat([each[name] for each in passes]).numpy() for name in passes[0]}
+    return Drift(spread=spread.numpy(), **columns)

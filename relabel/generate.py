@@ -24,7 +24,7 @@ from relabel.teacher import Ensemble, load_teacher, use_batch_statistics
 from utils import cli, runtime
 from utils.cli import UserError, bounded
 from utils.data import datasets, folders, images
-from utils.data.views import MIXES, Views, ViewSpec, centre_views
+from utils.data.views import MIXES, Mixture, Views, ViewSpec, centre_views
 from utils.labels import LabelSet, LabelWriter, codecs, make_settings
 from utils.labels.codecs.base import labels_to_fit
 from utils.metrics import near_chance
@@ -54,12 +54,9 @@ def parse_arguments() -> argparse.Namespace:
         metavar="FILE",
         help="a state dict per teacher; default: $Main_Data_Path/NAME.pth, else torchvision's",
     )
+    share = "weight of each teacher's logits in the mean (default: equal)"
     teacher.add_argument(
-        "--teacher-shares",
-        nargs="+",
-        type=bounded(float, 0),
-        metavar="W",
-        help="weight of each teacher's logits in the mean (default: equal)",
+        "--teacher-shares", nargs="+", type=bounded(float, 0), metavar="W", help=share
     )
     teacher.add_argument(
         "--bssl",
@@ -72,12 +69,8 @@ def parse_arguments() -> argparse.Namespace:
     amount.add_argument(
         "--slc", type=bounded(int, 1), metavar="N", help="soft labels per class, a multiple of IPC"
     )
-    amount.add_argument(
-        "--passes",
-        type=bounded(int, 1),
-        metavar="N",
-        help="soft labels per image, for folders whose classes differ in size",
-    )
+    of_image = "soft labels per image, for folders whose classes differ in size"
+    amount.add_argument("--passes", type=bounded(int, 1), metavar="N", help=of_image)
     labels.add_argument(
         "--batch-size",
         type=bounded(int, 1),
@@ -89,12 +82,9 @@ def parse_arguments() -> argparse.Namespace:
     labels.add_argument(
         "--mix", choices=MIXES, default="cutmix", help="how views of a batch are mixed"
     )
+    crop = "smallest crop as a share of the image's area"
     labels.add_argument(
-        "--min-scale",
-        type=bounded(float, 0.0001, 1),
-        default=0.08,
-        metavar="X",
-        help="smallest crop as a share of the image's area",
+        "--min-scale", type=bounded(float, 0.0001, 1), default=0.08, metavar="X", help=crop
     )
     codecs.add_arguments(labels, default="fp16")
     labels.add_argument(
@@ -266,12 +256,13 @@ def fit_codec(
     """Fits the writer's codec to the first passes; returns their logits by pass index."""
     count, passes = len(hard_labels), writer.settings["passes"]
     needed = min(-(-labels_to_fit(writer.settings["num_classes"]) // count), passes)
-    labelled, samples = {}, []
+    device, labelled, samples = teachers.runtime.device, {}, []
     with cli.progress(total=needed * count, desc="fit codec", unit="view") as bar:
         for pass_index in range(needed):
             views, logits = label_pass(pass_index, writer, teachers, source, bar)
             labelled[pass_index] = logits
-            samples.append((logits, views.mixture(hard_labels, writer.spec.input_size)))
+            mixture = views.mixture(hard_labels, writer.spec.input_size)
+            samples.append((logits.to(device), Mixture(*(part.to(device) for part in mixture))))
     writer.fit(samples)
     return labelled
 
@@ -319,12 +310,6 @@ def main() -> None:
     sizes, fingerprint = images.inspect(folder)
     with machine.first_rank_first():  # so that only one downloads
         teachers = load_teachers(args, dataset, machine)
-    if args.bssl and not any(
-        isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
-        for teacher in teachers.teachers
-        for module in teacher.model.modules()
-    ):
-        print("no teacher has BatchNorm: BSSL changes nothing")
     settings = make_settings(
         dataset=dataset,
         folder=folder,
@@ -352,16 +337,14 @@ def main() -> None:
     source = images.open_images(folder, sizes, dataset, machine.device, args.workers)
     if machine.rank == 0:
         check_class_order(args, teachers, source, sizes, folder.labels)
-    if args.bssl:
-        for teacher in teachers.teachers:
-            use_batch_statistics(teacher.model)
-    # Rank 0 begins and finishes; in between, every rank makes its share of the passes.
-    with writer.begun() if machine.rank == 0 else contextlib.nullcontext():
-        make_passes(writer, teachers, source, folder.labels)
-        if machine.rank == 0:
-            manifest = writer.finish()
+    if args.bssl and not sum(use_batch_statistics(one.model) for one in teachers.teachers):
+        print("no teacher has BatchNorm: BSSL changes nothing")
     if machine.rank > 0:
+        make_passes(writer, teachers, source, folder.labels)
         return
+    with writer.begun():
+        make_passes(writer, teachers, source, folder.labels)
+        manifest = writer.finish()
     total = passes * len(folder.files)
     size = LabelSet.open(args.label_dir).bytes_on_disk()
     print(

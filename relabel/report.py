@@ -17,6 +17,7 @@ import argparse
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torchvision.models import ResNet18_Weights
 
 from relabel import drift
@@ -25,8 +26,9 @@ from utils import cli
 from utils.cli import UserError
 from utils.data import folders, images
 from utils.data.views import crop_resize, mix
-from utils.files import atomic_write, to_json
-from utils.labels import LabelSet, pass_name
+from utils.files import atomic_write, save_png, to_json
+from utils.labels import LabelSet
+from utils.labels.arrays import read_npz
 from utils.results import write_csv
 
 TEMPERATURES = (20.0, 4.0, 1.0)
@@ -60,55 +62,37 @@ def parse_arguments() -> argparse.Namespace:
 def sizes(labels: LabelSet) -> dict[str, int]:
     """Bytes on disk by purpose; they add up to `labels.bytes_on_disk()`."""
     payload = views = 0
-    for pass_index in range(labels.passes):
-        with np.load(labels.path / pass_name(pass_index), allow_pickle=False) as stored:
-            payload += stored["payload"].nbytes
-            views += sum(stored[name].nbytes for name in _VIEW_ARRAYS if name in stored)
-
-    def file(name: str) -> int:
-        path = labels.path / name
-        return path.stat().st_size if path.exists() else 0
-
+    for path in labels.path.glob("pass_*.npz"):
+        stored = read_npz(path)
+        payload += stored["payload"].nbytes
+        views += sum(stored[name].nbytes for name in _VIEW_ARRAYS if name in stored)
+    files = {path.name: path.stat().st_size for path in labels.path.iterdir()}
     parts = {
         "logits": payload,
-        "codec, fitted part": file("codec.npz"),
+        "codec, fitted part": files.get("codec.npz", 0),
         "views": views,
-        "image sizes": file("sizes.npz"),
-        "manifest": file("manifest.json"),
+        "image sizes": files.get("sizes.npz", 0),
+        "manifest": files["manifest.json"],
     }
     return {**parts, "checksums, headers": labels.bytes_on_disk() - sum(parts.values())}
 
 
-def published(classes: int) -> dict[str, float]:
-    """Bytes per label of other formats, views included, for this number of classes."""
-    pruned = {
-        f"LPQLD, top {k}": 4.0 * k + 10  # k x (fp16 + int16), 4 fp16 coordinates, flip, mix, box
-        for k in (100, 50, 10)
-        if k < classes
-    }
-    return {
-        "SRe2L, LPLD (raw logits fp16)": 2.0 * classes + 25,
-        "HALD, published code (softmax fp16)": 2.0 * classes + 17,
-        **pruned,
-        **({"FKD, top 5": 40.0} if classes > 5 else {}),
-    }
-
-
 def size_table(labels: LabelSet, parts: dict[str, int]) -> tuple[str, dict]:
-    """Bytes by purpose, and factors against fp16 and the published formats."""
-    classes = labels.manifest["num_classes"]
+    """Bytes by purpose, and the factor against fp16."""
     count = labels.passes * labels.manifest["images"]["count"]
     total = sum(parts.values())
-    whole = total - parts["logits"] - parts["codec, fitted part"] + 2 * classes * count
+    whole = total - parts["logits"] - parts["codec, fitted part"]
+    whole += 2 * labels.manifest["num_classes"] * count
     lines = [f"{'':36}{'bytes':>15}{'per label':>12}"]
-    for name, size in [*parts.items(), ("total", total)]:
+    for name, size in {**parts, "total": total, "the same in codec fp16": whole}.items():
         lines.append(f"{name:36}{size:>15,}{size / count:>12.2f}")
-    lines += ["", f"{'against':36}{'bytes/label':>15}{'factor':>12}"]
-    others = {"fp16 logits in this format": whole / count, **published(classes)}
-    for name, size in others.items():
-        lines.append(f"{name:36}{size:>15,.1f}{size * count / total:>12.1f}")
-    factors = {name: round(size * count / total, 3) for name, size in others.items()}
-    return "\n".join(lines), {"labels": count, "bytes": {**parts, "total": total}, **factors}
+    factor = round(whole / total, 3)
+    lines.append(f"{'factor against fp16':36}{factor:>15.1f}")
+    return "\n".join(lines), {
+        "labels": count,
+        "bytes": {**parts, "total": total},
+        "factor against fp16": factor,
+    }
 
 
 def check_reference(labels: LabelSet, reference: LabelSet) -> None:
@@ -119,11 +103,6 @@ def check_reference(labels: LabelSet, reference: LabelSet) -> None:
                 f"--reference {reference.path} does not hold the same labels: {key} differs from "
                 f"that of {labels.path}"
             )
-    if reference.passes < labels.passes:
-        raise UserError(
-            f"--reference {reference.path} has {reference.passes} passes, {labels.path} has "
-            f"{labels.passes}"
-        )
     if reference.manifest["codec"]["name"] != "fp16":
         raise UserError(f"--reference {reference.path} is not in codec fp16")
 
@@ -135,12 +114,10 @@ def loss_table(labels: LabelSet, reference: LabelSet | None) -> tuple[str, dict]
         check_reference(labels, reference)
         passes = cli.progress(range(labels.passes), desc="compare", unit="pass")
         distortions, same = compare(labels, reference, passes, TEMPERATURES)
-        measured = {
-            f"distortion at T = {t:g}": value
-            for t, value in zip(TEMPERATURES, distortions, strict=True)
-        } | {"same first class": same}
+        names = [f"distortion at T = {t:g}" for t in TEMPERATURES]
+        measured = {**dict(zip(names, distortions, strict=True)), "same first class": same}
         lines = [f"{name:36}{value:>15.5f}" for name, value in measured.items()]
-        return f"against {reference.path} (fp16)\n" + "\n".join(lines), measured
+        return "\n".join([f"against {reference.path} (fp16)", *lines]), measured
     if codec["name"] == "fp16":
         return "codec fp16: nothing is lost beyond half precision", {}
     options = ", ".join(f"{key} {value}" for key, value in codec.items() if key != "name")
@@ -157,164 +134,159 @@ def class_names(labels: LabelSet) -> list[str]:
     return labels.manifest["classes"]
 
 
-def drift_table(labels: LabelSet, measured: drift.Drift) -> tuple[str, dict]:
+def drift_table(measured: drift.Drift) -> tuple[str, dict]:
     """Tr(Sigma) and views astray, overall and by the crop's area."""
-    total, astray = int(measured.views.sum()), int(measured.astray.sum())
-    spread = float(np.nanmean(measured.spread)) if labels.passes > 1 else None
-    values = {
-        "mean Tr(Sigma)": spread,
-        "views": total,
-        "astray": astray / total,
-        "none of the view's classes": measured.none / total,
-    }
-    spread_text = "needs two passes" if spread is None else f"{spread:.4f}"
+    several = not np.isnan(measured.spread).any()
+    spread = float(measured.spread.mean()) if several else None
+    views, astray, none = len(measured.astray), measured.astray.mean(), measured.none.mean()
     lines = [
-        f"Tr(Sigma) of an image's soft labels, mean over images: {spread_text}",
-        f"first class not the mainly shown image's: {100 * astray / total:.1f} % of {total:,} "
-        f"views; none of the view's classes: {100 * measured.none / total:.1f} %",
+        "Tr(Sigma) of an image's soft labels, mean over images: "
+        + (f"{spread:.4f}" if several else "needs two passes"),
+        f"first class not the mainly shown image's: {100 * astray:.1f} % of {views:,} views; none "
+        f"of the view's classes: {100 * none:.1f} %",
         f"{'crop area':>12}{'views':>10}{'astray (%)':>12}{'p(own class)':>14}",
     ]
-    for k, (views, wrong) in enumerate(measured.by_area):
-        share = f"{'-':>12}{'-':>14}"
-        if views:
-            share = f"{100 * wrong / views:>12.1f}{measured.own_by_area[k]:>14.3f}"
+    for row in area_rows(measured):
+        if row["views"] == 0:
+            continue
+        share = 100 * row["astray"] / row["views"]
         lines.append(
-            f"{drift.AREA_EDGES[k]:>6.1f}-{drift.AREA_EDGES[k + 1]:>4.1f} {views:>10,}{share}"
+            f"{row['from']:>6.1f}-{row['to']:>4.1f} {row['views']:>10,}{share:>12.1f}"
+            f"{row['mean_probability_of_own_class']:>14.3f}"
         )
-    return "\n".join(lines), values
+    return "\n".join(lines), {
+        "mean Tr(Sigma)": spread,
+        "views": views,
+        "astray": float(astray),
+        "none of the view's classes": float(none),
+    }
+
+
+def lines_of(**columns: np.ndarray | list) -> list[dict]:
+    """Lines of a table, each a dict of its cells by column."""
+    return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+
+
+def area_rows(measured: drift.Drift) -> list[dict]:
+    """Lines of crop_area.csv: what drifts by the crop's share of the image."""
+    views = measured.by_area()
+    own = measured.by_area(measured.own) / np.maximum(views, 1)
+    return lines_of(
+        **{"from": np.arange(10) / 10, "to": np.arange(1, 11) / 10},
+        views=views,
+        astray=measured.by_area(measured.astray).astype(int),
+        mean_probability_of_own_class=own,
+    )
 
 
 def class_rows(labels: LabelSet, measured: drift.Drift) -> list[dict]:
-    """What drifts in each class that views show, the classes that drift most first."""
-    own, names = labels.hard_labels.numpy(), class_names(labels)
-    classes = labels.manifest["num_classes"]
-    views = np.bincount(own, measured.views, classes)
-    astray = np.bincount(own, measured.astray, classes) / np.maximum(views, 1)
-    images_of = np.maximum(np.bincount(own, minlength=classes), 1)
-    spread = np.bincount(own, measured.spread, classes) / images_of
-    return [
-        {
-            "class": label,
-            "name": names[label],
-            "views": int(views[label]),
-            "astray_share": round(astray[label], 4),
-            "mean_tr_sigma": round(spread[label], 5),
-        }
-        for label in np.argsort(-astray, kind="stable").tolist()
-        if views[label]
-    ]
+    """Lines of classes.csv: each class that views show, the classes that drift most first."""
+    names, classes = class_names(labels), labels.manifest["num_classes"]
+    views = np.bincount(measured.expected, minlength=classes)
+    astray = np.bincount(measured.expected, measured.astray, classes) / np.maximum(views, 1)
+    images_of = np.bincount(labels.hard_labels, minlength=classes)
+    spread = np.bincount(labels.hard_labels, measured.spread, classes) / np.maximum(images_of, 1)
+    order = [label for label in np.argsort(-astray, kind="stable") if views[label]]
+    return lines_of(
+        **{"class": order, "name": [names[label] for label in order]},
+        views=views[order],
+        astray_share=astray[order].round(4),
+        mean_tr_sigma=spread[order].round(5),
+    )
 
 
-def write_tables(out: Path, labels: LabelSet, measured: drift.Drift, files: list[str]) -> None:
-    """images.csv, classes.csv, crop_area.csv, views.csv; `files` names every image."""
-    classes = class_names(labels)
-    by_image = [
-        {
-            "image": image,
-            "file": file,
-            "class": int(labels.hard_labels[image]),
-            "views": measured.views[image],
-            "astray": measured.astray[image],
-            "tr_sigma": round(measured.spread[image], 6),
-        }
-        for image, file in enumerate(files)
-    ]
-    by_area = [
-        {
-            "from": drift.AREA_EDGES[k],
-            "to": drift.AREA_EDGES[k + 1],
-            "views": measured.by_area[k, 0],
-            "astray": measured.by_area[k, 1],
-            "mean_probability_of_own_class": measured.own_by_area[k],
-        }
-        for k in range(10)
-    ]
-    worst = []
-    for view in measured.worst:
-        row = {
-            "pass": view.pass_index,
-            "row": view.row,
-            "image": view.image,
-            "file": files[view.image],
-            "crop_area": round(view.area, 4),
-            "class": classes[view.expected],
-            "probability": round(view.own, 5),
-        }
-        for rank, (label, probability) in zip(_RANKS, view.top, strict=False):
-            row[rank] = f"{classes[label]} {probability:.4f}"
-        worst.append(row)
-    write_csv(by_image, out / "images.csv")
-    write_csv(class_rows(labels, measured), out / "classes.csv")
-    write_csv(by_area, out / "crop_area.csv")
-    write_csv(worst, out / "views.csv", columns=_VIEW_COLUMNS)
+def image_rows(labels: LabelSet, measured: drift.Drift, files: list[str]) -> list[dict]:
+    """Lines of images.csv; `files` names every image."""
+    return lines_of(
+        **{"image": range(len(files)), "file": files, "class": labels.hard_labels.tolist()},
+        views=measured.by_image(),
+        astray=measured.by_image(measured.astray).astype(int),
+        tr_sigma=measured.spread.round(6),
+    )
+
+
+def view_rows(
+    labels: LabelSet, measured: drift.Drift, worst: np.ndarray, files: list[str]
+) -> list[dict]:
+    """Lines of views.csv: the views that drift most, `worst` by position among all views."""
+    names, rows = class_names(labels), []
+    for position in worst.tolist():
+        pass_index, row = divmod(position, len(files))
+        batch, row_of_batch = divmod(row, labels.spec.batch_size)
+        stored = labels[pass_index * labels.batches_per_pass + batch]
+        soft = stored.logits[row_of_batch].softmax(0)
+        image = int(measured.image[position])
+        top = [f"{names[label]} {soft[label]:.4f}" for label in soft.argsort(descending=True)[:3]]
+        rows.append(
+            {
+                "pass": pass_index,
+                "row": row,
+                "image": image,
+                "file": files[image],
+                "crop_area": round(float(measured.area[position]), 4),
+                "class": names[measured.expected[position]],
+                "probability": round(float(measured.own[position]), 5),
+                **dict(zip(_RANKS, top, strict=False)),
+            }
+        )
+    return rows
 
 
 def draw_drift(path: Path, labels: LabelSet, measured: drift.Drift) -> None:
     """Three panels: drift against crop area, over classes, and Tr(Sigma) over images."""
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    centres = np.arange(10) / 10 + 0.05
-    views, astray = measured.by_area.T
-    shown = views > 0
-    shares = 100 * astray[shown] / views[shown]
-    left.bar(centres[shown], shares, 0.09, color="C1", label="first class is another")
-    left.plot(centres[shown], 100 * measured.own_by_area[shown], "C0o-", label="mean p(own class)")
+    shown = [row for row in area_rows(measured) if row["views"]]
+    centres = [row["from"] + 0.05 for row in shown]
+    shares = [100 * row["astray"] / row["views"] for row in shown]
+    own = [100 * row["mean_probability_of_own_class"] for row in shown]
+    left.bar(centres, shares, 0.09, color="C1", label="first class is another")
+    left.plot(centres, own, "C0o-", label="mean p(own class)")
     left.set(xlabel="crop area / image area", ylabel="views (%)", xlim=(0, 1), ylim=(0, 100))
     left.legend()
-    shares = 100 * np.array([row["astray_share"] for row in class_rows(labels, measured)])
+    shares = [100 * row["astray_share"] for row in class_rows(labels, measured)]
     middle.bar(np.arange(len(shares)), shares, 1.0, color="C1")
     middle.set(xlabel="class, sorted", ylabel="views with another first class (%)", ylim=(0, 100))
     if labels.passes > 1:
         right.hist(measured.spread, bins=30, color="C0")
     right.set(xlabel="Tr(Σ) of an image's soft labels", ylabel="images", xlim=(0, None))
-    figure.suptitle(f"Drift of {len(measured.views):,} images, {measured.views.sum():,} views")
-    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    figure.suptitle(f"Drift of {len(measured.spread):,} images, {len(measured.image):,} views")
+    save_png(figure, path)
 
 
-def draw_views(
-    path: Path, labels: LabelSet, worst: list[drift.Drifted], folder: folders.ImageFolder
-) -> None:
-    """The views that drift most: image with the crop's box, the view as rendered, and its label."""
-    columns = min(4, len(worst))
-    rows = -(-len(worst) // columns)
-    figure = Figure(figsize=(4.2 * columns, 2.75 * rows), layout="constrained")
-    panels = figure.subplots(rows, 2 * columns, squeeze=False)
-    names = class_names(labels)
+def draw_views(path: Path, labels: LabelSet, rows: list[dict], folder: folders.ImageFolder) -> None:
+    """The views of views.csv: image with the crop's box, the view as rendered, and its label."""
+    columns = min(4, len(rows))
+    size = (-(-len(rows) // columns), 2 * columns)
+    figure = Figure(figsize=(2.1 * size[1], 2.75 * size[0]), layout="constrained")
+    panels = figure.subplots(*size, squeeze=False)
     for axes in panels.flat:
         axes.set_axis_off()
-    bar = cli.progress(worst, desc="contact sheet", unit="view")
+    bar = cli.progress(rows, desc="contact sheet", unit="view")
     for (left, right), view in zip(panels.reshape(-1, 2), bar, strict=False):
-        batch, row = divmod(view.row, labels.spec.batch_size)
-        views = labels.views(view.pass_index * labels.batches_per_pass + batch)
+        batch, row = divmod(view["row"], labels.spec.batch_size)
+        views = labels.views(view["pass"] * labels.batches_per_pass + batch)
         sources = [
             images.pixels_of(images.decode(folder.files[index])) for index in views.index.tolist()
         ]
         crops = crop_resize(sources, views.box, views.flip, labels.spec.input_size)
         rendered = mix(crops, views)[row]
-        if int(views.index[row]) != view.image:
+        if int(views.index[row]) != view["image"]:
             row = int(views.partner()[row])
         top, left_edge, height, width = views.box[row].tolist()
-        bottom, right_edge = top + height, left_edge + width
         left.imshow(sources[row].permute(1, 2, 0).numpy())
-        left.plot(
-            [left_edge, right_edge, right_edge, left_edge, left_edge],
-            [top, top, bottom, bottom, top],
-            color="yellow",
-            lw=2,
+        left.add_patch(
+            Rectangle((left_edge, top), width, height, fill=False, edgecolor="yellow", linewidth=2)
         )
-        left.set_title(f"{shorten(names[view.expected])}\np = {view.own:.2f}", fontsize=8)
+        left.set_title(f"{view['class'][:22]}\np = {view['probability']:.2f}", fontsize=8)
         right.imshow(rendered.round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
-        lines = [f"{shorten(names[label])} {probability:.2f}" for label, probability in view.top]
-        right.set_title("\n".join(lines), fontsize=8, color="firebrick")
+        top_three = "\n".join(view[rank][-30:] for rank in _RANKS if rank in view)
+        right.set_title(top_three, fontsize=8, color="firebrick")
     figure.suptitle(
         "Views that drift most. Left: image, its class, the crop's box; right: the view and the "
         "teacher's top 3"
     )
-    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=100))
-
-
-def shorten(name: str) -> str:
-    return name if len(name) <= 22 else name[:20] + "…"
+    save_png(figure, path)
 
 
 def open_folder(labels: LabelSet, path: Path) -> folders.ImageFolder:
@@ -341,8 +313,8 @@ def main() -> None:
     print(f"\n{text}")
     text, loss_report = loss_table(labels, reference)
     print(f"\n{text}", flush=True)
-    measured = drift.measure(labels, args.samples)
-    text, drift_report = drift_table(labels, measured)
+    measured = drift.measure(labels)
+    text, drift_report = drift_table(measured)
     print(f"\n{text}")
     if folder and out is None:
         out = labels.path.with_name(labels.path.name + "_report")
@@ -359,11 +331,15 @@ def main() -> None:
     if folder:
         files = [path.relative_to(folder.root).as_posix() for path in folder.files]
     else:
-        files = [str(image) for image in range(len(measured.views))]
-    write_tables(out, labels, measured, files)
+        files = [str(image) for image in range(len(measured.spread))]
+    write_csv(image_rows(labels, measured, files), out / "images.csv")
+    write_csv(class_rows(labels, measured), out / "classes.csv")
+    write_csv(area_rows(measured), out / "crop_area.csv")
+    views = view_rows(labels, measured, measured.worst(args.samples), files)
+    write_csv(views, out / "views.csv", columns=_VIEW_COLUMNS)
     draw_drift(out / "drift.png", labels, measured)
-    if folder and measured.worst:
-        draw_views(out / "views.png", labels, measured.worst, folder)
+    if folder and views:
+        draw_views(out / "views.png", labels, views, folder)
     print(f"\ntables and pictures: {out}")
 
 

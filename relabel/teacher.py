@@ -154,15 +154,16 @@ def load_state(model: nn.Module, state: dict[str, torch.Tensor], what: str, name
     model.load_state_dict(state, strict=False)
 
 
-def use_batch_statistics(model: nn.Module) -> None:
+def use_batch_statistics(model: nn.Module) -> int:
     """Switches BSSL on: BatchNorm normalises by the current batch and updates no statistics.
 
-    Everything else, dropout among it, stays in evaluation mode.
+    Everything else, dropout among it, stays in evaluation mode. Returns how many layers it found.
     """
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.train()
-            module.track_running_stats = False
+    norms = [each for each in model.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.train()
+        norm.track_running_stats = False
+    return len(norms)
 
 
 class _PerBatchStatistics(TorchFunctionMode):

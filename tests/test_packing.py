@@ -1,4 +1,4 @@
-"""Integers as bytes: hand-worked streams, all ranges back and forth, damage."""
+"""Integers as bytes: all ranges back and forth, damage."""
 
 import numpy as np
 import pytest
@@ -7,13 +7,6 @@ from pcodec import standalone
 
 from utils.cli import UserError
 from utils.labels.codecs.klt import pack_integers, unpack_integers
-from utils.labels.codecs.plain import pack_bits, unpack_bits
-
-
-def test_packed_bits_are_one_stream():
-    values = np.array([5, 0, 7, 2])
-    assert pack_bits(values, 3) == bytes([0b10100011, 0b10100000])
-    assert unpack_bits(pack_bits(values, 3), 3, 4).tolist() == values.tolist()
 
 
 @pytest.mark.parametrize("largest", [0, 1, 2, 127, 128, 32767])

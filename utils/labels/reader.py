@@ -1,8 +1,8 @@
 """Reading a finished label set; what is incomplete, damaged or of another version is refused."""
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,14 +28,8 @@ from utils.labels.manifest import (
 _ROWS = 1024  # labels expanded at once where a whole pass is read, as codecs need room meanwhile
 
 
-@dataclasses.dataclass
-class LabelBatch:
-    """One stored batch: its views and the teacher's labels for them.
-
-    Attributes:
-        views: the batch's views.
-        logits: float32 [B, C], centred per label.
-    """
+class LabelBatch(NamedTuple):
+    """Views, and the teacher's labels for them: float32 [B, C] logits, centred per label."""
 
     views: Views
     logits: torch.Tensor
@@ -184,7 +178,12 @@ class LabelSet:
                 f"{path}: the views are not those that were labelled; the set was made by an "
                 "incompatible version"
             )
-        return views, self.codec.unpack(stored["payload"].tobytes())
+        codes = self.codec.unpack(stored["payload"].tobytes())
+        if len(codes[0]) != len(views.index):
+            raise UserError(
+                f"{path} is damaged: {len(codes[0])} labels of {len(views.index)} views"
+            )
+        return views, codes
 
     def whole_pass(self, pass_index: int) -> LabelBatch:
         """All views of a pass, read from disk, and their float32 [images, C] logits; CPU."""

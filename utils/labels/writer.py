@@ -60,8 +60,11 @@ class LabelWriter:
         self.settings = {"format": FORMAT, "version": VERSION, **settings}
         self.spec = view_spec(self.settings)
         self.sizes = sizes
-        existing = self._existing_settings()
-        if existing is not None:
+        manifests = [
+            self.path / name for name in (MANIFEST, PARTIAL) if (self.path / name).exists()
+        ]
+        if manifests:
+            existing = read_manifest(manifests[0])
             if difference := first_difference(self.settings, existing, NOT_COMPARED):
                 raise UserError(
                     f"{self.path} holds a label set made with other settings ({difference}); "
@@ -76,7 +79,7 @@ class LabelWriter:
     def open_codec(self) -> None:
         """Sets `codec`, which stays None while its fitted part has yet to be fitted."""
         parameters, fitted = self.settings["codec"], {}
-        if codecs.needs_fit(parameters):
+        if codecs.find(parameters)[0].fitted:
             if not (self.path / CODEC).exists():
                 return
             fitted = read_npz(self.path / CODEC)
@@ -89,12 +92,13 @@ class LabelWriter:
             samples: logits float32 [images, C] and mixture of each of the first passes.
         """
         count = self.settings["images"]["count"]
-        self.codec = codecs.fit(
-            self.settings["codec"],
+        kind, options = codecs.find(self.settings["codec"])
+        self.codec = kind.fit(
             [(centre(logits), mixture) for logits, mixture in samples],
             self.settings["num_classes"],
             labels=count * self.settings["passes"],
             pass_labels=count,
+            **options,
         )
         atomic_write(self.path / CODEC, npz_bytes(self.codec.arrays()))
 
@@ -108,12 +112,6 @@ class LabelWriter:
                 compact = {"sizes": np.asarray(self.sizes, dtype="<u4")}
                 atomic_write(self.path / SIZES, npz_bytes(compact))
             yield
-
-    def _existing_settings(self) -> dict | None:
-        for name in (MANIFEST, PARTIAL):
-            if (self.path / name).exists():
-                return read_manifest(self.path / name)
-        return None
 
     def complete(self) -> bool:
         """Whether the set is finished; if so, everything in it has been verified."""

@@ -17,15 +17,13 @@ import argparse
 from typing import Any
 
 import numpy as np
-import torch
 
 from utils.cli import UserError
-from utils.data.views import Mixture
 from utils.labels.codecs import klt, plain  # noqa: F401 - their classes add themselves to CODECS
 from utils.labels.codecs.base import CODECS, Codec, flag
 
 
-def _kind(parameters: dict[str, Any]) -> tuple[type[Codec], dict[str, Any]]:
+def find(parameters: dict[str, Any]) -> tuple[type[Codec], dict[str, Any]]:
     """Class and options of a manifest's "codec" entry; raises UserError when it is unknown."""
     name = parameters.get("name")
     if name not in CODECS:
@@ -35,29 +33,12 @@ def _kind(parameters: dict[str, Any]) -> tuple[type[Codec], dict[str, Any]]:
 
 def from_manifest(parameters: dict, num_classes: int, arrays: dict[str, np.ndarray]) -> Codec:
     """The codec that a manifest's "codec" entry and the arrays of codec.npz describe."""
-    kind, options = _kind(parameters)
+    kind, options = find(parameters)
     if not kind.fitted:
         return kind(num_classes, **options)
     if not arrays:
         raise UserError(f"codec.npz, the fitted part of codec {kind.name}, is missing")
     return kind(num_classes, arrays=arrays, **options)
-
-
-def needs_fit(parameters: dict) -> bool:
-    """Whether the codec of a manifest's "codec" entry has a part that is fitted to the labels."""
-    return _kind(parameters)[0].fitted
-
-
-def fit(
-    parameters: dict,
-    samples: list[tuple[torch.Tensor, Mixture]],
-    num_classes: int,
-    labels: int,
-    pass_labels: int,
-) -> Codec:
-    """The codec of a manifest's "codec" entry, fitted to the first labels of a set (Klt.fit)."""
-    kind, options = _kind(parameters)
-    return kind.fit(samples, num_classes, labels, pass_labels=pass_labels, **options)
 
 
 def add_arguments(parser: argparse._ActionsContainer, default: str | None = None) -> None:

@@ -1,7 +1,6 @@
 """The codec klt: a basis and class means fitted to the labels, one quantiser step."""
 
 import bisect
-import dataclasses
 import functools
 import math
 from typing import Any, ClassVar
@@ -234,23 +233,6 @@ class Klt(Codec):
         )
 
 
-@dataclasses.dataclass
-class _Plan:
-    """What the codec of one step keeps, and what that is expected to cost.
-
-    Attributes:
-        basis: whole numbers [K, C], times scale [K] the directions that are kept.
-        scale: float32 [K].
-        class_means: whole numbers [K, C]; zero in the components where they do not pay.
-        expected: bytes_per_label, the fitted part included, and distortion.
-    """
-
-    basis: torch.Tensor
-    scale: torch.Tensor
-    class_means: torch.Tensor
-    expected: dict[str, float]
-
-
 class _Fit:
     """The statistics of a sample of labels, and the klt codec for any step."""
 
@@ -290,7 +272,7 @@ class _Fit:
 
         @functools.cache
         def estimate(position: int) -> float:
-            return self.plan(steps[position]).expected[name]
+            return self.plan(steps[position])[1][name]
 
         best, tried, aim = None, set(), wanted
         while True:
@@ -328,8 +310,10 @@ class _Fit:
         decoded = codec.expand(codec.encode(self.probe, self.probe_mixture), self.probe_mixture)
         return distortion(self.probe, decoded)
 
-    def plan(self, step: float) -> _Plan:
-        """What the codec of one step keeps: components, and class means in them, where they pay.
+    def plan(self, step: float) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """The arrays of the codec of one step, as numbers, and what it is expected to cost.
+
+        Components are kept only where they pay, and so are class means in them.
 
         Squared error is weighed against bits at the slope of a uniform quantiser at high rate,
         d(error) / d(bit) = 2 ln 2 step^2 / 12. The same slope gives the precision of the basis,
@@ -369,17 +353,22 @@ class _Fit:
             "distortion": float(lost / self.probe.double().square().sum().clamp(min=1e-30)),
         }
         scale = basis_step / self.deviation
-        return _Plan(basis[kept], scale[kept], (means * helped).T[kept], expected)
+        parts = {
+            "scale": scale[kept],
+            "basis": basis[kept],
+            "class_means": (means * helped).T[kept],
+        }
+        return parts, expected
 
     def codec(self, step: float, target: dict[str, float]) -> Klt:
         """The codec of one step."""
-        plan = self.plan(step)
+        parts, _ = self.plan(step)
         arrays = {
             "step": np.array(step),
             "mean": self.mean.cpu().numpy(),
-            "scale": plan.scale.cpu().numpy(),
-            "basis": np.frombuffer(pack_integers(plan.basis), np.uint8),
-            "class_means": np.frombuffer(pack_integers(plan.class_means), np.uint8),
+            "scale": parts["scale"].cpu().numpy(),
+            "basis": np.frombuffer(pack_integers(parts["basis"]), np.uint8),
+            "class_means": np.frombuffer(pack_integers(parts["class_means"]), np.uint8),
         }
         return Klt(self.num_classes, arrays, **target)
 

@@ -20,31 +20,19 @@ def _from_bytes(data: memoryview, kind: str, shape: tuple[int, ...]) -> torch.Te
     return torch.from_numpy(array.astype(kind))
 
 
-def pack_bits(values: np.ndarray, bits: int) -> bytes:
-    """Non-negative integers [M] of `bits` bits each as one bit stream, padded to a byte."""
-    shifts = np.arange(bits - 1, -1, -1)
-    parts = []
-    for start in range(0, len(values), 1 << 16):
-        chunk = values[start : start + (1 << 16), None].astype(np.int64)
-        parts.append(np.packbits((chunk >> shifts & 1).astype(np.uint8)).tobytes())
-    return b"".join(parts)
+def _to_bits(values: torch.Tensor, bits: int) -> np.ndarray:
+    """uint8 [..., M x bits]: the lowest bits of integers [..., M], most significant bit first."""
+    shifts = torch.arange(bits - 1, -1, -1, dtype=values.dtype, device=values.device)
+    return (values[..., None] >> shifts & 1).flatten(-2).to(torch.uint8).cpu().numpy()
 
 
-def unpack_bits(data: bytes, bits: int, count: int) -> np.ndarray:
-    """int64 [count]: the inverse of pack_bits."""
-    stream = np.unpackbits(np.frombuffer(data, np.uint8), count=count * bits).reshape(count, bits)
-    return stream @ (1 << np.arange(bits - 1, -1, -1))
+def _count_labels(payload: bytes, bits_per_label: int) -> int:
+    """How many labels a payload holds; raises UserError when it is no whole number.
 
-
-def _count_labels(payload: bytes, bits_per_label: int, size_of) -> int:
-    """How many labels of equal size a payload holds; raises UserError when it is no whole number.
-
-    Args:
-        bits_per_label: before rounding to whole bytes, at least 8.
-        size_of: labels -> bytes.
+    `bits_per_label`, at least 8, does not include the padding of the payload to a byte.
     """
     labels = len(payload) * 8 // bits_per_label
-    if size_of(labels) != len(payload):
+    if -(-labels * bits_per_label // 8) != len(payload):
         raise UserError("a pass of the label set is damaged: its length is impossible")
     return labels
 
@@ -61,7 +49,7 @@ class Fp16(Codec):
         return _bytes(codes[0])
 
     def unpack(self, payload: bytes) -> Codes:
-        labels = _count_labels(payload, 16 * self.num_classes, lambda n: 2 * n * self.num_classes)
+        labels = _count_labels(payload, 16 * self.num_classes)
         return (_from_bytes(payload, "f2", (labels, self.num_classes)),)
 
     def expand(self, codes: Codes, mixture: Mixture) -> torch.Tensor:
@@ -94,15 +82,16 @@ class TopK(Codec):
 
     def pack_codes(self, codes: Codes) -> bytes:
         kept, index = codes
-        return _bytes(kept) + pack_bits(index.cpu().numpy().reshape(-1), self.index_bits)
+        bits = _to_bits(index.flatten(), self.index_bits)
+        return _bytes(kept) + np.packbits(bits).tobytes()
 
     def unpack(self, payload: bytes) -> Codes:
         k, bits = self.topk, self.index_bits
-        labels = _count_labels(
-            payload, k * (16 + bits), lambda n: 2 * n * k + -(-n * k * bits // 8)
-        )
+        labels = _count_labels(payload, k * (16 + bits))
         kept = _from_bytes(payload[: 2 * labels * k], "f2", (labels, k))
-        index = unpack_bits(payload[2 * labels * k :], bits, labels * k).reshape(labels, k)
+        stream = np.frombuffer(payload[2 * labels * k :], np.uint8)
+        rows = np.unpackbits(stream, count=labels * k * bits).reshape(labels, k, bits)
+        index = rows @ (1 << np.arange(bits - 1, -1, -1))
         kind = np.int16 if self.num_classes <= 1 << 15 else np.int32
         return kept, torch.from_numpy(index.astype(kind))
 
@@ -137,20 +126,15 @@ class Quant(Codec):
         step = half((logits.amax(1) - offset.float()) / levels, self.name)
         divisor = torch.where(step == 0, 1, step.float())[:, None]
         level = ((logits - offset.float()[:, None]) / divisor).round().clamp(0, levels)
-        return offset, step, self._rows_of_bits(level.to(torch.uint8))
-
-    def _rows_of_bits(self, level: torch.Tensor) -> torch.Tensor:
-        """uint8 [N, width] from uint8 [N, C]."""
-        shifts = torch.arange(self.bits - 1, -1, -1, device=level.device)
-        bits = (level[:, :, None] >> shifts & 1).flatten(1)
-        return torch.from_numpy(np.packbits(bits.cpu().numpy().astype(np.uint8), axis=1))
+        rows = np.packbits(_to_bits(level.to(torch.uint8), self.bits), axis=1)
+        return offset, step, torch.from_numpy(rows)
 
     def pack_codes(self, codes: Codes) -> bytes:
         return b"".join(_bytes(code) for code in codes)
 
     def unpack(self, payload: bytes) -> Codes:
         size = 4 + self.width
-        labels = _count_labels(payload, 8 * size, lambda n: n * size)
+        labels = _count_labels(payload, 8 * size)
         return (
             _from_bytes(payload[: 2 * labels], "f2", (labels,)),
             _from_bytes(payload[2 * labels : 4 * labels], "f2", (labels,)),
