@@ -60,6 +60,10 @@ class Bench:
             root=root,
         )
 
+    def begin_stage(self) -> runtime.Runtime:
+        """Prepares this process as our stages are: on a CPU they keep what they free."""
+        return runtime.start(device=str(self.machine.device), amp=self.machine.precision)
+
     @property
     def spec(self) -> ViewSpec:
         """What views are drawn from."""
