@@ -1,23 +1,24 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in less than nine minutes: speed at 224 pixels with ResNet-18, the
 # agreement of fast and plain paths, the GPU tests, and the demo. Uses the machine's own python3
-# (or $PYTHON) and installs nothing. Results: runs/gpu_check/gpu_check.json and gpu_check.txt.
+# (or $PYTHON) and installs nothing. Results: runs/gpu_check/gpu_check.txt, and beside it a CSV of
+# every timing and of every comparison.
 #   bash benchmarks/gpu_check.sh
 #   GPU_CHECK_SMALL=1 bash benchmarks/gpu_check.sh    the same steps in miniature, also on a CPU
 set -euo pipefail
 
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-cd "$root"
+# shellcheck source=scripts/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../scripts/setup.sh"
+explain "$@"
+cd "$ROOT"
 python="${PYTHON:-python3}"
-out="${GPU_CHECK_OUT:-$root/runs/gpu_check}"
-limit="${GPU_CHECK_SECONDS:-530}"
-common=(--device auto --compile)
-speed=(--classes 100 --ipc 10 --passes 5 --repeats 5)
-agreement=(--classes 100)
+out="$ROOT/runs/gpu_check"
+limit=530
+common=(--compile)
+speed=(--classes 100 --passes 5)
 if [[ -n "${GPU_CHECK_SMALL:-}" ]]; then
-    common=(--model ConvNetW32 --size 32 --batch-size 4 --device "${GPU_CHECK_DEVICE:-auto}")
-    speed=(--classes 4 --ipc 2 --repeats 1 --workers 1)
-    agreement=(--classes 4)
+    common=(--model ConvNetW32 --size 32 --batch-size 4 --classes 4)
+    speed=(--ipc 2 --repeats 1 --workers 1)
 fi
 
 if ! "$python" -c "import torch" 2> /dev/null; then
@@ -32,49 +33,50 @@ if [[ -z "${GPU_CHECK_SMALL:-}" ]] &&
 fi
 
 mkdir -p "$out"
-rm -f "$out"/{steps.tsv,speed.*,agreement.json,demo.txt,gpu_check.*}
+rm -f "$out"/{steps,demo,gpu_check}.txt "$out"/{speed,agreement}.*
+failed=0
 
-left() { # seconds that remain of the whole time, at least one
-    echo $((limit > SECONDS ? limit - SECONDS : 1))
+note() { # NAME RESULT SECONDS
+    printf '%-12s%-24s%5s s\n' "$@" >> "$out/steps.txt"
 }
 
 step() { # NAME LIMIT COMMAND ...: runs it for at most so long, its output into NAME.log
     local name="$1" most="$2" started=$SECONDS result="ok" status=0
+    local left=$((limit > SECONDS ? limit - SECONDS : 1))
+    most=$((most < left ? most : left))
     shift 2
-    echo "== $name (until $((SECONDS + (most < $(left) ? most : $(left)))) s of $limit s)"
-    timeout --kill-after=5 "$((most < $(left) ? most : $(left)))" "$@" > "$out/$name.log" 2>&1 ||
-        status=$?
-    if ((status == 124 || status == 137)); then
-        result="out of time"
-    elif ((status != 0)); then
+    echo "== $name (until $((SECONDS + most)) s of $limit s)"
+    timeout --kill-after=5 "$most" "$@" > "$out/$name.log" 2>&1 || status=$?
+    if ((status != 0)); then
+        failed=1
         result="failed ($status)"
+        ((status != 124 && status != 137)) || result="out of time"
         tail -n 5 "$out/$name.log"
     fi
-    printf '%s\t%s\t%s\n' "$name" "$result" "$((SECONDS - started))" >> "$out/steps.tsv"
-}
-
-skip() { # NAME REASON
-    echo "== $1: skipped, $2"
-    printf '%s\t%s\t0\n' "$1" "skipped: $2" >> "$out/steps.tsv"
+    note "$name" "$result" "$((SECONDS - started))"
 }
 
 step speed 300 "$python" benchmarks/speed.py --out "$out/speed" "${common[@]}" "${speed[@]}"
-step agreement 150 "$python" benchmarks/gpu_check.py --out "$out" "${common[@]}" "${agreement[@]}"
+step agreement 150 "$python" benchmarks/gpu_check.py --out "$out" "${common[@]}"
 if "$python" -c "import pytest" 2> /dev/null; then
     step tests 120 "$python" -m pytest -m gpu -rs
 else
-    skip tests "no pytest (requirements-dev.txt)"
+    note tests "skipped: no pytest" 0
 fi
 if [[ -n "${GPU_CHECK_SMALL:-}" ]]; then
-    skip demo "in miniature"
-elif "$python" scripts/check_requirements.py requirements.txt > "$out/requirements.log" 2>&1; then
+    note demo "skipped: in miniature" 0
+elif reason="$("$python" scripts/check_requirements.py requirements.txt 2>&1)"; then
     # The demo takes the python3 that comes first.
     step demo 300 env PATH="$(dirname "$(command -v "$python")"):$PATH" DEMO_DIR="$out/demo" \
         bash scripts/run_demo.sh
     grep -A 5 '^student  ' "$out/demo.log" > "$out/demo.txt" || true
 else
-    skip demo "$(tail -n 1 "$out/requirements.log")"
+    note demo "skipped: $reason" 0
 fi
-"$python" benchmarks/gpu_check.py --out "$out" --summary
-# shellcheck disable=SC2016 # awk's own variables
-awk -F '\t' '$2 ~ /failed|out of time/ { bad = 1 } END { exit bad }' "$out/steps.tsv"
+for part in steps.txt agreement.log speed.txt demo.txt; do
+    if [[ -s "$out/$part" ]]; then
+        printf '\n== %s\n' "$part"
+        cat "$out/$part"
+    fi
+done | tee "$out/gpu_check.txt"
+exit "$failed"

@@ -7,17 +7,18 @@ What the speed benchmark compares with; nothing else uses it.
 
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
-from torchvision.transforms import functional
+from torchvision.transforms import functional, v2
 
+from benchmarks.bench import Bench
 from utils.data import datasets
-from utils.data.views import Views
+from utils.data.views import Views, draw
+
+SMOOTHING = 0.8  # of hard labels, in both pipelines
 
 
 class GivenCrops(Dataset):
@@ -40,99 +41,87 @@ class GivenCrops(Dataset):
         return self.finish(functional.hflip(image) if self.flip[view] else image)
 
 
-def crops_loader(
-    root: Path, views: Views, facts: datasets.Dataset, workers: int, device: torch.device
-) -> DataLoader:
-    """Batches of GivenCrops in the order of the views; its workers live on between passes."""
+def loader(bench: Bench, dataset: Dataset, shuffle: bool) -> DataLoader:
+    """Batches of a data set; its workers live on between passes."""
     return DataLoader(
-        GivenCrops(root, views, facts),
-        batch_size=views.batch_size,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=device.type == "cuda",
+        dataset,
+        batch_size=bench.args.batch_size,
+        shuffle=shuffle,
+        num_workers=bench.args.workers,
+        persistent_workers=bench.args.workers > 0,
+        pin_memory=bench.machine.device.type == "cuda",
     )
 
 
-@torch.no_grad()
-def relabel(
-    teacher: nn.Module, loader: DataLoader, views: Views, path: Path, device: torch.device
-) -> torch.Tensor:
-    """Labels one pass batch by batch and saves it as the published code does.
+class Relabelling:
+    """Labels the views of our first pass and saves them as the published code does."""
 
-    Args:
-        teacher: fp32, its BatchNorm layers set to use the statistics of the batch.
-        loader: see crops_loader.
-        views: CutMix views.
-        path: the file to write.
+    def __init__(self, bench: Bench):
+        self.views = draw(bench.spec, bench.sizes, seed=0)
+        crops = GivenCrops(bench.folder.root, self.views, bench.dataset)
+        self.loader = loader(bench, crops, shuffle=False)
+        self.teacher = bench.teacher(torch.contiguous_format)
+        self.path, self.device = bench.root / "epoch.tar", bench.machine.device
 
-    Returns:
-        float32 [N, C] logits.
-    """
-    saved, everything = [], []
-    for one, crops in zip(views, loader, strict=True):
-        crops = crops.to(device)
-        top, left, height, width = one.mix_box[0].tolist()
-        rows, columns = slice(top, top + height), slice(left, left + width)
-        mixed = crops.clone()
-        mixed[:, :, rows, columns] = crops[one.mix_index.to(device)][:, :, rows, columns]
-        logits = teacher(mixed).cpu()
-        soft = (logits / 20).softmax(1).half()
-        saved.append([one.box, one.flip, one.mix_index, one.mix_box, soft])
-        everything.append(logits)
-    torch.save(saved, path)
-    return torch.cat(everything)
+    def run(self, passes: range) -> None:
+        """Labels all views, once for each pass."""
+        for _ in passes:
+            self.label()
 
-
-def training_loader(
-    root: Path, facts: datasets.Dataset, batch_size: int, workers: int, device: torch.device
-) -> DataLoader:
-    """RandomResizedCrop and flip of every image, shuffled; its workers live on between epochs."""
-    transform = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(facts.input_size, (0.08, 1)),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(facts.mean, facts.std),
-        ]
-    )
-    return DataLoader(
-        ImageFolder(str(root), transform),
-        batch_size=batch_size,
-        shuffle=True,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=device.type == "cuda",
-    )
+    @torch.no_grad()
+    def label(self) -> torch.Tensor:
+        """Labels and saves all views batch by batch; returns float32 [N, C] logits."""
+        saved, everything = [], []
+        for one, crops in zip(self.views, self.loader, strict=True):
+            crops = crops.to(self.device)
+            top, left, height, width = one.mix_box[0].tolist()
+            rows, columns = slice(top, top + height), slice(left, left + width)
+            mixed = crops.clone()
+            mixed[:, :, rows, columns] = crops[one.mix_index.to(self.device)][:, :, rows, columns]
+            logits = self.teacher(mixed).cpu()
+            soft = (logits / 20).softmax(1).half()
+            saved.append([one.box, one.flip, one.mix_index, one.mix_box, soft])
+            everything.append(logits)
+        torch.save(saved, self.path)
+        return torch.cat(everything)
 
 
-def train_epoch(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loader: DataLoader,
-    smoothing: float,
-    device: torch.device,
-) -> tuple[float, float]:
-    """One epoch on hard labels with CutMix; returns mean loss and top-1 in percent."""
-    model.train()
-    loss_sum, correct, seen = 0.0, 0, 0
-    for images, targets in loader:
-        images, targets = images.to(device), targets.to(device)
-        size, lam = images.shape[-1], np.random.beta(1, 1)
-        side = int(size * (1 - lam) ** 0.5)
-        row, column = np.random.randint(size), np.random.randint(size)
-        top, left = max(row - side // 2, 0), max(column - side // 2, 0)
-        bottom, right = min(row + side // 2, size), min(column + side // 2, size)
-        order = torch.randperm(len(images), device=device)
-        images[:, :, top:bottom, left:right] = images[order][:, :, top:bottom, left:right]
-        lam = 1 - (bottom - top) * (right - left) / size**2
-        logits = model(images)
-        own = F.cross_entropy(logits, targets, label_smoothing=smoothing)
-        partner = F.cross_entropy(logits, targets[order], label_smoothing=smoothing)
-        loss = lam * own + (1 - lam) * partner
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        loss_sum += loss.item() * len(images)
-        correct += (logits.argmax(1) == targets).sum().item()
-        seen += len(images)
-    return loss_sum / seen, 100 * correct / seen
+class Training:
+    """Epochs on hard labels with random crops, flips and CutMix."""
+
+    def __init__(self, bench: Bench):
+        transform = transforms.Compose(
+            [
+                transforms.RandomResizedCrop(bench.args.size, (0.08, 1)),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(bench.dataset.mean, bench.dataset.std),
+            ]
+        )
+        images = ImageFolder(str(bench.folder.root), transform)
+        self.loader = loader(bench, images, shuffle=True)
+        self.model = bench.network(torch.contiguous_format)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+        self.cutmix, self.device = v2.CutMix(num_classes=bench.args.classes), bench.machine.device
+
+    def run(self, epochs: range) -> None:
+        """One view of every image in each epoch."""
+        for _ in epochs:
+            self.train_epoch()
+
+    def train_epoch(self) -> tuple[float, float]:
+        """Returns mean loss and top-1 in percent."""
+        self.model.train()
+        loss_sum, correct, seen = 0.0, 0, 0
+        for images, targets in self.loader:
+            images, targets = images.to(self.device), targets.to(self.device)
+            mixed, shares = self.cutmix(images, targets)
+            logits = self.model(mixed)
+            loss = F.cross_entropy(logits, shares, label_smoothing=SMOOTHING)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            loss_sum += loss.item() * len(images)
+            correct += (logits.argmax(1) == targets).sum().item()
+            seen += len(images)
+        return loss_sum / seen, 100 * correct / seen

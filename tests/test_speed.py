@@ -1,45 +1,79 @@
 """The speed benchmark and the GPU check, in miniature: both pipelines do the same work."""
 
 import csv
-import json
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, script
 
-from benchmarks import gpu_check, measuring, speed
+from analysis.tables import grouped
+from benchmarks import gpu_check, measuring, speed, straightforward
+from benchmarks.bench import Bench
 from utils import runtime
 from utils.cli import UserError
+from utils.labels import LabelSet, centre
 
 SMALL = ("--model", "ConvNetW32", "--size", 32, "--classes", 2, "--batch-size", 4)
 
 
-def test_both_pipelines_give_the_same_labels_and_every_timing_is_kept(tmp_path, command):
-    arguments = ("--out", tmp_path / "speed_1.5", "--ipc", 5, "--repeats", 2, "--workers", 0)
-    stages = ("--stages", "relabel", "--device", "cpu")
-    done = command(speed.main, *SMALL, *arguments, *stages)
-    assert done.code == 0, done.err
-    results = json.loads((tmp_path / "speed_1.5.json").read_text())
-    notes = results["results"]
+@pytest.fixture
+def bench(monkeypatch, tmp_path) -> Bench:
+    words = ["speed.py", "--out", tmp_path, *SMALL, "--ipc", 5, "--repeats", 1, "--workers", 0]
+    monkeypatch.setattr(sys, "argv", [*map(str, words), "--device", "cpu"])
+    return Bench.begin(speed.parse_arguments(), tmp_path)
+
+
+def test_both_pipelines_give_the_same_labels(bench):
+    ours = speed.Relabelling(bench)
+    ours.run(range(2))
+    with ours.writer.begun():
+        ours.writer.finish()
+    stored = LabelSet.open(ours.writer.path)
+    labels = torch.cat([stored[batch].logits for batch in range(stored.batches_per_pass)])
+    expected = centre(straightforward.Relabelling(bench).label())
     # PIL resizes in whole grey levels, ours in floats: that is all the difference in fp32.
-    (difference,) = (float(value) for name, value in notes.items() if "relative difference" in name)
-    assert difference < 0.02
-    assert "convolutions in bf16, times as fast as in fp32" in notes
-    rows = list(csv.DictReader((tmp_path / "speed_1.5.csv").open()))
-    counts = {}
-    for row in rows:
-        assert row["stage"] == "relabel" and row["torch"] == torch.__version__
-        counts[row["pipeline"]] = counts.get(row["pipeline"], 0) + 1
-    names = ["straightforward", "ours", "forward alone"]
-    names += ["ours, a process per core"] * (runtime.usable_cores() > 1)
-    assert counts == dict.fromkeys(names, 2)
-    assert (tmp_path / "speed_1.5.txt").read_text().strip() in done.out
+    assert 0 < (labels - expected).norm() / expected.norm() < 0.02
+
+
+def test_every_timing_is_kept_and_a_training_projected(tmp_path, command):
+    arguments = ("--out", tmp_path / "speed_1.5", "--ipc", 2, "--repeats", 2, "--workers", 0)
+    done = command(speed.main, *SMALL, *arguments, "--device", "cpu", "--codec", "klt")
+    assert done.code == 0, done.err
+    lines = (tmp_path / "speed_1.5.csv").read_text().splitlines()
+    assert torch.__version__ in lines[0]
+    rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+    timings = {key: len(group) for key, group in grouped(rows, "stage", "pipeline").items()}
+    assert timings == {
+        ("relabel", "straightforward"): 2,
+        ("relabel", "ours"): 2,
+        ("train", "straightforward"): 2,
+        ("train", "ours"): 2,
+        ("evaluate", "ours"): 2,
+    }
+    report = (tmp_path / "speed_1.5.txt").read_text()
+    assert report.strip() in done.out and "evaluations of 50,000, projected" in report
+
+
+def test_a_projection_takes_the_faster_student_and_a_table_the_ratio_of_each_turn():
+    def timing(stage: str, pipeline: str, rate: float) -> dict:
+        facts = {"images_per_second": rate, "peak_mb": 1, "gpu_percent": None}
+        return {"stage": stage, "pipeline": pipeline, **facts}
+
+    rows = [timing("train", speed.PLAIN, rate) for rate in (10, 20)]
+    rows += [timing("train", speed.OURS, rate) for rate in (40, 60)]
+    assert speed.projection(rows) == []
+    rows += [timing("train", speed.COMPILED, 1000), timing("evaluate", speed.OURS, 5000)]
+    rows.append(timing("train", speed.COMPILED, 1000))
+    # 3,000,000 / 1000 and 1,500,000 / 5000 seconds.
+    (line,) = speed.projection(rows)
+    assert line.endswith("projected: 55.0 min")
+    ours = speed.table(rows).splitlines()[2].split()
+    assert ours == ["train", "ours", "50.0", "40.0", "60.0", "3.50", "3.00", "4.00", "1", "-"]
 
 
 def test_an_error_in_a_pipelines_own_process_is_told_in_one_line(tmp_path):
@@ -52,61 +86,51 @@ def test_an_error_in_a_pipelines_own_process_is_told_in_one_line(tmp_path):
 class Ending:
     """A pipeline whose process the system ends."""
 
-    keeps_memory = False
-
-    def __init__(self, root: Path):
-        pass
-
     def run(self, passes: range) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Failing(Ending):
-    """A pipeline that cannot be made in one of two processes."""
+    """A pipeline that cannot be made."""
 
-    def __init__(self, root: Path):
-        (root / "first").mkdir()
+    def __init__(self):
+        raise FileExistsError
 
 
-def test_a_process_that_ends_or_fails_ends_the_others(tmp_path):
-    device = torch.device("cpu")
-    ending = measuring.Elsewhere(device, Ending, tmp_path, processes=2)
-    with pytest.raises(UserError, match="ended from outside"), ending:
-        ending.run(range(2))
-    failing = measuring.Elsewhere(device, Failing, tmp_path, processes=2)
-    with pytest.raises(FileExistsError), failing:
-        pass
+def test_a_process_that_ends_or_fails_ends_the_others(bench):
+    with pytest.raises(UserError, match="ended from outside"):
+        measuring.by_turns({"ending": Ending}, bench)
+    with pytest.raises(FileExistsError):
+        measuring.by_turns({"ending": Ending, "failing": Failing}, bench)
     assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize(
-    "pipeline",
-    [speed.OurRelabelling, speed.OurTraining, speed.PlainRelabelling, speed.PlainTraining],
+    ("pipeline", "keeps"),
+    [
+        (speed.Relabelling, True),
+        (speed.Training, True),
+        (speed.Evaluation, True),
+        (straightforward.Relabelling, False),
+        (straightforward.Training, False),
+    ],
 )
-def test_only_ours_keeps_memory(monkeypatch, pipeline):
+def test_only_ours_keeps_memory(bench, monkeypatch, pipeline, keeps):
     kept = []
     monkeypatch.setattr(runtime, "keep_freed_memory", lambda: kept.append(True))
-    monkeypatch.setattr(pipeline, "__init__", lambda self: None)
-    measuring._begin(torch.get_num_threads(), torch.device("cpu"), pipeline, ())
-    assert len(kept) == pipeline.__name__.startswith("Our")
+    pipeline(bench)
+    assert bool(kept) == keeps
 
 
-def test_the_gpu_check_compares_and_sums_up(tmp_path, command, monkeypatch):
+def test_the_gpu_check_compares_labels_views_and_training(tmp_path, command, monkeypatch):
     monkeypatch.setattr(gpu_check, "STEPS", 3)
     done = command(gpu_check.main, "--out", tmp_path, *SMALL, "--device", "cpu")
     assert done.code == 0, done.out + done.err
-    checks = json.loads((tmp_path / "agreement.json").read_text())["checks"]
-    assert {name.split(":")[0] for name in (check["name"] for check in checks)} == {
-        "labels",
-        "views",
-        "training",
-    }
-    assert all(check["passed"] for check in checks)
-    (tmp_path / "steps.tsv").write_text("agreement\tok\t3\ndemo\tskipped: no pytest\t0\n")
-    assert command(gpu_check.main, "--out", tmp_path, "--summary").code == 0
-    summed = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert summed["steps"][1] == {"step": "demo", "result": "skipped: no pytest", "seconds": 0}
-    assert "views: replayed" in (tmp_path / "gpu_check.txt").read_text()
+    lines = (tmp_path / "agreement.csv").read_text().splitlines()
+    checks = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+    assert {check["name"].split(":")[0] for check in checks} == {"labels", "views", "training"}
+    assert all(check["passed"] == "True" for check in checks)
+    assert "ok     0.00e+00 (limit 0e+00)  views: replayed" in done.out
 
 
 def test_a_difference_above_its_limit_or_not_a_number_fails():
@@ -124,3 +148,10 @@ def test_the_gpu_check_says_what_it_needs(python, told):
     done = subprocess.run(words, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and told in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_gpu_checks_help_says_what_it_does_and_does_nothing():
+    words = ["bash", ROOT / "benchmarks/gpu_check.sh", "--help"]
+    environment = {**os.environ, "PYTHON": "false"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("Everything that needs a GPU")
