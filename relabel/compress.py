@@ -18,7 +18,7 @@ import torch
 from utils import cli
 from utils.cli import UserError
 from utils.labels import LabelSet, LabelWriter, codecs
-from utils.labels.codecs.base import information, labels_to_fit
+from utils.labels.codecs.base import information
 
 _ROWS = 1024  # labels compared at once, in double precision
 
@@ -92,10 +92,9 @@ def main() -> None:
         print(f"{args.out_dir} is complete and verified: nothing to do")
         return
     with writer.begun():
-        if writer.codec is None:
+        if needed := writer.passes_to_fit():
             print(f"fitting codec {args.codec}", flush=True)
-            needed = -(-labels_to_fit(source.manifest["num_classes"]) // len(source.hard_labels))
-            first = [source.whole_pass(index) for index in range(min(needed, source.passes))]
+            first = [source.whole_pass(pass_index) for pass_index in range(needed)]
             writer.fit([(whole.logits, source.mixture(whole.views)) for whole in first])
         for pass_index in cli.progress(range(source.passes), desc="compress", unit="pass"):
             if not writer.verified(pass_index):

@@ -26,7 +26,6 @@ from utils.cli import UserError, bounded
 from utils.data import datasets, folders, images
 from utils.data.views import MIXES, Mixture, Views, ViewSpec, centre_views
 from utils.labels import LabelSet, LabelWriter, codecs, make_settings
-from utils.labels.codecs.base import labels_to_fit
 from utils.metrics import near_chance
 
 ImageSource = images.ResidentImages | images.StreamingImages
@@ -254,10 +253,9 @@ def fit_codec(
     writer: LabelWriter, teachers: Ensemble, source: ImageSource, hard_labels: torch.Tensor
 ) -> dict[int, torch.Tensor]:
     """Fits the writer's codec to the first passes; returns their logits by pass index."""
-    count, passes = len(hard_labels), writer.settings["passes"]
-    needed = min(-(-labels_to_fit(writer.settings["num_classes"]) // count), passes)
-    device, labelled, samples = teachers.runtime.device, {}, []
-    with cli.progress(total=needed * count, desc="fit codec", unit="view") as bar:
+    device, needed = teachers.runtime.device, writer.passes_to_fit()
+    labelled, samples = {}, []
+    with cli.progress(total=needed * len(hard_labels), desc="fit codec", unit="view") as bar:
         for pass_index in range(needed):
             views, logits = label_pass(pass_index, writer, teachers, source, bar)
             labelled[pass_index] = logits

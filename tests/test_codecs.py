@@ -301,3 +301,21 @@ def test_klt_expands_on_the_gpu(logits, mixture):
     codes = tuple(code.cuda() for code in codec.unpack(codec.pack(logits, mixture)))
     there = Mixture(*(part.cuda() for part in mixture))
     assert torch.allclose(codec.expand(codes, there).cpu(), expected, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_klt_is_fitted_on_the_gpu(logits, mixture):
+    there = Mixture(*(part.cuda() for part in mixture))
+    codec, again = (fit(logits.cuda(), there, distortion=0.01) for _ in range(2))
+    for name, array in codec.arrays().items():
+        assert array.tobytes() == again.arrays()[name].tobytes()
+    assert (
+        0.009 < distortion(logits, decoded(codec.to(torch.device("cpu")), logits, mixture)) < 0.0101
+    )
+    assert codec.step == pytest.approx(fit(logits, mixture, distortion=0.01).step, rel=0.02)
+
+
+@pytest.mark.gpu
+def test_leading_directions_are_always_the_same_on_the_gpu(logits):
+    one, other = (klt._principal(logits.cuda(), rank=9) for _ in range(2))
+    assert torch.equal(one, other)

@@ -2,20 +2,12 @@
 
 `LabelWriter` makes a set pass by pass, in any order and from several processes; `LabelSet` reads
 one and refuses whatever is incomplete, damaged, of another version or made for something else.
-The folder is described in the README ("A label set on disk"); views are drawn again from the
-seed, see utils/data/views.py.
+The folder is described in docs/label-format.md; views are drawn again from the seed, see
+utils/data/views.py.
 """
 
-from utils.labels.manifest import first_difference, make_settings, pass_name
-from utils.labels.reader import LabelBatch, LabelSet
+from utils.labels.manifest import first_difference, make_settings
+from utils.labels.reader import LabelSet
 from utils.labels.writer import LabelWriter, centre
 
-__all__ = [
-    "LabelBatch",
-    "LabelSet",
-    "LabelWriter",
-    "centre",
-    "first_difference",
-    "make_settings",
-    "pass_name",
-]
+__all__ = ["LabelSet", "LabelWriter", "centre", "first_difference", "make_settings"]

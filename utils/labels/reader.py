@@ -12,18 +12,9 @@ from utils.data.datasets import Dataset
 from utils.data.views import Mixture, Views, draw
 from utils.files import sha256_file
 from utils.labels import codecs
+from utils.labels import manifest as layout
 from utils.labels.arrays import read_npz, views_from_arrays
 from utils.labels.codecs.base import Codec, Codes
-from utils.labels.manifest import (
-    CODEC,
-    MANIFEST,
-    SIZES,
-    first_difference,
-    pass_name,
-    read_manifest,
-    view_spec,
-    why_not_complete,
-)
 
 _ROWS = 1024  # labels expanded at once where a whole pass is read, as codecs need room meanwhile
 
@@ -44,7 +35,7 @@ class LabelSet:
 
     def __init__(self, path: Path, manifest: dict, sizes: np.ndarray, codec: Codec):
         self.path, self.manifest, self.sizes, self.codec = path, manifest, sizes, codec
-        self.spec = view_spec(manifest)
+        self.spec = layout.view_spec(manifest)
         self.device = torch.device("cpu")
         self.passes = manifest["passes"]
         self.batches_per_pass = -(-manifest["images"]["count"] // manifest["batch_size"])
@@ -61,12 +52,12 @@ class LabelSet:
             UserError: no label set there, or an incomplete, damaged or newer one.
         """
         path = Path(path)
-        if not (path / MANIFEST).exists():
-            raise UserError(why_not_complete(path))
-        manifest = read_manifest(path / MANIFEST)
-        expected = {pass_name(pass_index) for pass_index in range(manifest["passes"])}
+        if not (path / layout.MANIFEST).exists():
+            raise UserError(layout.why_not_complete(path))
+        manifest = layout.read_manifest(path / layout.MANIFEST)
+        expected = {layout.pass_name(pass_index) for pass_index in range(manifest["passes"])}
         if missing := sorted(expected - set(manifest["files"])):
-            raise UserError(f"{path / MANIFEST} is damaged: it does not list {missing[0]}")
+            raise UserError(f"{path / layout.MANIFEST} is damaged: it does not list {missing[0]}")
         for name, checksum in manifest["files"].items():
             if not (path / name).is_file():
                 raise UserError(f"{path / name} is missing from the label set")
@@ -75,10 +66,10 @@ class LabelSet:
         if unknown := sorted({file.name for file in path.glob("pass_*")} - expected):
             raise UserError(f"{path / unknown[0]} does not belong to this label set; move it away")
         if manifest["image_size"] is None:
-            sizes = read_npz(path / SIZES)["sizes"].astype(np.int32)
+            sizes = read_npz(path / layout.SIZES)["sizes"].astype(np.int32)
         else:
             sizes = np.tile(np.array(manifest["image_size"]), (manifest["images"]["count"], 1))
-        fitted = read_npz(path / CODEC) if (path / CODEC).exists() else {}
+        fitted = read_npz(path / layout.CODEC) if (path / layout.CODEC).exists() else {}
         codec = codecs.from_manifest(manifest["codec"], manifest["num_classes"], fitted)
         return cls(path, manifest, sizes, codec)
 
@@ -127,9 +118,9 @@ class LabelSet:
 
     def bytes_on_disk(self, passes: int | None = None) -> int:
         """Bytes of the manifest, the fitted codec and so many passes (None: all)."""
-        names = [pass_name(pass_index) for pass_index in range(passes or self.passes)]
-        extra = [name for name in (CODEC, SIZES) if name in self.manifest["files"]]
-        return sum((self.path / name).stat().st_size for name in [MANIFEST, *extra, *names])
+        names = [layout.pass_name(pass_index) for pass_index in range(passes or self.passes)]
+        extra = [name for name in (layout.CODEC, layout.SIZES) if name in self.manifest["files"]]
+        return sum((self.path / name).stat().st_size for name in [layout.MANIFEST, *extra, *names])
 
     def check(self, dataset: Dataset, classes: Sequence[str], images: str) -> None:
         """Raises UserError, naming the field, unless the labels were made for exactly this.
@@ -149,7 +140,7 @@ class LabelSet:
             ("class list", list(classes), manifest["classes"]),
             ("images (SHA-256 over names and contents)", images, manifest["images"]["sha256"]),
         ):
-            if difference := first_difference({what: expected}, {what: stored}):
+            if difference := layout.first_difference({what: expected}, {what: stored}):
                 raise UserError(
                     f"the labels in {self.path} were made for something else: {difference}"
                 )
@@ -163,11 +154,11 @@ class LabelSet:
 
     def teacher_correct(self, pass_index: int) -> int:
         """Views of a pass whose main class the teacher named."""
-        return int(read_npz(self.path / pass_name(pass_index))["teacher_correct"])
+        return int(read_npz(self.path / layout.pass_name(pass_index))["teacher_correct"])
 
     def load_pass(self, pass_index: int) -> tuple[Views, Codes]:
         """Views and codes of one pass, read from disk, the views drawn again and verified."""
-        path = self.path / pass_name(pass_index)
+        path = self.path / layout.pass_name(pass_index)
         stored = read_npz(path)
         if self.manifest["seed"] is None:
             views = views_from_arrays(stored, self.spec.batch_size)

@@ -12,22 +12,9 @@ from utils.cli import UserError
 from utils.data.views import Mixture, Views, draw
 from utils.files import LOCK, atomic_write, is_unused, lock, seal, sha256_file
 from utils.labels import codecs
+from utils.labels import manifest as layout
 from utils.labels.arrays import npz_bytes, read_npz, views_to_arrays
-from utils.labels.codecs.base import Codec
-from utils.labels.manifest import (
-    CODEC,
-    FORMAT,
-    MANIFEST,
-    NOT_COMPARED,
-    PARTIAL,
-    RESULTS,
-    SIZES,
-    VERSION,
-    first_difference,
-    pass_name,
-    read_manifest,
-    view_spec,
-)
+from utils.labels.codecs.base import Codec, labels_to_fit
 from utils.labels.reader import LabelSet
 
 
@@ -56,16 +43,14 @@ class LabelWriter:
             UserError: the folder holds something else, or a label set with other settings.
         """
         self.path = Path(path)
-        settings = {key: value for key, value in settings.items() if key not in RESULTS}
-        self.settings = {"format": FORMAT, "version": VERSION, **settings}
-        self.spec = view_spec(self.settings)
+        settings = {key: value for key, value in settings.items() if key not in layout.RESULTS}
+        self.settings = {"format": layout.FORMAT, "version": layout.VERSION, **settings}
+        self.spec = layout.view_spec(self.settings)
         self.sizes = sizes
-        manifests = [
-            self.path / name for name in (MANIFEST, PARTIAL) if (self.path / name).exists()
-        ]
-        if manifests:
-            existing = read_manifest(manifests[0])
-            if difference := first_difference(self.settings, existing, NOT_COMPARED):
+        paths = (self.path / layout.MANIFEST, self.path / layout.PARTIAL)
+        if existing_paths := [path for path in paths if path.exists()]:
+            existing = layout.read_manifest(existing_paths[0])
+            if difference := layout.first_difference(self.settings, existing, layout.NOT_COMPARED):
                 raise UserError(
                     f"{self.path} holds a label set made with other settings ({difference}); "
                     f"choose another {flag} or the same settings"
@@ -80,17 +65,20 @@ class LabelWriter:
         """Sets `codec`, which stays None while its fitted part has yet to be fitted."""
         parameters, fitted = self.settings["codec"], {}
         if codecs.find(parameters)[0].fitted:
-            if not (self.path / CODEC).exists():
+            if not (self.path / layout.CODEC).exists():
                 return
-            fitted = read_npz(self.path / CODEC)
+            fitted = read_npz(self.path / layout.CODEC)
         self.codec = codecs.from_manifest(parameters, self.settings["num_classes"], fitted)
 
-    def fit(self, samples: list[tuple[torch.Tensor, Mixture]]) -> None:
-        """Fits the codec and records its fitted part.
+    def passes_to_fit(self) -> int:
+        """How many first passes `fit` needs; 0 where the codec is there."""
+        if self.codec is not None:
+            return 0
+        needed = -(-labels_to_fit(self.settings["num_classes"]) // self.settings["images"]["count"])
+        return min(needed, self.settings["passes"])
 
-        Args:
-            samples: logits float32 [images, C] and mixture of each of the first passes.
-        """
+    def fit(self, samples: list[tuple[torch.Tensor, Mixture]]) -> None:
+        """Fits the codec to logits float32 [images, C] and mixture of each of the first passes."""
         count = self.settings["images"]["count"]
         kind, options = codecs.find(self.settings["codec"])
         self.codec = kind.fit(
@@ -100,27 +88,29 @@ class LabelWriter:
             pass_labels=count,
             **options,
         )
-        atomic_write(self.path / CODEC, npz_bytes(self.codec.arrays()))
+        atomic_write(self.path / layout.CODEC, npz_bytes(self.codec.arrays()))
 
     @contextlib.contextmanager
     def begun(self) -> Iterator[None]:
         """Makes the folder, keeps other processes out of it, and records the settings."""
         with lock(self.path, "writing labels to"):
-            if not (self.path / PARTIAL).exists():
-                atomic_write(self.path / PARTIAL, seal(self.settings))
-            if self.settings["image_size"] is None and not (self.path / SIZES).exists():
+            if not (self.path / layout.PARTIAL).exists():
+                atomic_write(self.path / layout.PARTIAL, seal(self.settings))
+            if self.settings["image_size"] is None and not (self.path / layout.SIZES).exists():
                 compact = {"sizes": np.asarray(self.sizes, dtype="<u4")}
-                atomic_write(self.path / SIZES, npz_bytes(compact))
+                atomic_write(self.path / layout.SIZES, npz_bytes(compact))
             yield
 
     def complete(self) -> bool:
         """Whether the set is finished; if so, everything in it has been verified."""
-        if not (self.path / MANIFEST).exists():
+        if not (self.path / layout.MANIFEST).exists():
             return False
         LabelSet.open(self.path)
-        if any((self.path / name).exists() for name in (PARTIAL, LOCK)):  # a kill at the very end
+        if any(
+            (self.path / name).exists() for name in (layout.PARTIAL, LOCK)
+        ):  # a kill at the very end
             with lock(self.path, "writing labels to"):
-                (self.path / PARTIAL).unlink(missing_ok=True)
+                (self.path / layout.PARTIAL).unlink(missing_ok=True)
         return True
 
     def draw(self, pass_index: int) -> Views:
@@ -129,7 +119,7 @@ class LabelWriter:
 
     def verified(self, pass_index: int) -> bool:
         """Whether a pass has been written; raises UserError when its file is not this set's."""
-        path = self.path / pass_name(pass_index)
+        path = self.path / layout.pass_name(pass_index)
         if not path.exists():
             return False
         stored = read_npz(path)
@@ -146,7 +136,7 @@ class LabelWriter:
 
         Versions are left out: a set may be continued with others.
         """
-        settings = {k: v for k, v in self.settings.items() if k not in NOT_COMPARED}
+        settings = {k: v for k, v in self.settings.items() if k not in layout.NOT_COMPARED}
         fitted = self.codec.arrays()
         digest = hashlib.sha256(seal({**settings, "pass": pass_index}))
         for name, array in [*sorted(fitted.items()), *sorted(arrays.items())]:
@@ -182,19 +172,19 @@ class LabelWriter:
         if self.settings["seed"] is None:
             arrays |= views_to_arrays(views)
         arrays["sha256"] = np.frombuffer(self._checksum(pass_index, arrays), dtype=np.uint8)
-        atomic_write(self.path / pass_name(pass_index), npz_bytes(arrays))
+        atomic_write(self.path / layout.pass_name(pass_index), npz_bytes(arrays))
 
     def finish(self) -> dict:
         """Writes the manifest once every pass is there, and returns it."""
-        names = [pass_name(pass_index) for pass_index in range(self.settings["passes"])]
+        names = [layout.pass_name(pass_index) for pass_index in range(self.settings["passes"])]
         correct = sum(int(read_npz(self.path / name)["teacher_correct"]) for name in names)
-        extra = [name for name in (CODEC, SIZES) if (self.path / name).exists()]
+        extra = [name for name in (layout.CODEC, layout.SIZES) if (self.path / name).exists()]
         labels = self.settings["images"]["count"] * self.settings["passes"]
         manifest = {
             **self.settings,
             "teacher_top1": round(100 * correct / labels, 4),
             "files": {name: sha256_file(self.path / name) for name in extra + names},
         }
-        atomic_write(self.path / MANIFEST, seal(manifest))
-        (self.path / PARTIAL).unlink(missing_ok=True)
+        atomic_write(self.path / layout.MANIFEST, seal(manifest))
+        (self.path / layout.PARTIAL).unlink(missing_ok=True)
         return manifest

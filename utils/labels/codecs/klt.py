@@ -266,7 +266,8 @@ class _Fit:
         # Labels that are all the same need no components: any step will do.
         finest = max(float(self.values.abs().max()), 1e-3) * 4 / LARGEST
         coarsest = max(float(self.deviation.max()) * 16, 2 * finest)
-        steps = np.geomspace(finest, coarsest, math.ceil(200 * math.log(coarsest / finest)))
+        count = math.ceil(200 * math.log(coarsest / finest))
+        steps = np.geomspace(finest, coarsest, count).tolist()
         if name == "bytes_per_label":
             steps = steps[::-1]  # what is measured grows along the steps
 
