@@ -120,11 +120,12 @@ def measure(parameters: dict, logits: torch.Tensor, mixture: Mixture, kind: str)
         kind: of labels.
     """
     count = len(logits)
-    if codecs.needs_fit(parameters):
-        samples = [(logits, mixture)]
-        codec = codecs.fit(parameters, samples, CLASSES, labels=SET_LABELS, pass_labels=count)
+    kind_of_codec, options = codecs.find(parameters)
+    if kind_of_codec.fitted:
+        options |= {"labels": SET_LABELS, "pass_labels": count}
+        codec = kind_of_codec.fit([(logits, mixture)], CLASSES, **options)
     else:
-        codec = codecs.from_manifest(parameters, CLASSES, {})
+        codec = kind_of_codec(CLASSES, **options)
     payload = codec.pack(logits, mixture)
     decoded = codec.expand(codec.unpack(payload), mixture)
     size = len(payload) / count
