@@ -14,9 +14,6 @@ from pathlib import Path
 if not __package__:  # run as a plain script: imports start at the repository root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import argparse
-import unicodedata
-
 import numpy as np
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
@@ -36,14 +33,6 @@ PLAIN = ("regular", "book", "roman", "medium", "normal", "text")
 CANDIDATES = [*range(0x21, 0x7F), *range(0xA1, 0x180), *range(0x386, 0x3CF), *range(0x400, 0x460)]
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = cli.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--fonts", type=Path, required=True, help="folder, searched recursively")
-    parser.add_argument("--out-dir", type=Path, required=True, help="folder to make")
-    return parser.parse_args()
-
-
 def find_families(root: Path) -> dict[str, tuple[Path, set[int]]]:
     """One upright, regular face per family, by name: its file and the characters it has.
 
@@ -55,17 +44,32 @@ def find_families(root: Path) -> dict[str, tuple[Path, set[int]]]:
             face = FT2Font(str(path))
         except RuntimeError:
             continue
-        slanted = any(word in face.style_name.lower() for word in ("italic", "oblique"))
-        has = set(face.get_charmap())
-        if not slanted and {ord(letter) for letter in "AaZz09"} <= has:
-            plain = face.style_name.lower() in PLAIN
-            faces.setdefault(face.family_name, []).append((not plain, path.name, path, has))
+        style, has = face.style_name.lower(), set(face.get_charmap())
+        slanted = "italic" in style or "oblique" in style
+        if not slanted and has.issuperset(map(ord, "AaZz09")):
+            faces.setdefault(face.family_name, []).append(
+                (style not in PLAIN, path.name, path, has)
+            )
     related: dict[Path, list[tuple[int, str, Path, set[int]]]] = {}
     for name, of_family in faces.items():
         _, _, path, has = min(of_family, key=lambda face: face[:2])
         related.setdefault(path.parent, []).append((-len(has), name, path, has))
     best = [face for group in related.values() for face in sorted(group)[:RELATED]]
     return {name: (path, has) for _, name, path, has in sorted(best, key=lambda face: face[1])}
+
+
+def split_families(families: dict[str, tuple[Path, set[int]]]) -> dict[str, list[str]]:
+    """Names of the families of test/, val/ and train/; those of one folder stay together."""
+    folders = sorted({path.parent for path, _ in families.values()})
+    order = np.argsort(np.random.Philox(0).random_raw(len(folders)))
+    splits, split_of, start = {"test": [], "val": [], "train": []}, {}, 0
+    for split, share in SHARES.items():
+        end = start + round(share * len(folders))
+        split_of.update({folders[index]: split for index in order[start:end]})
+        start = end
+    for name, (path, _) in families.items():
+        splits[split_of.get(path.parent, "train")].append(name)
+    return splits
 
 
 def draw(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray | None:
@@ -84,9 +88,9 @@ def render_family(path: Path, has: set[int]) -> dict[str, np.ndarray]:
     # A face without a glyph of its own for a character often shows the same box for all of them.
     empty = draw(font, "\ufffe")
     images = {}
-    for code in CANDIDATES:
-        pixels = draw(font, chr(code)) if code in has else None
-        if pixels is not None and not (empty is not None and np.array_equal(pixels, empty)):
+    for code in has.intersection(CANDIDATES):
+        pixels = draw(font, chr(code))
+        if pixels is not None and not np.array_equal(pixels, empty):
             images[chr(code)] = pixels
     return images
 
@@ -96,51 +100,35 @@ def choose_characters(families: list[dict[str, np.ndarray]]) -> list[str]:
 
     The difference of two characters is that of their mean images, each scaled to length 1.
     """
-    common = [
-        character
-        for character in map(chr, CANDIDATES)
-        if sum(character in images for images in families) >= COMMON * len(families)
-    ]
+    common, means = [], []
+    for character in map(chr, CANDIDATES):
+        shown = [images[character] for images in families if character in images]
+        if len(shown) >= COMMON * len(families):
+            common.append(character)
+            means.append(np.mean(shown, axis=0).ravel())
     if len(common) < CLASSES:
         raise UserError(f"only {len(common)} characters are in most typefaces; {CLASSES} needed")
-    means = np.stack(
-        [np.mean([f[character] for f in families if character in f], 0) for character in common]
-    ).reshape(len(common), -1)
-    means /= np.linalg.norm(means, axis=1, keepdims=True)
-    distance = 1 - means @ means.T
+    directions = np.stack(means) / np.linalg.norm(means, axis=1, keepdims=True)
+    distance = 1 - directions @ directions.T
     chosen = [0]
     while len(chosen) < CLASSES:
         chosen.append(int(distance[chosen].min(axis=0).argmax()))
-    nearest = distance[np.ix_(chosen, chosen)] + np.eye(CLASSES)
-    print(
-        f"{CLASSES} of {len(common)} characters, the two most alike differ by {nearest.min():.3f}"
-    )
     return sorted(common[index] for index in chosen)
 
 
 def main() -> None:
-    args = parse_arguments()
+    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--fonts", type=Path, required=True, help="folder, searched recursively")
+    parser.add_argument("--out-dir", type=Path, required=True, help="folder to make")
+    args = parser.parse_args()
     families = find_families(args.fonts)
     if len(families) < 20:
         raise UserError(f"{args.fonts} holds {len(families)} usable typeface families; 20 needed")
-    images = {
-        name: render_family(*families[name])
-        for name in cli.progress(families, desc="typefaces", unit="family")
-    }
-    folders = sorted({path.parent for path, _ in families.values()})
-    order = np.argsort(np.random.Philox(0).random_raw(len(folders)))
-    splits, start = {}, 0
-    for split, share in SHARES.items():
-        end = start + round(share * len(folders))
-        inside = {folders[index] for index in order[start:end]}
-        splits[split] = [name for name in families if families[name][0].parent in inside]
-        start = end
-    used = {name for names in splits.values() for name in names}
-    splits["train"] = [name for name in families if name not in used]
+    images = {name: render_family(*face) for name, face in families.items()}
+    splits = split_families(families)
     characters = choose_characters([images[name] for name in splits["train"]])
     with whole_folder(args.out_dir) as partial:
         for split, names in splits.items():
-            count = 0
             for label, character in enumerate(characters):
                 folder = partial / split / f"{label:05d}"
                 folder.mkdir(parents=True)
@@ -148,14 +136,8 @@ def main() -> None:
                     if character in images[name]:
                         picture = Image.fromarray(images[name][character]).convert("RGB")
                         picture.save(folder / f"{position:03d}.png")
-                        count += 1
-            print(f"{split}: {len(names)} families, {count} images")
-        record = {
-            "characters": [
-                f"{character} {unicodedata.name(character, '?')}" for character in characters
-            ],
-            "families": splits,
-        }
+            print(f"{split}: {len(names)} families")
+        record = {"characters": characters, "families": splits}
         atomic_write(partial / "glyphs.json", to_json(record))
 
 
