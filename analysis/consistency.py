@@ -15,20 +15,17 @@ if not __package__:  # run as a plain script: imports start at the repository ro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-import statistics
 
 import torch
 from matplotlib.figure import Figure
 
 from analysis.compare import add_groups, finished_runs
-from analysis.tables import mean_std, this_command
+from analysis.tables import add_out, column, mean_and_std, mean_std, write_study
 from utils import cli, runlog
 from utils.cli import bounded
 from utils.data import folders, images
 from utils.data.datasets import Dataset
 from utils.data.views import ViewSpec, draw
-from utils.files import save_png
-from utils.results import provenance, write_csv
 from validate.evaluate import load_student
 from validate.settings import Settings
 
@@ -38,7 +35,7 @@ _BATCH = 128
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = cli.Parser(description="Agreement of students with themselves between two crops.")
-    parser.add_argument("--out", type=Path, required=True, help="PNG and CSV, without the ending")
+    add_out(parser)
     add_groups(parser)
     parser.add_argument("--val-dir", type=Path, help="images (default: those of the runs)")
     parser.add_argument(
@@ -89,7 +86,7 @@ def measure(run: Path, val_dir: Path, count: int, min_scale: float) -> dict[str,
     }
 
 
-def draw_bars(rows: list[dict], names: list[str], path: Path) -> None:
+def draw_bars(groups: dict[str, list[dict]]) -> Figure:
     """A bar per group in three panels; error bars are standard deviations over runs."""
     panels = {
         "jsd_bits": "Jensen–Shannon divergence (bits)",
@@ -98,38 +95,34 @@ def draw_bars(rows: list[dict], names: list[str], path: Path) -> None:
     }
     figure = Figure(figsize=(12, 4), layout="constrained")
     for axes, (field, label) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        for place, name in enumerate(names):
-            values = [row[field] for row in rows if row["group"] == name]
-            spread = statistics.stdev(values) if len(values) > 1 else 0
-            axes.bar(place, statistics.mean(values), yerr=spread, capsize=5, color=f"C{place}")
-        axes.set_xticks(range(len(names)), names, rotation=20, ha="right")
+        for position, rows in enumerate(groups.values()):
+            mean, spread = mean_and_std(column(rows, field))
+            axes.bar(position, mean, yerr=spread, capsize=5, color=f"C{position}")
+        axes.set_xticks(range(len(groups)), groups, rotation=20, ha="right")
         axes.set_ylabel(label)
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
-    runs = max(sum(row["group"] == name for row in rows) for name in names)
-    figure.suptitle(f"two random crops of each image; mean ± std over {runs} runs", fontsize=10)
-    save_png(figure, path)
+    most = max(map(len, groups.values()))
+    figure.suptitle(f"two random crops of each image; mean ± std over {most} runs", fontsize=10)
+    return figure
 
 
 def main() -> None:
     args = parse_arguments()
-    rows, names = [], []
+    groups: dict[str, list[dict]] = {}
     for name, pattern in args.groups:
-        names.append(name)
         for run in finished_runs(pattern):
-            recorded = runlog.RunFolder(run).settings()
-            val_dir = args.val_dir or Path(Settings.from_record(recorded, run).val_dir)
-            measured = measure(run, val_dir, args.images, args.min_scale)
-            rows.append({"group": name, "run": run.name, **measured})
-    write_csv(rows, args.out.with_suffix(".csv"), provenance(this_command()))
-    draw_bars(rows, names, args.out.with_suffix(".png"))
-    for name in names:
-        own = [row for row in rows if row["group"] == name]
-        divergence = statistics.mean(row["jsd_bits"] for row in own)
+            val_dir = args.val_dir or Path(Settings.from_record(run.settings(), run.path).val_dir)
+            measured = measure(run.path, val_dir, args.images, args.min_scale)
+            row = {"group": name, "run": run.path.name, **measured}
+            groups.setdefault(name, []).append(row)
+    write_study([row for rows in groups.values() for row in rows], draw_bars(groups), args.out)
+    for name, rows in groups.items():
+        divergence, _ = mean_and_std(column(rows, "jsd_bits"))
+        cosine, _ = mean_and_std(column(rows, "cosine"))
         print(
-            f"{name}: divergence {divergence:.3f} bits, cosine "
-            f"{statistics.mean(row['cosine'] for row in own):.3f}, same top class "
-            f"{mean_std([row['same_class'] for row in own])} %"
+            f"{name}: divergence {divergence:.3f} bits, cosine {cosine:.3f}, same top class "
+            f"{mean_std(column(rows, 'same_class'))} %"
         )
 
 

@@ -15,24 +15,23 @@ if not __package__:  # run as a plain script: imports start at the repository ro
 
 import argparse
 import copy
-import statistics
 
 import torch
 from matplotlib.figure import Figure
+from torch import nn
 
-from analysis.replay import Replay, add_arguments, gradient
-from analysis.tables import this_command
+from analysis.replay import Replay
+from analysis.tables import add_out, column, mean_and_std, write_study
 from utils import cli, runlog
-from utils.cli import bounded
-from utils.files import save_png
-from utils.results import provenance, write_csv
-from validate.kinds import KINDS
+from utils.cli import UserError, bounded
+from validate.kinds import KINDS, Batch, hard_loss, soft_loss
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = cli.Parser(description="Cosine of hard-label and soft-label gradients along a run.")
-    add_arguments(parser)
+    parser.add_argument("--run", type=Path, required=True, help="run folder with a label set")
+    add_out(parser)
     parser.add_argument("--every", type=bounded(int, 1), default=10, metavar="N", help="epochs")
     parser.add_argument(
         "--batches", type=bounded(int, 2), default=8, metavar="N", help="stored batches to look at"
@@ -40,48 +39,55 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def stored_batches(replay: Replay, count: int) -> list[Batch]:
+    """The first label batches of the run; raises UserError for one without a label set."""
+    labels = replay.materials.labels
+    if labels is None:
+        raise UserError("the run was trained without a label set: it has no soft gradient")
+    indices = replay.settings.label_batches(labels)[:count]
+    return list(replay.training.data.render_stored(indices))
+
+
+def gradient(loss: torch.Tensor, model: nn.Module) -> torch.Tensor:
+    """float32 [parameters]: the gradient of a loss, whose graph stays, for all parameters."""
+    parts = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    return torch.cat([part.flatten() for part in parts])
+
+
 def measure(replay: Replay, batches: int) -> dict[str, float]:
     """Cosine (mean and standard deviation over batches) and norms of the two gradients."""
+    settings = replay.settings
     # A copy, whose running statistics may move, without dropout, which would draw numbers.
     probe = copy.deepcopy(replay.training.student).train()
     for module in probe.modules():
-        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.eval()
-    cosines, hard_norms, soft_norms = [], [], []
-    for batch in replay.stored_batches(batches):
-        hard_loss, soft_loss = replay.two_losses(batch, probe(batch.pixels).float())
-        hard = gradient(hard_loss, probe, keep_graph=True)
-        soft = gradient(soft_loss, probe, keep_graph=False)
-        cosines.append(torch.nn.functional.cosine_similarity(hard, soft, dim=0).item())
-        hard_norms.append(hard.norm().item())
-        soft_norms.append(soft.norm().item())
-    return {
-        "cosine": statistics.mean(cosines),
-        "cosine_std": statistics.stdev(cosines),
-        "hard_norm": statistics.mean(hard_norms),
-        "soft_norm": statistics.mean(soft_norms),
-    }
+    rows = []
+    for batch in stored_batches(replay, batches):
+        logits = probe(batch.pixels).float()
+        hard = gradient(hard_loss(logits, batch.mixture, settings.label_smoothing), probe)
+        soft = gradient(soft_loss(logits, batch.teacher, settings.temperature), probe)
+        cosine = nn.functional.cosine_similarity(hard, soft, dim=0).item()
+        rows.append({"cosine": cosine, "hard": hard.norm().item(), "soft": soft.norm().item()})
+    cosine, spread = mean_and_std(column(rows, "cosine"))
+    hard, _ = mean_and_std(column(rows, "hard"))
+    soft, _ = mean_and_std(column(rows, "soft"))
+    return {"cosine": cosine, "cosine_std": spread, "hard_norm": hard, "soft_norm": soft}
 
 
-def draw(rows: list[dict], kinds: list[str], temperature: float, path: Path) -> None:
+def draw(rows: list[dict], kinds: list[str], temperature: float) -> Figure:
     """Upper panel: the cosine; lower panel: sizes of the gradients."""
     figure = Figure(figsize=(8, 6.5), layout="constrained")
     upper, lower = figure.subplots(2, sharex=True)
-    epochs = [row["epoch"] for row in rows]
-    upper.errorbar(
-        epochs,
-        [row["cosine"] for row in rows],
-        [row["cosine_std"] for row in rows],
-        fmt="k.-",
-        capsize=3,
-        lw=1,
-        label="mean ± std over batches",
-    )
+    epochs, soft_norms = column(rows, "epoch"), column(rows, "soft_norm")
+    cosines, spreads = column(rows, "cosine"), column(rows, "cosine_std")
+    label = "mean ± std over batches"
+    upper.errorbar(epochs, cosines, spreads, fmt="k.-", capsize=3, lw=1, label=label)
     upper.axhline(0, color="k", lw=0.6)
     upper.set_ylabel("cosine of hard-label and\nsoft-label gradient")
-    scaled = [temperature**2 * row["soft_norm"] for row in rows]
-    lower.plot(epochs, [row["hard_norm"] for row in rows], "C1.-", label="hard loss")
-    lower.plot(epochs, [row["soft_norm"] for row in rows], "C0.-", label="soft loss")
+    lower.plot(epochs, column(rows, "hard_norm"), "C1.-", label="hard loss")
+    lower.plot(epochs, soft_norms, "C0.-", label="soft loss")
+    scaled = [temperature**2 * norm for norm in soft_norms]
     lower.plot(epochs, scaled, "C0.--", label=f"soft loss x T² (T = {temperature:g})")
     lower.set_yscale("log")
     lower.set_ylabel("norm of the gradient")
@@ -89,7 +95,7 @@ def draw(rows: list[dict], kinds: list[str], temperature: float, path: Path) -> 
     for axes in (upper, lower):
         runlog.shade_phases(axes, kinds, {name: kind.colour for name, kind in KINDS.items()})
         axes.legend(fontsize=8, ncols=2)
-    save_png(figure, path)
+    return figure
 
 
 def main() -> None:
@@ -102,9 +108,8 @@ def main() -> None:
         replay.train_epoch(epoch)
     rows.append({"epoch": len(kinds), "kind": kinds[-1], **measure(replay, args.batches)})
     replay.bar.close()
-    write_csv(rows, args.out.with_suffix(".csv"), provenance(this_command()))
-    draw(rows, kinds, replay.settings.temperature, args.out.with_suffix(".png"))
-    cosines = [row["cosine"] for row in rows]
+    write_study(rows, draw(rows, kinds, replay.settings.temperature), args.out)
+    cosines = column(rows, "cosine")
     print(
         f"cosine of hard-label and soft-label gradient: first {cosines[0]:.3f}, last "
         f"{cosines[-1]:.3f}, lowest {min(cosines):.3f}; {args.out.with_suffix('.png')}"

@@ -16,29 +16,30 @@ if not __package__:  # run as a plain script: imports start at the repository ro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import math
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from torch import nn
 
-from analysis.tables import this_command
+from analysis.tables import add_out, write_study
 from utils import cli, runlog
 from utils.cli import UserError, bounded
 from utils.data import folders, images
 from utils.data.datasets import Dataset
 from utils.data.views import normalise
-from utils.files import save_png
-from utils.results import provenance, write_csv
 from validate.evaluate import load_student
 
 _MARGIN = 0.25  # of the plane around the three students, as a share of their extent
+Point = tuple[float, float]
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = cli.Parser(description="Loss on the plane through three students.")
-    parser.add_argument("--out", type=Path, required=True, help="PNG and CSV, without the ending")
+    add_out(parser)
     parser.add_argument(
         "runs",
         nargs=3,
@@ -54,14 +55,12 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def flat(model: torch.nn.Module) -> torch.Tensor:
+def flat(model: nn.Module) -> torch.Tensor:
     """All parameters as one float64 vector."""
     return torch.cat([p.detach().double().flatten() for p in model.parameters()])
 
 
-def plane(
-    vectors: list[torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor, list[tuple[float, float]]]:
+def plane(vectors: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, list[Point]]:
     """Two orthonormal directions from vectors[0], and the coordinates of the three on them.
 
     Raises:
@@ -75,43 +74,41 @@ def plane(
     if rest.norm() < 1e-9 * first.norm():
         raise UserError("the three students are on one line: they span no plane")
     up = rest / rest.norm()
-    places = [(0.0, 0.0)]
-    places += [(float(v @ across), float(v @ up)) for v in (first, second)]
-    return across, up, places
+    points = [(float(v @ across), float(v @ up)) for v in (first, second)]
+    return across, up, [(0.0, 0.0), *points]
 
 
 @torch.inference_mode()
 def loss_at(
-    model: torch.nn.Module, vector: torch.Tensor, inputs: torch.Tensor, targets: torch.Tensor
+    model: nn.Module, vector: torch.Tensor, inputs: torch.Tensor, targets: torch.Tensor
 ) -> tuple[float, float]:
     """Cross-entropy (nats) and top-1 (%) of the model with these weights.
 
     BatchNorm normalises with the statistics of `inputs`.
     """
-    torch.nn.utils.vector_to_parameters(vector.float(), model.parameters())
+    nn.utils.vector_to_parameters(vector.float(), model.parameters())
     model.eval()
     for module in model.modules():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.train()
     logits = model(inputs)
     top1 = 100 * (logits.argmax(1) == targets).float().mean().item()
     return F.cross_entropy(logits, targets).item(), top1
 
 
-def draw(
-    rows: list[dict], names: list[str], places: list[tuple[float, float]], points: int, path: Path
-) -> None:
-    """Filled contours of the loss, the three students marked."""
-    across = np.array([row["across"] for row in rows]).reshape(points, points)
-    up = np.array([row["up"] for row in rows]).reshape(points, points)
-    loss = np.array([row["loss"] for row in rows]).reshape(points, points)
+def draw(rows: list[dict], names: list[str], points: list[Point]) -> Figure:
+    """Filled contours of the loss over a square grid, the three students marked."""
+    side = math.isqrt(len(rows))
+    across, up, loss = (
+        np.reshape([row[field] for row in rows], (side, side)) for field in ("across", "up", "loss")
+    )
     shape = np.ptp(up) / np.ptp(across)
     figure = Figure(figsize=(8, max(3.0, 6.2 * shape + 1)), layout="constrained")
     axes = figure.subplots()
     filled = axes.contourf(across, up, loss, levels=20, cmap="viridis_r")
     axes.contour(across, up, loss, levels=20, colors="k", linewidths=0.3, alpha=0.5)
     figure.colorbar(filled, ax=axes, label="validation cross-entropy (nats)")
-    for name, (x, y) in zip(names, places, strict=True):
+    for name, (x, y) in zip(names, points, strict=True):
         axes.plot(x, y, "wo", mec="k", ms=9)
         axes.annotate(
             name,
@@ -125,47 +122,37 @@ def draw(
     axes.set_xlabel(f"distance of the weights from {names[0]} towards {names[1]} (L2 norm)")
     axes.set_ylabel("distance at right angles (L2 norm)")
     axes.set_aspect("equal")
-    save_png(figure, path)
+    return figure
 
 
 def main() -> None:
     args = parse_arguments()
-    names, vectors, students = [], [], []
-    for name, folder in args.runs:
-        model, saved = load_student(Path(folder) / runlog.CHECKPOINT)
-        if students and saved["network"] != students[0][1]["network"]:
-            raise UserError(f"{folder} is another network than the runs before it")
-        names.append(name)
-        students.append((model, saved))
-        vectors.append(flat(model))
+    names = [name for name, _ in args.runs]
+    students = [load_student(Path(run) / runlog.CHECKPOINT) for _, run in args.runs]
     model, saved = students[0]
+    for (_, run), (_, other) in zip(args.runs, students, strict=True):
+        if other["network"] != saved["network"]:
+            raise UserError(f"{run} is another network than the runs before it")
+    vectors = [flat(student) for student, _ in students]
+    across, up, points = plane(vectors)
     dataset = Dataset(**saved["dataset"])
     folder = folders.scan(args.val_dir)
     folders.check_same_classes(folder, saved["classes"], args.runs[0][1])
-    picked = folder.sample(args.images)
-    pixels = images.load_evaluation(picked, dataset).float()
+    sample = folder.sample(args.images)
+    pixels = images.load_evaluation(sample, dataset).float()
     inputs = normalise(pixels, torch.tensor(dataset.mean), torch.tensor(dataset.std))
-    across, up, places = plane(vectors)
-    extent = max(max(x for x, _ in places), max(y for _, y in places))
-    margin = _MARGIN * extent
-    grid = [
-        np.linspace(
-            min(p[axis] for p in places) - margin,
-            max(p[axis] for p in places) + margin,
-            args.points,
-        )
-        for axis in (0, 1)
-    ]
+    margin = _MARGIN * np.max(points)
+    low, high = np.min(points, axis=0) - margin, np.max(points, axis=0) + margin
+    columns, lines = np.linspace(low, high, args.points).T
     rows = []
-    for y in cli.progress(grid[1], desc="landscape", unit="row"):
-        for x in grid[0]:
-            loss, top1 = loss_at(model, vectors[0] + x * across + y * up, inputs, picked.labels)
+    for y in cli.progress(lines, desc="landscape", unit="row"):
+        for x in columns:
+            loss, top1 = loss_at(model, vectors[0] + x * across + y * up, inputs, sample.labels)
             rows.append({"across": x, "up": y, "loss": loss, "top1": top1})
     for name, vector in zip(names, vectors, strict=True):
-        loss, top1 = loss_at(model, vector, inputs, picked.labels)
+        loss, top1 = loss_at(model, vector, inputs, sample.labels)
         print(f"{name}: cross-entropy {loss:.3f} nats, top-1 {top1:.1f} % (batch statistics)")
-    write_csv(rows, args.out.with_suffix(".csv"), provenance(this_command()))
-    draw(rows, names, places, args.points, args.out.with_suffix(".png"))
+    write_study(rows, draw(rows, names, points), args.out)
 
 
 if __name__ == "__main__":

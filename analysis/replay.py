@@ -4,16 +4,11 @@ Training is a function of its settings, so what a study wants to see on the way 
 recorded: the run is trained again, and nothing in its folder changes.
 """
 
-import argparse
 import dataclasses
 from pathlib import Path
 
-import torch
-from torch import nn
-
 from utils import cli, runlog, runtime
 from utils.cli import UserError
-from validate.kinds import Batch, hard_loss, soft_loss
 from validate.settings import Materials, Settings
 from validate.train import Training
 
@@ -69,28 +64,3 @@ class Replay:
         for batches in training.batches(kind, epoch):
             training.step(batches, kind.loss)
             self.bar.update(sum(len(batch.pixels) for batch in batches))
-
-    def stored_batches(self, count: int) -> list[Batch]:
-        """The first label batches of the run; raises UserError for one without a label set."""
-        labels = self.materials.labels
-        if labels is None:
-            raise UserError("the run was trained without a label set: it has no soft gradient")
-        indices = self.settings.label_batches(labels)[:count]
-        return list(self.training.data.render_stored(indices))
-
-    def two_losses(self, batch: Batch, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hard loss, and soft loss without T^2, of logits float32 [B, C] for a stored batch."""
-        hard = hard_loss(logits, batch.mixture, self.settings.label_smoothing)
-        return hard, soft_loss(logits, batch.teacher, self.settings.temperature)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of a study of one run's gradients: --run and --out."""
-    parser.add_argument("--run", type=Path, required=True, help="run folder with a label set")
-    parser.add_argument("--out", type=Path, required=True, help="PNG and CSV, without the ending")
-
-
-def gradient(loss: torch.Tensor, model: nn.Module, keep_graph: bool) -> torch.Tensor:
-    """float [parameters]: the gradient of a loss for all parameters of the model."""
-    parts = torch.autograd.grad(loss, list(model.parameters()), retain_graph=keep_graph)
-    return torch.cat([part.flatten() for part in parts])

@@ -84,31 +84,27 @@ def choice_table(rows: list[dict]) -> str:
     """Every setting's top-1 per SLC and on average; the chosen ones in bold."""
     chosen = choices(rows)
     amounts = sorted({row["slc"] for row in rows if row["slc"]})
-    lines = [
-        "| method | setting | " + " | ".join(f"SLC {slc}" for slc in amounts) + " | mean |",
-        "|---|---|" + "---:|" * (len(amounts) + 1),
-    ]
+    lines = []
     for name, by_slc in scores(rows).items():
         method, _, setting = name.partition(" ")
-        cells = [f"{by_slc.get(slc, by_slc.get(None)):.1f}" for slc in amounts]
-        cells.append(f"{statistics.mean(by_slc.values()):.1f}")
-        if chosen[method] == setting:
-            setting, cells[-1] = f"**{setting}**", f"**{cells[-1]}**"
-        lines.append(f"| {method} | {setting} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        bold = "**" if chosen[method] == setting else ""
+        line = {"method": method, "setting": f"{bold}{setting}{bold}"}
+        for slc in amounts:
+            line[f"SLC {slc}"] = f"{by_slc.get(slc, by_slc.get(None)):.1f}"
+        line["mean"] = f"{bold}{statistics.mean(by_slc.values()):.1f}{bold}"
+        lines.append(line)
+    return tables.markdown_table(lines, left=("method", "setting"))
 
 
 def pivot_table(rows: list[dict]) -> str:
     """Last top-1, mean ± standard deviation over seeds, of methods "ROW / COLUMN"."""
-    cells: dict[str, dict[str, str]] = {}
+    corner = "last top-1 (%)"
+    lines: dict[str, dict[str, str]] = {}
     for (method,), group in tables.grouped(rows, "method").items():
-        line, _, heading = method.partition(" / ")
-        cells.setdefault(line, {})[heading] = tables.mean_std(tables.column(group, "last_top1"))
-    headings = list(dict.fromkeys(heading for row in cells.values() for heading in row))
-    lines = ["| last top-1 (%) | " + " | ".join(headings) + " |", "|---|" + "---:|" * len(headings)]
-    for line, row in cells.items():
-        lines.append(f"| {line} | " + " | ".join(row[heading] for heading in headings) + " |")
-    return "\n".join(lines) + "\n"
+        name, _, heading = method.partition(" / ")
+        line = lines.setdefault(name, {corner: name})
+        line[heading] = tables.mean_std(tables.column(group, "last_top1"))
+    return tables.markdown_table(list(lines.values()), left=(corner,))
 
 
 def fill(text: str) -> str:

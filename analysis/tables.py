@@ -1,15 +1,29 @@
-"""Results of runs: read from CSV files, as a table, and as a plot."""
+"""Results of runs as CSV files, tables and plots."""
 
+import argparse
 import csv
 import shlex
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from utils.files import save_png
+from utils.results import provenance, write_csv
+
+
+def add_out(parser: argparse.ArgumentParser) -> None:
+    """Adds --out, see `write_study`."""
+    parser.add_argument("--out", type=Path, required=True, help="PNG and CSV, without the ending")
+
+
+def write_study(rows: list[dict], figure: Figure, out: Path) -> None:
+    """Writes OUT.csv, which says when, where and by which command it was measured, and OUT.png."""
+    command = shlex.join(["python", f"analysis/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    write_csv(rows, out.with_suffix(".csv"), provenance(command))
+    save_png(figure, out.with_suffix(".png"))
 
 
 def mean_and_std(values: list[float]) -> tuple[float, float]:
@@ -21,11 +35,6 @@ def mean_std(values: list[float]) -> str:
     """ "81.2 ± 0.4": mean and sample standard deviation."""
     mean, spread = mean_and_std(values)
     return f"{mean:.1f} ± {spread:.1f}" if len(values) > 1 else f"{mean:.1f}"
-
-
-def this_command() -> str:
-    """The command line of the running entry script."""
-    return shlex.join(["python", f"analysis/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 
 def read_csv(path: Path) -> list[dict]:
@@ -56,24 +65,30 @@ def column(rows: list[dict], name: str) -> list[float]:
     return [row[name] for row in rows]
 
 
+def markdown_table(rows: list[dict[str, object]], left: Collection[str]) -> str:
+    """Rows as Markdown under their keys; columns that are not in `left` are aligned right."""
+    rule = "".join("---|" if heading in left else "---:|" for heading in rows[0])
+    cells = [list(rows[0]), *(row.values() for row in rows)]
+    heading, *lines = (f"| {' | '.join(map(str, line))} |" for line in cells)
+    return "\n".join([heading, f"|{rule}", *lines]) + "\n"
+
+
 def markdown(rows: list[dict]) -> str:
     """The table: mean ± sample standard deviation over seeds of best and last top-1."""
-    codecs = any("codec" in row for row in rows)
-    lines = [
-        "| student | IPC | method |" + " codec |" * codecs + " SLC | label bytes "
-        "| best top-1 (%) | last top-1 (%) | seeds |",
-        "|---|---:|---|" + "---|" * codecs + "---:|---:|---:|---:|---:|",
-    ]
+    lines = []
     groups = grouped(rows, "student", "ipc", "method", "codec", "slc")
     for (student, ipc, method, codec, slc), group in groups.items():
-        size = round(statistics.mean(column(group, "label_bytes")))
-        shown = f" {codec or '–'} |" * codecs
-        lines.append(
-            f"| {student} | {ipc} | {method} |{shown} {slc or '–'} | {size:,} "
-            f"| {mean_std(column(group, 'best_top1'))} | {mean_std(column(group, 'last_top1'))} "
-            f"| {len(group)} |"
-        )
-    return "\n".join(lines) + "\n"
+        line = {"student": student, "IPC": ipc, "method": method, "codec": codec or "–"}
+        line["SLC"] = slc or "–"
+        line["label bytes"] = f"{round(statistics.mean(column(group, 'label_bytes'))):,}"
+        line["best top-1 (%)"] = mean_std(column(group, "best_top1"))
+        line["last top-1 (%)"] = mean_std(column(group, "last_top1"))
+        line["seeds"] = len(group)
+        lines.append(line)
+    if not any("codec" in row for row in rows):
+        for line in lines:
+            del line["codec"]
+    return markdown_table(lines, left=("student", "method", "codec"))
 
 
 def plot(rows: list[dict], against: str, path: Path) -> None:

@@ -15,23 +15,20 @@ if not __package__:  # run as a plain script: imports start at the repository ro
 
 import argparse
 import math
-import statistics
 
 import torch
 from matplotlib.figure import Figure
 
 from analysis.replay import Replay
-from analysis.tables import this_command
+from analysis.tables import add_out, column, mean_and_std, write_study
 from utils import cli
 from utils.cli import UserError, bounded
-from utils.files import save_png
-from utils.results import provenance, write_csv
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = cli.Parser(description="Length of each update around the switches of phase.")
-    parser.add_argument("--out", type=Path, required=True, help="PNG and CSV, without the ending")
+    add_out(parser)
     parser.add_argument(
         "runs",
         nargs="+",
@@ -83,21 +80,26 @@ def smoothed(values: list[float], width: int = 15) -> list[float]:
     return [logs[max(0, end - width) : end].mean().exp().item() for end in range(1, len(logs) + 1)]
 
 
-def draw(rows: list[dict], names: list[str], titles: list[str], path: Path) -> None:
+def steps_of(rows: list[dict], run: str, switch: int, low: float, high: float) -> list[dict]:
+    """The rows of a run's steps from `low` up to `high`, counted from a switch."""
+    return [
+        row
+        for row in rows
+        if row["run"] == run and row["switch"] == switch and low <= row["step"] < high
+    ]
+
+
+def draw(rows: list[dict], names: list[str], titles: list[str]) -> Figure:
     """A panel per switch, a line per run: every step thin, its running mean thick."""
     figure = Figure(figsize=(5.5 * len(titles) + 1, 4.2), layout="constrained")
     for switch, axes in enumerate(figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]):
-        for colour, name in enumerate(names):
-            chosen = [row for row in rows if row["run"] == name and row["switch"] == switch]
-            for side in (
-                [row for row in chosen if row["step"] < 0],
-                [row for row in chosen if row["step"] >= 0],
-            ):
-                steps = [row["step"] for row in side]
-                lengths = [row["relative_update"] for row in side]
-                axes.plot(steps, lengths, f"C{colour}", lw=0.4, alpha=0.4)
-                label = name if side and side[0]["step"] >= 0 else None
-                axes.plot(steps, smoothed(lengths), f"C{colour}", lw=1.8, label=label)
+        for position, name in enumerate(names):
+            # The running mean begins anew at the switch, which it would smear.
+            for low, high, label in ((-math.inf, 0, None), (0, math.inf, name)):
+                side = steps_of(rows, name, switch, low, high)
+                steps, lengths = column(side, "step"), column(side, "relative_update")
+                axes.plot(steps, lengths, f"C{position}", lw=0.4, alpha=0.4)
+                axes.plot(steps, smoothed(lengths), f"C{position}", lw=1.8, label=label)
         axes.axvline(0, color="k", lw=0.8, ls=":")
         axes.set_yscale("log")
         axes.set_title(titles[switch], fontsize=10)
@@ -105,7 +107,7 @@ def draw(rows: list[dict], names: list[str], titles: list[str], path: Path) -> N
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("length of one update /\nlength of the weights")
     figure.axes[-1].legend(fontsize=9, title="thick: mean of 15 steps", title_fontsize=8)
-    save_png(figure, path)
+    return figure
 
 
 def main() -> None:
@@ -121,8 +123,7 @@ def main() -> None:
         lengths, starts = update_lengths(replay)
         for switch, epoch in enumerate(switches(kinds)):
             first = starts[epoch]
-            window = range(max(0, first - args.before), min(len(lengths), first + args.after))
-            for step in window:
+            for step in range(max(0, first - args.before), min(len(lengths), first + args.after)):
                 length = float(f"{lengths[step]:.4g}")
                 row = {"run": name, "switch": switch, "step": step - first}
                 rows.append({**row, "relative_update": length})
@@ -131,12 +132,10 @@ def main() -> None:
         for epoch in switches(kinds)
     ]
     names = [name for name, _ in args.runs]
-    write_csv(rows, args.out.with_suffix(".csv"), provenance(this_command()))
-    draw(rows, names, titles, args.out.with_suffix(".png"))
+    write_study(rows, draw(rows, names, titles), args.out)
     for name in names:
-        last = [row for row in rows if (row["run"], row["switch"]) == (name, len(titles) - 1)]
         before, after = (
-            [row["relative_update"] for row in last if low <= row["step"] < high]
+            column(steps_of(rows, name, len(titles) - 1, low, high), "relative_update")
             for low, high in ((-50, 0), (50, 100))
         )
         print(
@@ -146,7 +145,7 @@ def main() -> None:
 
 
 def _mean(values: list[float]) -> float:
-    return statistics.mean(values) if values else math.nan
+    return mean_and_std(values)[0] if values else math.nan
 
 
 if __name__ == "__main__":
