@@ -12,10 +12,9 @@ if not __package__:  # run as a plain script: imports start at the repository ro
 import argparse
 from collections.abc import Iterable, Sequence
 
-import pcodec
 import torch
 
-from utils import cli
+from utils import cli, runtime
 from utils.cli import UserError
 from utils.labels import LabelSet, LabelWriter, codecs
 from utils.labels.codecs.base import information
@@ -78,12 +77,13 @@ def main() -> None:
         source.passes = source.passes_for(args.slc)
     if args.out_dir.resolve() == args.label_dir.resolve():
         raise UserError("--out-dir is --label-dir; the labels need a folder of their own")
+    packer = {k: v for k, v in runtime.versions().items() if k == "pcodec"}
     settings = {
         **source.manifest,
         "passes": source.passes,
         "codec": parameters,
         "recoded_from": source.manifest["codec"],
-        "versions": {**source.manifest["versions"], "pcodec": pcodec.__version__},
+        "versions": {**source.manifest["versions"], **packer},
     }
     if args.slc is not None:
         settings["slc"] = args.slc

@@ -23,7 +23,7 @@ from utils.data import folders, images
 from utils.data.views import normalise
 from utils.labels import LabelSet
 from validate import schedule, step, train
-from validate.kinds import KINDS, TrainingData, mixed_logits, static_labels
+from validate.kinds import KINDS, TrainingData, mixed_logits
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_a_static_epoch_mixes_the_labels_of_the_two_images(world, tmp_path, whol
     more = ("--schedule", "static", "--label-dir", whole_labels, "--temperature", 2)
     stepped, batch, kind = one_step(world, tmp_path, *more, "--seed", 3)
 
-    of_image = static_labels(LabelSet.open(whole_labels), passes=1)
+    of_image = LabelSet.open(whole_labels).image_logits(passes=1)
     expected, views = Linear(), kind.data.fresh_views(0)[0]
     assert torch.equal(batch.pixels, next(kind.data.source.render([views])))
     student = probabilities(expected(batch.pixels), 2.0)
@@ -107,7 +107,7 @@ def test_static_labels_belong_to_whole_images_in_folder_order(world, whole_label
     with torch.no_grad():
         logits = teacher(normalise(pixels, mean, std))
     expected = logits - logits.mean(1, keepdim=True)
-    assert torch.allclose(static_labels(labels, passes=1), expected, atol=2e-2)
+    assert torch.allclose(labels.image_logits(passes=1), expected, atol=2e-2)
 
 
 @pytest.mark.parametrize("lam", [1.0, 0.25, 0.0])

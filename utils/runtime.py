@@ -6,6 +6,7 @@ import copy
 import ctypes
 import dataclasses
 import datetime
+import importlib.metadata
 import inspect
 import itertools
 import os
@@ -310,8 +311,11 @@ def _join(machine: Runtime) -> Runtime:
 
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers, for manifests and run folders."""
-    return {
+    packages = {
         "torch": str(torch.__version__),
         "torchvision": torchvision.__version__,
         "numpy": numpy.__version__,
     }
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # codec klt alone needs it
+        packages["pcodec"] = importlib.metadata.version("pcodec")
+    return packages

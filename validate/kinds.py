@@ -225,7 +225,7 @@ class Static(Kind):
 
     def __init__(self, data: TrainingData):
         super().__init__(data)
-        self.image_logits = static_labels(data.labels, data.settings.passes)
+        self.image_logits = data.labels.image_logits(data.settings.passes)
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         fresh = self.data.fresh_views(epoch)
@@ -270,15 +270,6 @@ def hard_loss(logits: torch.Tensor, mixture: Mixture, smoothing: float) -> torch
         for target in (mixture.own, mixture.partner)
     )
     return (mixture.lam * own + (1 - mixture.lam) * partner).mean()
-
-
-def static_labels(labels: LabelSet, passes: int) -> torch.Tensor:
-    """float32 [images, C]: the mean of each image's logits over the first passes."""
-    images, classes = labels.manifest["images"]["count"], labels.manifest["num_classes"]
-    total = torch.zeros(images, classes, device=labels.device)
-    for index in range(passes * labels.batches_per_pass):
-        total.index_add_(0, labels.views(index).index, labels[index].logits)
-    return total / passes
 
 
 def mixed_logits(

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pcodec
 
 from utils.cli import UserError
 from utils.data.datasets import Dataset
@@ -75,7 +74,7 @@ def make_settings(
             "per_class": ipc or folder.counts(),
             "sha256": images_sha256,
         },
-        "versions": {**versions(), "pcodec": pcodec.__version__},
+        "versions": versions(),
     }
 
 

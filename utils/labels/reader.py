@@ -97,6 +97,14 @@ class LabelSet:
         """The hard labels in these views."""
         return views.mixture(self.hard_labels, self.spec.input_size)
 
+    def image_logits(self, passes: int) -> torch.Tensor:
+        """float32 [images, C]: the mean of each image's logits over the first passes."""
+        images, classes = self.manifest["images"]["count"], self.manifest["num_classes"]
+        total = torch.zeros(images, classes, device=self.device)
+        for batch in range(passes * self.batches_per_pass):
+            total.index_add_(0, self.views(batch).index, self[batch].logits)
+        return total / passes
+
     def passes_for(self, slc: int) -> int:
         """How many passes hold `slc` labels per class; raises UserError when none do."""
         ipc, stored = self.manifest["ipc"], self.manifest["slc"]

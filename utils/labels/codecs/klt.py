@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from pcodec import ChunkConfig, DeltaSpec, ModeSpec, PagingSpec, standalone
 
 from utils.cli import UserError, bounded
 from utils.data.views import Mixture
@@ -16,24 +15,35 @@ from utils.labels.codecs.base import BLOCK, Codec, Codes, distortion, flag, half
 # What klt aims at without a target: near-lossless. Settled by the study of accuracy per byte.
 DEFAULT_DISTORTION = 0.002
 LARGEST = (1 << 15) - 1  # of the absolute values of codes
-# Neighbours have nothing in common that a difference or a common factor would show, but rows differ
-# in spread: each part of a stream has frequencies of its own.
-_PACKING = ChunkConfig(
-    compression_level=8,
-    mode_spec=ModeSpec.classic(),
-    delta_spec=DeltaSpec.no_op(),
-    paging_spec=PagingSpec.equal_pages_up_to(1 << 15),
-)
+
+
+def _pcodec():
+    """The package pcodec, which this codec alone needs."""
+    try:
+        import pcodec
+    except ImportError:
+        raise UserError("codec klt needs the package pcodec: pip install 'pcodec<2'") from None
+    return pcodec
 
 
 def pack_integers(values: torch.Tensor) -> bytes:
     """A pcodec stream (standalone format) of int16 [K, N], row after row."""
+    pcodec = _pcodec()
+    # Neighbours have nothing in common that a difference or a common factor would show, but rows
+    # differ in spread: each part of a stream has frequencies of its own.
+    packing = pcodec.ChunkConfig(
+        compression_level=8,
+        mode_spec=pcodec.ModeSpec.classic(),
+        delta_spec=pcodec.DeltaSpec.no_op(),
+        paging_spec=pcodec.PagingSpec.equal_pages_up_to(1 << 15),
+    )
     whole = values.to(torch.int16).cpu().contiguous().numpy()
-    return bytes(standalone.simple_compress(whole.reshape(-1), _PACKING))
+    return bytes(pcodec.standalone.simple_compress(whole.reshape(-1), packing))
 
 
 def unpack_integers(stream: bytes, rows: int, columns: int) -> torch.Tensor:
     """int16 [rows, columns]: the inverse of pack_integers; raises UserError on damage."""
+    standalone = _pcodec().standalone
     try:
         values = np.empty(rows * columns, dtype=np.int16)  # touched only as far as it is filled
         progress = standalone.simple_decompress_into(stream, values)
