@@ -39,16 +39,8 @@ def compare(
 ) -> tuple[list[float], float]:
     """Distortion at each temperature, and the share of labels with the same first class.
 
-    See utils.labels.codecs.base.distortion. Two passes are in memory at a time.
-
-    Args:
-        labels: the set.
-        reference: the labels that it was made from.
-        passes: which to compare.
-        temperatures: those of the distortions.
-
-    Raises:
-        UserError: the sets label different views.
+    See utils.labels.codecs.base.distortion. Two passes are in memory at a time. Raises UserError
+    when the sets label different views.
     """
     sums = torch.zeros(len(temperatures), 2, dtype=torch.float64)
     agree = count = 0

@@ -76,14 +76,8 @@ def read_pass(
 ) -> PublishedPass:
     """Reads and checks `epoch_<p>.tar`.
 
-    Args:
-        path: the file.
-        order: image index of every view.
-        sizes: int [images, 2], height and width.
-        num_classes, input_size: what the labels and CutMix boxes must fit.
-
-    Raises:
-        UserError: naming the batch and what does not fit.
+    `order` holds the image index of every view, `sizes` [images, 2] heights and widths. Raises
+    UserError, naming the batch and what does not fit.
     """
     batches = load_published(path)
     if not isinstance(batches, list) or not batches:

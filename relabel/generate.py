@@ -191,18 +191,8 @@ def label_pass(
 ) -> tuple[Views, torch.Tensor]:
     """Draws, renders and labels the views of a pass, several batches in a forward pass.
 
-    Args:
-        pass_index: which pass.
-        writer: of the label set; its settings say how many views a forward pass takes.
-        teachers: what labels.
-        source: the images (utils.data.images).
-        bar: moved on by the views that are labelled.
-
-    Returns:
-        The views, and float32 [images, C] logits in main memory.
-
-    Raises:
-        UserError: logits that are not finite.
+    Returns the views, and float32 [images, C] logits in main memory. Raises UserError when logits
+    are not finite.
     """
     views, device = writer.draw(pass_index), teachers.runtime.device
     on_gpu = device.type == "cuda"

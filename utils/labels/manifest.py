@@ -43,13 +43,11 @@ def make_settings(
 
     Args:
         dataset: its facts, the number of classes counted.
-        folder: the images; sizes: int [images, 2], their heights and widths in pixels.
-        images_sha256: fingerprint of the folder.
+        sizes: int [images, 2], heights and widths of the folder's images in pixels.
         ipc: images per class, or None where labels are not counted by class.
         passes: soft labels per image.
-        spec: of the views; seed: what they are drawn with, or None where they are stored.
+        seed: what views are drawn with, or None where they are stored.
         origin: where the labels come from, "teachers" first.
-        codec: the codec's name and options.
     """
     return {
         "dataset": dataset.name,

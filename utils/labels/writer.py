@@ -154,9 +154,8 @@ class LabelWriter:
         """Packs and writes one pass.
 
         Args:
-            pass_index: which pass.
-            logits: float32 [images, C], the teacher's logits.
-            views: the same views; stored only where `draw(pass_index)` does not give them again.
+            logits: float32 [images, C], the teacher's, in the order of the views.
+            views: stored only where `draw(pass_index)` does not give them again.
             hard_labels: int64 [images], the class of every image.
             teacher_correct: views whose main class the teacher names; counted when None.
         """

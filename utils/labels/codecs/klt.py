@@ -139,13 +139,7 @@ class Klt(Codec):
     }
 
     def __init__(self, num_classes: int, arrays: dict[str, np.ndarray], **target: float):
-        """A fitted codec.
-
-        Args:
-            num_classes: C.
-            arrays: the content of codec.npz.
-            target: what it was fitted to, bytes_per_label or distortion.
-        """
+        """A codec from the content of codec.npz; `target` is what it was fitted to."""
         super().__init__(num_classes, **target)
         self._arrays = arrays
         self.step = arrays["step"].item()
