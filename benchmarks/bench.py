@@ -103,6 +103,6 @@ def write_jpegs(root: Path, classes: int, ipc: int, size: int) -> None:
         for position in range(ipc):
             coarse = Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8))
             smooth = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC), float)
-            noisy = smooth + random.normal(0, 8, smooth.shape)
-            array = noisy.clip(0, 255).astype(np.uint8)
-            Image.fromarray(array).save(folder / f"{position:03d}.jpg", quality=90)
+            noisy = (smooth + random.normal(0, 8, smooth.shape)).clip(0, 255)
+            picture = Image.fromarray(noisy.astype(np.uint8))
+            picture.save(folder / f"{position:03d}.jpg", quality=90)

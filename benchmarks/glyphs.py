@@ -72,25 +72,24 @@ def split_families(families: dict[str, tuple[Path, set[int]]]) -> dict[str, list
     return splits
 
 
-def draw(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray | None:
-    """uint8 [32, 32], white on black on a common baseline; None when nothing is seen."""
+def draw(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray:
+    """uint8 [32, 32], white on black on a common baseline."""
     image = Image.new("L", (SIZE, SIZE))
     left, _, right, _ = font.getbbox(character, anchor="ls")
     start = (CENTRE - (left + right) / 2, BASELINE)
     ImageDraw.Draw(image).text(start, character, fill=255, font=font, anchor="ls")
-    pixels = np.asarray(image)
-    return pixels if pixels.max() > 128 else None
+    return np.asarray(image)
 
 
 def render_family(path: Path, has: set[int]) -> dict[str, np.ndarray]:
     """The images of all candidates that a face has and shows."""
     font = ImageFont.truetype(str(path), POINTS)
     # A face without a glyph of its own for a character often shows the same box for all of them.
-    empty = draw(font, "\ufffe")
+    missing = draw(font, "\ufffe")
     images = {}
     for code in has.intersection(CANDIDATES):
         pixels = draw(font, chr(code))
-        if pixels is not None and not np.array_equal(pixels, empty):
+        if pixels.max() > 128 and not np.array_equal(pixels, missing):
             images[chr(code)] = pixels
     return images
 

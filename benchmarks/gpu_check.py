@@ -12,10 +12,10 @@ from pathlib import Path
 if not __package__:  # run as a plain script: imports start at the repository root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import argparse
 import dataclasses
 import itertools
 import tempfile
+from typing import NamedTuple
 
 import torch
 
@@ -23,6 +23,7 @@ from benchmarks.bench import Bench, add_arguments
 from benchmarks.speed import Training
 from relabel.teacher import Ensemble, Teacher
 from utils import cli, runtime
+from utils.data.images import ResidentImages
 from utils.data.views import draw
 from utils.labels import centre
 from utils.labels.codecs.base import distortion
@@ -32,24 +33,8 @@ from utils.runtime import Runtime
 STEPS = 50
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = cli.Parser(description="Agreement of fast and plain paths on this device.")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    add_arguments(parser)
-    parser.set_defaults(classes=100, ipc=8)
-    return parser.parse_args()
-
-
-@dataclasses.dataclass
-class Check:
-    """One comparison.
-
-    Attributes:
-        name: what is compared.
-        value: the difference.
-        limit: the largest one that passes.
-    """
+class Check(NamedTuple):
+    """A comparison: what is compared, the difference, and the largest one that passes."""
 
     name: str
     value: float
@@ -98,21 +83,19 @@ def view_checks(bench: Bench) -> list[Check]:
     source = bench.resident()
     on_cpu = dataclasses.replace(bench, machine=Runtime(torch.device("cpu"), None)).resident()
     views = draw(bench.spec, bench.sizes, seed=1)
-    batches = list(views.to(bench.machine.device))
-    source.together = 8 * views.batch_size
-    grouped = torch.cat(list(source.render(batches)))
-    source.together = 1
-    first = torch.cat(list(source.render(batches)))
-    second = torch.cat(list(source.render(batches)))
-    reference = torch.cat(list(on_cpu.render(list(views))))
-    grey = 255 * source.std[:, None, None]
-    replayed = float((first - second).abs().max())
-    grouping = float(((grouped - first) * grey).abs().max())
-    elsewhere = float(((reference - first.cpu()) * grey.cpu()).abs().max())
+    to_grey = 255 * source.std[:, None, None]
+
+    def rendered(source: ResidentImages, batches_together: int) -> torch.Tensor:
+        source.together = batches_together * views.batch_size
+        pixels = torch.cat(list(source.render(list(views.to(source.device)))))
+        return pixels.to(to_grey.device) * to_grey
+
+    alone = rendered(source, 1)
+    again, grouped, reference = rendered(source, 1), rendered(source, 8), rendered(on_cpu, 1)
     return [
-        Check("views: replayed, largest difference", replayed, 0),
-        Check("views: in groups, grey levels", grouping, 1e-2),
-        Check("views: against the CPU, grey levels", elsewhere, 1e-2),
+        Check("views: replayed, grey levels", float((again - alone).abs().max()), 0),
+        Check("views: in groups, grey levels", float((grouped - alone).abs().max()), 1e-2),
+        Check("views: against the CPU, grey levels", float((reference - alone).abs().max()), 1e-2),
     ]
 
 
@@ -132,20 +115,14 @@ def loss_curve(bench: Bench, dtype: torch.dtype | None, compiled: bool) -> torch
 
 def training_checks(bench: Bench) -> list[Check]:
     """The losses of 50 steps in all precisions, and compiled, against eager fp32."""
-    device = bench.machine.device
-    exact = loss_curve(bench, None, False)
-    variants: dict[str, tuple[torch.dtype | None, bool, float]] = {
-        "bf16": (torch.bfloat16, False, 0.05)
-    }
-    if device.type == "cuda":
-        variants["fp16"] = (torch.float16, False, 0.05)
-    if bench.args.compile:
-        variants["compiled, fp32"] = (None, True, 0.01)
-        if device.type == "cuda":
-            variants["compiled, fp16"] = (torch.float16, True, 0.05)
-    checks = []
-    for name, (dtype, compiled, limit) in variants.items():
-        curve = loss_curve(bench, dtype, compiled)
+    on_gpu, compiled = bench.machine.device.type == "cuda", bench.args.compile
+    variants = [("bf16", torch.bfloat16, False, 0.05)]
+    variants += [("fp16", torch.float16, False, 0.05)] * on_gpu
+    variants += [("compiled, fp32", None, True, 0.01)] * compiled
+    variants += [("compiled, fp16", torch.float16, True, 0.05)] * (compiled and on_gpu)
+    exact, checks = loss_curve(bench, None, False), []
+    for name, dtype, compile_student, limit in variants:
+        curve = loss_curve(bench, dtype, compile_student)
         difference = float(((curve - exact).abs() / exact).mean())
         what = f"training: {name}, mean difference of the loss over {STEPS} steps, relative"
         checks.append(Check(what, difference, limit))
@@ -153,13 +130,17 @@ def training_checks(bench: Bench) -> list[Check]:
 
 
 def main() -> None:
-    args = parse_arguments()
+    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    add_arguments(parser)
+    parser.set_defaults(classes=100, ipc=8)
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
         bench = Bench.begin(args, Path(root))
         # Differences of 1e-4 are looked for, which the shortened products of TF32 would hide.
         torch.backends.cudnn.allow_tf32 = False
         checks = label_checks(bench) + view_checks(bench) + training_checks(bench)
-    rows = [{**vars(check), "passed": check.passed} for check in checks]
+    rows = [{**check._asdict(), "passed": check.passed} for check in checks]
     args.out.mkdir(parents=True, exist_ok=True)
     about = provenance("python benchmarks/gpu_check.py"), runtime.describe(bench.machine)
     write_csv(rows, args.out / "agreement.csv", *about)

@@ -5,8 +5,6 @@ one batch per forward pass in fp32; training is eager fp32 with the usual `.item
 What the speed benchmark compares with; nothing else uses it.
 """
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -15,30 +13,31 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional, v2
 
 from benchmarks.bench import Bench
-from utils.data import datasets
 from utils.data.views import Views, draw
 
 SMOOTHING = 0.8  # of hard labels, in both pipelines
 
 
-class GivenCrops(Dataset):
-    """Item k: the crop of view k, float32 [3, S, S]; the boxes are given, so that they can agree
-    with those of another pipeline."""
+def to_input(bench: Bench) -> transforms.Compose:
+    """PIL image -> float32 [3, S, S], normalised."""
+    normalise = transforms.Normalize(bench.dataset.mean, bench.dataset.std)
+    return transforms.Compose([transforms.ToTensor(), normalise])
 
-    def __init__(self, root: Path, views: Views, facts: datasets.Dataset):
-        self.folder = ImageFolder(str(root))
-        self.index, self.box = views.index.tolist(), views.box.tolist()
-        self.flip, self.size = views.flip.tolist(), facts.input_size
-        normalise = transforms.Normalize(facts.mean, facts.std)
-        self.finish = transforms.Compose([transforms.ToTensor(), normalise])
+
+class GivenCrops(Dataset):
+    """Item k: the crop of view k, float32 [3, S, S], so that both pipelines see the same."""
+
+    def __init__(self, bench: Bench, views: Views):
+        self.folder, self.views = ImageFolder(str(bench.folder.root)), views
+        self.size, self.to_input = [bench.args.size, bench.args.size], to_input(bench)
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.views.index)
 
     def __getitem__(self, view: int) -> torch.Tensor:
-        image, _ = self.folder[self.index[view]]
-        image = functional.resized_crop(image, *self.box[view], [self.size, self.size])
-        return self.finish(functional.hflip(image) if self.flip[view] else image)
+        image, _ = self.folder[int(self.views.index[view])]
+        image = functional.resized_crop(image, *self.views.box[view].tolist(), self.size)
+        return self.to_input(functional.hflip(image) if self.views.flip[view] else image)
 
 
 def loader(bench: Bench, dataset: Dataset, shuffle: bool) -> DataLoader:
@@ -58,8 +57,7 @@ class Relabelling:
 
     def __init__(self, bench: Bench):
         self.views = draw(bench.spec, bench.sizes, seed=0)
-        crops = GivenCrops(bench.folder.root, self.views, bench.dataset)
-        self.loader = loader(bench, crops, shuffle=False)
+        self.loader = loader(bench, GivenCrops(bench, self.views), shuffle=False)
         self.teacher = bench.teacher(torch.contiguous_format)
         self.path, self.device = bench.root / "epoch.tar", bench.machine.device
 
@@ -90,38 +88,26 @@ class Training:
     """Epochs on hard labels with random crops, flips and CutMix."""
 
     def __init__(self, bench: Bench):
-        transform = transforms.Compose(
-            [
-                transforms.RandomResizedCrop(bench.args.size, (0.08, 1)),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize(bench.dataset.mean, bench.dataset.std),
-            ]
-        )
-        images = ImageFolder(str(bench.folder.root), transform)
+        crop = transforms.RandomResizedCrop(bench.args.size, (0.08, 1))
+        steps = [crop, transforms.RandomHorizontalFlip(), to_input(bench)]
+        images = ImageFolder(str(bench.folder.root), transforms.Compose(steps))
         self.loader = loader(bench, images, shuffle=True)
         self.model = bench.network(torch.contiguous_format)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         self.cutmix, self.device = v2.CutMix(num_classes=bench.args.classes), bench.machine.device
 
     def run(self, epochs: range) -> None:
-        """One view of every image in each epoch."""
-        for _ in epochs:
-            self.train_epoch()
-
-    def train_epoch(self) -> tuple[float, float]:
-        """Returns mean loss and top-1 in percent."""
+        """One view of every image in each epoch; loss and accuracy are summed as usual."""
         self.model.train()
-        loss_sum, correct, seen = 0.0, 0, 0
-        for images, targets in self.loader:
-            images, targets = images.to(self.device), targets.to(self.device)
-            mixed, shares = self.cutmix(images, targets)
-            logits = self.model(mixed)
-            loss = F.cross_entropy(logits, shares, label_smoothing=SMOOTHING)
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
-            loss_sum += loss.item() * len(images)
-            correct += (logits.argmax(1) == targets).sum().item()
-            seen += len(images)
-        return loss_sum / seen, 100 * correct / seen
+        for _ in epochs:
+            loss_sum, correct = 0.0, 0
+            for images, targets in self.loader:
+                images, targets = images.to(self.device), targets.to(self.device)
+                mixed, shares = self.cutmix(images, targets)
+                logits = self.model(mixed)
+                loss = F.cross_entropy(logits, shares, label_smoothing=SMOOTHING)
+                self.optimizer.zero_grad()
+                loss.backward()
+                self.optimizer.step()
+                loss_sum += loss.item() * len(images)
+                correct += (logits.argmax(1) == targets).sum().item()
