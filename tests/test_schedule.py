@@ -1,4 +1,4 @@
-"""Schedules, learning rate and pool against METHOD's tables, worked by hand."""
+"""Schedules, learning rate and pool against the paper's tables, worked by hand."""
 
 import math
 

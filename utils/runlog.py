@@ -127,7 +127,7 @@ def git_commit() -> str | None:
             ).stdout.strip()
             for command in (
                 ["rev-parse", "HEAD"],
-                ["status", "--porcelain", "--untracked-files=no"],
+                ["status", "--porcelain", "--", "*.py", "*.yaml"],
             )
         )
     except (OSError, subprocess.CalledProcessError):

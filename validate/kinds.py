@@ -123,8 +123,11 @@ class Kind:
     flags: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls):
-        if cls.name in KINDS:
-            raise TypeError(f"{cls.__qualname__}: there is a kind of epoch {cls.name!r} already")
+        if cls.name in (*KINDS, *schedule.NAMES) or not cls.name.isidentifier():
+            raise UserError(
+                f"{cls.__module__}.{cls.__qualname__}: the name {cls.name!r} of a kind of epoch is "
+                "taken, or is not one word"
+            )
         KINDS[cls.name] = cls
 
     @classmethod

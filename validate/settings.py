@@ -378,9 +378,10 @@ def _batch_size(args: argparse.Namespace, labels: LabelSet | None) -> int:
 
 def _check_flags_are_used(args: argparse.Namespace, kinds: Sequence[str]) -> None:
     """Raises UserError for a flag that means nothing in a schedule of these kinds of epoch."""
+    defaults = {f.name: f.metadata.get("default") for f in dataclasses.fields(Settings)}
     for name in sorted({name for kind in KINDS.values() for name in kind.flags}):
         users = sorted(kind.name for kind in KINDS.values() if name in kind.flags)
-        if getattr(args, name) not in (None, "first") and not {*users} & {*kinds}:
+        if getattr(args, name) != defaults[name] and not {*users} & {*kinds}:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} is for {' or '.join(users)} epochs; this run has none")
 

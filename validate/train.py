@@ -138,8 +138,8 @@ def train(
 ) -> dict:
     """Trains from the run's checkpoint, or from scratch, to the end; returns the result.
 
-    SIGTERM, Ctrl-C, SIGUSR1 and SIGHUP end the program after the optimiser step under way. The
-    epochs since the last checkpoint are then trained again: those of a minute, and the last.
+    SIGTERM, Ctrl-C, SIGUSR1 and SIGHUP end the program after the optimiser step under way; the
+    next start trains again what came after the last checkpoint.
     """
     epochs, views_per_epoch = len(settings.kinds), len(materials.folder.files)
     if machine.world > 1:

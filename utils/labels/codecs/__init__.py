@@ -3,7 +3,7 @@
 A codec encodes centred logits to compact codes, a row of small integers per label; packs the
 codes of a pass to bytes and unpacks them again; and expands the codes of single batches to logits.
 Codes are what stays in memory, so the expanded labels of a whole set never need to. The payloads
-are described in the docstrings of the codecs; all numbers are little-endian.
+are described in docs/label-format.md; all numbers are little-endian.
 
   fp16   every logit as half precision: 2 bytes x classes per label
   topk   the largest logits only
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from utils import extensions
 from utils.cli import UserError
 from utils.labels.codecs import klt, plain  # noqa: F401 - their classes add themselves to CODECS
 from utils.labels.codecs.base import CODECS, Codec, flag
@@ -26,6 +27,8 @@ from utils.labels.codecs.base import CODECS, Codec, flag
 def find(parameters: dict[str, Any]) -> tuple[type[Codec], dict[str, Any]]:
     """Class and options of a manifest's "codec" entry; raises UserError when it is unknown."""
     name = parameters.get("name")
+    if name not in CODECS:
+        extensions.load()  # which an entry script has done already
     if name not in CODECS:
         raise UserError(f"codec {name!r} is unknown to this version (known: {', '.join(CODECS)})")
     return CODECS[name], {key: value for key, value in parameters.items() if key != "name"}
