@@ -115,7 +115,7 @@ def test_killed_recoding_continues_to_equal_bytes(tmp_path, world, request, comm
     assert command(generate.main, *long).code == 0
 
     def recode(folder: Path) -> list[object]:
-        more = ("--codec", "klt", "--bytes-per-label", 3)
+        more = ("--codec", "klt", "--bytes-per-label", 8)
         return [
             *(ROOT / "relabel/compress.py", "--label-dir", tmp_path / "long"),
             *("--out-dir", folder, *more),
