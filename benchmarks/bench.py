@@ -37,7 +37,8 @@ class Bench:
         args: the flags of add_arguments.
         machine: device and precision.
         dataset: facts of the images.
-        folder: the images, JPEG files.
+        folder: the images, JPEG files; sizes: int [images, 2], their heights and widths.
+        spec: what views are drawn from.
         root: a folder for files that are thrown away.
     """
 
@@ -45,6 +46,8 @@ class Bench:
     machine: runtime.Runtime
     dataset: datasets.Dataset
     folder: folders.ImageFolder
+    sizes: np.ndarray
+    spec: ViewSpec
     root: Path
 
     @classmethod
@@ -57,22 +60,14 @@ class Bench:
             machine=machine,
             dataset=datasets.Dataset("benchmark", args.classes, args.size, facts.mean, facts.std),
             folder=folders.scan(root / "images"),
+            sizes=np.full((args.classes * args.ipc, 2), args.size),
+            spec=ViewSpec(args.size, args.batch_size),
             root=root,
         )
 
     def begin_stage(self) -> runtime.Runtime:
         """Prepares this process as our stages are: on a CPU they keep what they free."""
         return runtime.start(device=str(self.machine.device), amp=self.machine.precision)
-
-    @property
-    def spec(self) -> ViewSpec:
-        """What views are drawn from."""
-        return ViewSpec(self.args.size, self.args.batch_size)
-
-    @property
-    def sizes(self) -> np.ndarray:
-        """int [images, 2]: height and width of every image."""
-        return np.full((len(self.folder.files), 2), self.args.size)
 
     def resident(self) -> images.ResidentImages:
         """The decoded images, on the device."""

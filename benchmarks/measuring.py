@@ -47,9 +47,9 @@ def by_turns(pipelines: dict[str, Callable], bench: Bench) -> list[dict]:
             processes[name] = ending.enter_context(ProcessPoolExecutor(1, spawn))
             _result(processes[name].submit(_begin, torch.get_num_threads(), device, make))
         for repeat in range(bench.args.repeats + 1):
+            todo = range(repeat * passes, (repeat + 1) * passes)
             for name, process in processes.items():
                 started = time.perf_counter()
-                todo = range(repeat * passes, (repeat + 1) * passes)
                 seconds, peak = _result(process.submit(_run, todo))
                 used = [percent for moment, percent in samples if moment > started]
                 row = {

@@ -173,22 +173,20 @@ def projection(rows: list[dict]) -> list[str]:
 
 
 def table(rows: list[dict]) -> str:
-    """Median rates with their range, and ratios to the straightforward pipeline, turn by turn."""
-    title = f"{'stage':9}{'pipeline':17}{'images/s':>10}{'min':>9}{'max':>9}{'ratio':>8}{'min':>7}"
-    lines = [f"{title}{'max':>7}{'peak MB':>9}{'GPU %':>7}"]
+    """Median rates, and ratios to the straightforward pipeline turn by turn, with their range."""
+    title = f"{'stage':9}{'pipeline':17}{'images/s':>9}{'ratio':>8}{'(min to max)':>17}"
+    lines = [f"{title}{'peak MB':>9}{'GPU %':>7}"]
     groups = grouped(rows, "stage", "pipeline")
     for (stage, name), timings in groups.items():
-        rates = column(timings, "images_per_second")
-        line = f"{stage:9}{name:17}{statistics.median(rates):10.1f}"
-        line += f"{min(rates):9.1f}{max(rates):9.1f}"
-        if name != PLAIN and (stage, PLAIN) in groups:
+        rates, ratio, spread = column(timings, "images_per_second"), "", ""
+        if (stage, PLAIN) in groups:
             plain = column(groups[stage, PLAIN], "images_per_second")
             ratios = [rate / other for rate, other in zip(rates, plain, strict=True)]
-            line += f"{statistics.median(ratios):8.2f}{min(ratios):7.2f}{max(ratios):7.2f}"
-        else:
-            line += " " * 22
+            ratio = f"{statistics.median(ratios):.2f}"
+            spread = f"({min(ratios):.2f} to {max(ratios):.2f})"
         used = [percent for percent in column(timings, "gpu_percent") if percent is not None]
         percent = f"{statistics.mean(used):.0f}" if used else "-"
+        line = f"{stage:9}{name:17}{statistics.median(rates):9.1f}{ratio:>8}{spread:>17}"
         lines.append(f"{line}{max(column(timings, 'peak_mb')):9}{percent:>7}")
     return "\n".join(lines)
 

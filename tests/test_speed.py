@@ -73,7 +73,7 @@ def test_a_projection_takes_the_faster_student_and_a_table_the_ratio_of_each_tur
     (line,) = speed.projection(rows)
     assert line.endswith("projected: 55.0 min")
     ours = speed.table(rows).splitlines()[2].split()
-    assert ours == ["train", "ours", "50.0", "40.0", "60.0", "3.50", "3.00", "4.00", "1", "-"]
+    assert ours == ["train", "ours", "50.0", "3.50", "(3.00", "to", "4.00)", "1", "-"]
 
 
 def test_an_error_in_a_pipelines_own_process_is_told_in_one_line(tmp_path):
