@@ -21,14 +21,16 @@ def unmet(requirements: Path) -> str | None:
             problem = unmet(requirements.parent / line[3:].strip())
             if problem:
                 return problem
-        elif requirement := re.match(r"([\w.-]+)(?:>=([\d.]+))?", line):
-            name, minimum = requirement.groups()
+        elif requirement := re.match(r"([\w.-]+)(?:>=([\d.]+))?(?:,<([\d.]+))?", line):
+            name, minimum, end = requirement.groups()
             try:
                 installed = metadata.version(name)
             except metadata.PackageNotFoundError:
                 return f"{name} is not installed"
             if release(installed) < release(minimum or ""):
                 return f"{name} {installed} is older than {minimum}"
+            if end and release(installed) >= release(end):
+                return f"{name} {installed} is not below {end}"
     return None
 
 
