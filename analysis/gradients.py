@@ -20,7 +20,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from analysis.replay import Replay
+from analysis.replay import CONFIRMING, Replay
 from analysis.tables import add_out, column, mean_and_std, write_study
 from utils import cli, runlog
 from utils.cli import UserError, bounded
@@ -36,6 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--batches", type=bounded(int, 2), default=8, metavar="N", help="stored batches to look at"
     )
+    parser.add_argument("--model", help=CONFIRMING)
     return parser.parse_args()
 
 
@@ -100,7 +101,7 @@ def draw(rows: list[dict], kinds: list[str], temperature: float) -> Figure:
 
 def main() -> None:
     args = parse_arguments()
-    replay = Replay(args.run, "gradients")
+    replay = Replay(args.run, "gradients", args.model)
     kinds, rows = replay.settings.kinds, []
     for epoch, kind in enumerate(kinds):
         if epoch % args.every == 0:

@@ -9,8 +9,11 @@ from pathlib import Path
 
 from utils import cli, runlog, runtime
 from utils.cli import UserError
+from validate.evaluate import check_confirmed
 from validate.settings import Materials, Settings
 from validate.train import Training
+
+CONFIRMING = "the network of the run, where it is a package.module:factory"
 
 
 class Replay:
@@ -21,12 +24,13 @@ class Replay:
         settings, materials: of the run.
     """
 
-    def __init__(self, run: Path, what: str):
+    def __init__(self, run: Path, what: str, model: str | None = None):
         """Opens images and labels of the run in a folder.
 
         Args:
             run: the folder.
             what: names the progress bar.
+            model: the network where it is code, which a file may not name alone.
 
         Raises:
             UserError: no run there, or one that would be another one here: other images or labels
@@ -36,6 +40,7 @@ class Replay:
         if not path.exists():
             raise UserError(f"{run} is not a run folder: it has no {runlog.ARGUMENTS}")
         settings = Settings.from_record(runlog.RunFolder(run).settings(), run)
+        check_confirmed(settings.model, model, run)
         machine = runtime.start(device=settings.device, amp=settings.precision)
         materials = Materials.open(
             settings.facts,

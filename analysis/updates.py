@@ -19,7 +19,7 @@ import math
 import torch
 from matplotlib.figure import Figure
 
-from analysis.replay import Replay
+from analysis.replay import CONFIRMING, Replay
 from analysis.tables import add_out, column, mean_and_std, write_study
 from utils import cli
 from utils.cli import UserError, bounded
@@ -42,6 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--after", type=bounded(int, 1), default=400, metavar="N", help="steps after a switch"
     )
+    parser.add_argument("--model", help=CONFIRMING)
     return parser.parse_args()
 
 
@@ -114,7 +115,7 @@ def main() -> None:
     args = parse_arguments()
     rows, kinds = [], []
     for name, folder in args.runs:
-        replay = Replay(Path(folder), name)
+        replay = Replay(Path(folder), name, args.model)
         if kinds and replay.settings.kinds != kinds:
             raise UserError(f"{folder} has another schedule than the runs before it")
         kinds = replay.settings.kinds

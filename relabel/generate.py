@@ -26,6 +26,7 @@ from utils.cli import UserError, bounded
 from utils.data import datasets, folders, images
 from utils.data.views import MIXES, Mixture, Views, ViewSpec, centre_views
 from utils.labels import LabelSet, LabelWriter, codecs, make_settings
+from utils.labels.codecs.base import labels_to_fit
 from utils.metrics import near_chance
 
 ImageSource = images.ResidentImages | images.StreamingImages
@@ -52,6 +53,11 @@ def parse_arguments() -> argparse.Namespace:
         type=Path,
         metavar="FILE",
         help="a state dict per teacher; default: $Main_Data_Path/NAME.pth, else torchvision's",
+    )
+    teacher.add_argument(
+        "--teacher-ema",
+        action="store_true",
+        help="take the averaged weights of files that hold both (state_dict_ema, model_ema)",
     )
     share = "weight of each teacher's logits in the mean (default: equal)"
     teacher.add_argument(
@@ -146,7 +152,7 @@ def load_teachers(
         raise UserError("--teacher-shares: at least one must be above 0")
     files = args.teacher_weights or [None] * len(args.teacher)
     teachers = [
-        load_teacher(name, file, dataset, machine)
+        load_teacher(name, file, dataset, machine, args.teacher_ema)
         for name, file in zip(args.teacher, files, strict=True)
     ]
     return Ensemble(teachers, args.teacher_shares, machine)
@@ -194,18 +200,12 @@ def label_pass(
     Returns the views, and float32 [images, C] logits in main memory. Raises UserError when logits
     are not finite.
     """
-    views, device = writer.draw(pass_index), teachers.runtime.device
-    on_gpu = device.type == "cuda"
-    logits = torch.empty(len(views.index), writer.settings["num_classes"], pin_memory=on_gpu)
-    groups = views.to(device).groups(writer.settings["views_per_forward"] // views.batch_size)
-    start = 0
-    for pixels in source.render(groups):
-        labelled = teachers.logits(pixels, views.batch_size)
-        logits[start : start + len(labelled)].copy_(labelled, non_blocking=on_gpu)
-        start += len(labelled)
-        bar.update(len(labelled))
-    if on_gpu:
-        torch.cuda.synchronize(device)
+    views, parts = writer.draw(pass_index), []
+    together = writer.settings["views_per_forward"] // views.batch_size
+    for pixels in source.render(views.to(teachers.runtime.device).groups(together)):
+        parts.append(teachers.logits(pixels, views.batch_size))
+        bar.update(len(pixels))
+    logits = torch.cat(parts).cpu()  # the only wait for the GPU
     if not logits.isfinite().all():
         raise UserError(
             f"the teacher gave NaN or infinite logits in pass {pass_index}; try --amp off, else "
@@ -250,7 +250,9 @@ def fit_codec(
             views, logits = label_pass(pass_index, writer, teachers, source, bar)
             labelled[pass_index] = logits
             mixture = views.mixture(hard_labels, writer.spec.input_size)
-            samples.append((logits.to(device), Mixture(*(part.to(device) for part in mixture))))
+            rows = slice(labels_to_fit(writer.settings["num_classes"]))  # the fit takes no more
+            shown = Mixture(*(part.to(device) for part in mixture.rows(rows)))
+            samples.append((logits[rows].to(device), shown))
     writer.fit(samples)
     return labelled
 

@@ -53,6 +53,14 @@ def test_a_run_whose_images_have_changed_is_not_trained_again(world, run, tmp_pa
         replay.Replay(tmp_path / "run", "again")
 
 
+def test_code_that_a_run_names_is_not_run_unless_confirmed(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    arguments = tmp_path / "run" / "args.yaml"
+    arguments.write_text(arguments.read_text().replace("model: ConvNetW32", "model: os:abort"))
+    with pytest.raises(UserError, match="confirm with --model os:abort"):
+        replay.Replay(tmp_path / "run", "again")
+
+
 def test_gradients_are_those_of_the_two_losses(run):
     """One batch, the two gradients once more by .backward() on losses written out."""
     again = replay.Replay(run, "again")

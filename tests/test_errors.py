@@ -356,6 +356,30 @@ def test_arguments_of_a_run_with_tags_are_not_executed(copied, tmp_path, command
     check_refused(done, "args.yaml is damaged", copied, before)
 
 
+@pytest.mark.parametrize(
+    ("file", "change", "told"),
+    [
+        ("args.yaml", lambda text: text.replace("lr: 0.001", "lr: fast"), "damaged or of another"),
+        ("args.yaml", lambda text: text.replace("  seed: 0\n", ""), "damaged or of another"),
+        ("result.json", lambda text: '{"best": 1}', "result.json is not what training wrote"),
+        ("log.jsonl", lambda text: "5\n", "log.jsonl is damaged (a line is no epoch)"),
+        ("checkpoint.pt", None, "checkpoint.pt is not what training wrote: it has no 'optimizer'"),
+    ],
+)
+def test_a_damaged_run_folder_is_told_in_one_line(copied, tmp_path, command, file, change, told):
+    run = tmp_path / "run"
+    arguments = train_arguments(copied, run, "--schedule", "hard:2")
+    assert command(train.main, *arguments).code == 0
+    if change:
+        (run / file).write_text(change((run / file).read_text()))
+    else:
+        shutil.copy(run / "best.pt", run / file)
+    if file in ("log.jsonl", "checkpoint.pt"):
+        (run / "result.json").unlink()
+    before = tree(tmp_path)
+    check_refused(command(train.main, *arguments), told, copied, before)
+
+
 def test_a_run_with_other_settings_is_left_alone(copied, tmp_path, command):
     run = tmp_path / "run"
     assert command(train.main, *train_arguments(copied, run, "--schedule", "hard:1")).code == 0

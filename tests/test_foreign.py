@@ -93,6 +93,7 @@ def zipped(path: Path) -> None:
         archive.writestr("weights.pth", b"")
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 @pytest.mark.parametrize(
     ("make", "told"),
     [

@@ -5,6 +5,7 @@ import atexit
 import contextlib
 import difflib
 import errno
+import math
 import multiprocessing
 import os
 import re
@@ -92,7 +93,7 @@ def bounded(kind: type, low: float | None = None, high: float | None = None) -> 
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        above = low is None or value >= low
+        above = math.isfinite(value) and (low is None or value >= low)
         below = high is None or value <= high
         if not (above and below):
             bounds = f"at least {low}" if high is None else f"between {low} and {high}"

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import yaml
@@ -54,7 +54,11 @@ class RunFolder:
     def result(self) -> dict | None:
         """The result of a finished run, else None."""
         path = self.path / RESULT
-        return read_json(path) if path.exists() else None
+        return (
+            _with(("best", "last", "label_bytes", "seconds"), path, read_json)
+            if path.exists()
+            else None
+        )
 
     def has_curves(self) -> bool:
         """Whether the curves of the run are drawn."""
@@ -63,7 +67,10 @@ class RunFolder:
     def checkpoint(self) -> dict | None:
         """The last checkpoint, else None."""
         path = self.path / CHECKPOINT
-        return load_tensors(path, "checkpoint") if path.exists() else None
+        if not path.exists():
+            return None
+        needed = ("model", "optimizer", "scaler", "random_states", "reached")
+        return _with(needed, path, lambda path: load_tensors(path, "checkpoint"))
 
     def locked(self) -> contextlib.AbstractContextManager:
         """Keeps a second process out of the folder; raises UserError when one has it."""
@@ -89,9 +96,12 @@ class RunFolder:
     def log_lines(self) -> list[dict]:
         """The epochs logged so far; a line that was cut off by a kill is left out."""
         path = self.path / LOG
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         try:
-            return [json.loads(line) for line in lines if line.endswith("\n")]
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            read = [json.loads(line) for line in lines if line.endswith("\n")]
+            if not all(isinstance(line, dict) and "epoch" in line for line in read):
+                raise ValueError("a line is no epoch")
+            return read
         except ValueError as error:
             raise UserError(f"{path} is damaged ({error}); move it away to go on") from None
 
@@ -106,6 +116,15 @@ class RunFolder:
     def draw_curves(self, result: dict, colours: dict[str, str]) -> None:
         """Draws the curves of a finished run; see `plot_curves`."""
         plot_curves(self.log_lines(), result, colours, self.path / CURVES)
+
+
+def _with(fields: Sequence[str], path: Path, read: Callable[[Path], object]) -> dict:
+    """What a file holds; raises UserError where one of these fields is missing."""
+    content = read(path)
+    missing = [field for field in fields if not isinstance(content, dict) or field not in content]
+    if missing:
+        raise UserError(f"{path} is not what training wrote: it has no {missing[0]!r}")
+    return content
 
 
 def describe(result: dict) -> str:

@@ -162,7 +162,7 @@ def check_trains(
 
 
 def check_outputs(model: nn.Module, dataset: Dataset, device: torch.device, what: str) -> None:
-    """Raises UserError unless the network maps one input to one finite logit per class.
+    """Raises UserError unless the network maps one input to one logit per class.
 
     Args:
         model: on `device`; evaluated without gradients, left in the mode it was in.
@@ -188,7 +188,7 @@ def check_outputs(model: nn.Module, dataset: Dataset, device: torch.device, what
         )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, decodes: bool = True) -> None:
     """Adds --device, --amp and --workers."""
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -199,13 +199,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="mixed precision; auto: fp16 on CUDA, off (exact) on a CPU, where bf16 is faster on "
         "some processors",
     )
-    group.add_argument(
-        "--workers",
-        type=bounded(int, 0),
-        default=4,
-        metavar="N",
-        help="processes that decode images which are not kept in memory",
-    )
+    if decodes:
+        group.add_argument(
+            "--workers",
+            type=bounded(int, 0),
+            default=4,
+            metavar="N",
+            help="processes that decode images which are not kept in memory",
+        )
 
 
 def usable_cores() -> int:
@@ -261,6 +262,8 @@ def start(device: str, amp: str) -> Runtime:
         raise UserError(f"--device {name}: only cpu and cuda are supported")
     if amp == "fp16" and chosen.type == "cpu":
         raise UserError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen.index or 0)  # where memory is pinned, too
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}
     dtypes["auto"] = torch.float16 if chosen.type == "cuda" else None
     if chosen.type == "cpu":

@@ -34,7 +34,7 @@ def main() -> None:
         "--model",
         help="the network, when it is a package.module:factory: code named by a file is never run",
     )
-    runtime.add_arguments(parser)
+    runtime.add_arguments(parser, decodes=False)
     evaluation.add_arguments(parser)
     args = parser.parse_args()
     model, saved = load_student(args.checkpoint, args.model)
@@ -91,6 +91,12 @@ def accuracy(
     return top1, top5
 
 
+def check_confirmed(network: str, confirmed: str | None, path: Path) -> None:
+    """Raises UserError where a file names code as its network that the command line does not."""
+    if network != confirmed and ":" in network and not network.startswith("timm:"):
+        raise UserError(f"{path} names the code {network!r}; confirm with --model {network}")
+
+
 def load_student(checkpoint: Path, name: str | None = None) -> tuple[nn.Module, dict]:
     """A trained student on the CPU, and all that its checkpoint holds.
 
@@ -108,8 +114,7 @@ def load_student(checkpoint: Path, name: str | None = None) -> tuple[nn.Module, 
     if missing := [field for field in needed if field not in saved]:
         raise UserError(f"{checkpoint} is incomplete: it has no {missing[0]!r}")
     network = name or saved["network"]
-    if name is None and ":" in network and not network.startswith("timm:"):
-        raise UserError(f"{checkpoint} names the code {network!r}; confirm with --model {network}")
+    check_confirmed(network, name, checkpoint)
     dataset = Dataset(**saved["dataset"])
     try:
         model = models.build(network, dataset.num_classes, dataset.input_size)

@@ -161,10 +161,12 @@ class Settings:
     @classmethod
     def from_record(cls, record: dict, path: Path) -> "Settings":
         """The settings that `vars` gave; raises UserError for another version's, at `path`."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(record, dict) or {*record} != names:
+        kinds = {field.name: field.type for field in dataclasses.fields(cls)}
+        fits = isinstance(record, dict) and {*record} == {*kinds}
+        if not fits or not all(_is_a(record[name], kind) for name, kind in kinds.items()):
             raise UserError(
-                f"{path} is damaged or of another version of this code; choose another --output-dir"
+                f"the settings in {path} are damaged or of another version of this code; choose "
+                "another folder"
             )
         return cls(**record)
 
@@ -186,6 +188,13 @@ class Settings:
                 f"{path} holds a run with other settings ({difference}); choose another "
                 "--output-dir or the same settings"
             )
+
+
+def _is_a(value: object, kind: type) -> bool:
+    """Whether a value read from YAML is of the type of its field."""
+    if kind == list[float]:
+        return isinstance(value, list) and all(isinstance(each, float) for each in value)
+    return isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -197,7 +197,7 @@ def train(
             if not math.isfinite(means["loss"]):
                 raise UserError(
                     f"the loss became {means['loss']} in epoch {epoch + 1} ({kind.name} labels); "
-                    f"the last good checkpoint is kept in {run.path}; try a lower --lr or --amp off"
+                    f"{run.path} keeps epoch {checkpointed}; try a lower --lr or --amp off"
                 )
             line = {
                 "epoch": epoch + 1,

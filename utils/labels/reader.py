@@ -55,6 +55,8 @@ class LabelSet:
         if not (path / layout.MANIFEST).exists():
             raise UserError(layout.why_not_complete(path))
         manifest = layout.read_manifest(path / layout.MANIFEST)
+        if missing := layout.RESULTS - {*manifest}:
+            raise UserError(f"{path / layout.MANIFEST} is not that of a finished set: no {missing}")
         expected = {layout.pass_name(pass_index) for pass_index in range(manifest["passes"])}
         if missing := sorted(expected - set(manifest["files"])):
             raise UserError(f"{path / layout.MANIFEST} is damaged: it does not list {missing[0]}")
@@ -69,7 +71,7 @@ class LabelSet:
             sizes = read_npz(path / layout.SIZES)["sizes"].astype(np.int32)
         else:
             sizes = np.tile(np.array(manifest["image_size"]), (manifest["images"]["count"], 1))
-        fitted = read_npz(path / layout.CODEC) if (path / layout.CODEC).exists() else {}
+        fitted = read_npz(path / layout.CODEC) if layout.CODEC in manifest["files"] else {}
         codec = codecs.from_manifest(manifest["codec"], manifest["num_classes"], fitted)
         return cls(path, manifest, sizes, codec)
 
