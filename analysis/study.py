@@ -42,8 +42,7 @@ def collect(plan: str) -> None:
     path = PLANS / f"{plan}.yaml"
     if not path.exists():
         raise UserError(f"no plan at {path}")
-    settings = sweep.read_settings(argparse.Namespace(plan=path))
-    tasks = sweep.run_tasks(settings)
+    tasks = sweep.run_tasks(sweep.read_settings(["--plan", str(path)]))
     rows = sweep.collect(tasks)
     if len(rows) < len(tasks):
         raise UserError(f"{plan}: {len(tasks) - len(rows)} of {len(tasks)} runs are not finished")
