@@ -83,16 +83,23 @@ def draw_curves(groups: list[Group]) -> Figure:
     for axes, (name, runs) in zip(panels.flat, groups, strict=False):
         for position, run in enumerate(runs):
             evaluated = [line for line in run.log_lines() if "val_top1" in line]
-            epochs = [line["epoch"] for line in evaluated]
-            accuracies = [line["val_top1"] for line in evaluated]
-            seed = run.result()["seed"]
-            axes.plot(epochs, accuracies, f"C{position}.-", lw=1, label=f"seed {seed}")
+            # Greys, as the colours are those of the phases.
+            axes.plot(
+                [line["epoch"] for line in evaluated],
+                [line["val_top1"] for line in evaluated],
+                color=str(0.6 * position / len(runs)),
+                marker="osD^vP*X<>"[position % 10],
+                lw=1,
+                ms=4,
+                label=f"seed {run.result()['seed']}",
+            )
         axes.set_title(f"{name}: last {top1(runs, 'last')} %")
         runlog.shade_phases(axes, [line["kind"] for line in runs[0].log_lines()], colours)
     for axes in panels.flat[len(groups) :]:
         axes.set_axis_off()
-    for axes in panels[-1]:
+    for axes in panels.flat[len(groups) - columns : len(groups)]:  # the lowest of each column
         axes.set_xlabel("epoch")
+        axes.tick_params(labelbottom=True)
     for axes in panels[:, 0]:
         axes.set_ylabel("validation top-1 (%)")
     return figure

@@ -22,7 +22,9 @@ from matplotlib.figure import Figure
 from analysis.replay import Replay
 from analysis.tables import add_out, column, mean_and_std, write_study
 from utils import cli
-from utils.cli import UserError, bounded
+from utils.cli import UserError
+
+_BEFORE, _AFTER = 100, 400  # steps around a switch that are recorded
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -35,12 +37,6 @@ def parse_arguments() -> argparse.Namespace:
         type=cli.named("NAME=RUN"),
         metavar="NAME=RUN",
         help="runs of the same schedule",
-    )
-    parser.add_argument(
-        "--before", type=bounded(int, 1), default=100, metavar="N", help="steps before a switch"
-    )
-    parser.add_argument(
-        "--after", type=bounded(int, 1), default=400, metavar="N", help="steps after a switch"
     )
     return parser.parse_args()
 
@@ -123,7 +119,7 @@ def main() -> None:
         lengths, starts = update_lengths(replay)
         for switch, epoch in enumerate(switches(kinds)):
             first = starts[epoch]
-            for step in range(max(0, first - args.before), min(len(lengths), first + args.after)):
+            for step in range(max(0, first - _BEFORE), min(len(lengths), first + _AFTER)):
                 length = float(f"{lengths[step]:.4g}")
                 row = {"run": name, "switch": switch, "step": step - first}
                 rows.append({**row, "relative_update": length})
