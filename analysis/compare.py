@@ -22,14 +22,6 @@ from validate.kinds import KINDS
 Group = tuple[str, list[runlog.RunFolder]]  # a name, and runs that differ in seed only
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = cli.Parser(description="Compare finished runs: a table and a picture of the curves.")
-    parser.add_argument("--out", type=Path, required=True, help="PNG to write")
-    add_groups(parser)
-    return parser.parse_args()
-
-
 def add_groups(parser: argparse.ArgumentParser) -> None:
     """Adds the runs to be compared, as pairs of a name and a pattern for `finished_runs`."""
     parser.add_argument(
@@ -106,7 +98,10 @@ def draw_curves(groups: list[Group]) -> Figure:
 
 
 def main() -> None:
-    args = parse_arguments()
+    parser = cli.Parser(description="Compare finished runs: a table and a picture of the curves.")
+    parser.add_argument("--out", type=Path, required=True, help="PNG to write")
+    add_groups(parser)
+    args = parser.parse_args()
     groups = [(name, finished_runs(pattern)) for name, pattern in args.groups]
     save_png(draw_curves(groups), args.out)
     print(table(groups))

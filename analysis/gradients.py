@@ -13,7 +13,6 @@ from pathlib import Path
 if not __package__:  # run as a plain script: imports start at the repository root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import argparse
 import copy
 
 import torch
@@ -27,15 +26,6 @@ from utils.cli import UserError, bounded
 from validate.kinds import KINDS, Batch, hard_loss, soft_loss
 
 _BATCHES = 8  # stored batches whose gradients are taken
-
-
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = cli.Parser(description="Cosine of hard-label and soft-label gradients along a run.")
-    parser.add_argument("--run", type=Path, required=True, help="run folder with a label set")
-    add_out(parser)
-    parser.add_argument("--every", type=bounded(int, 1), default=10, metavar="N", help="epochs")
-    return parser.parse_args()
 
 
 def stored_batches(replay: Replay, count: int) -> list[Batch]:
@@ -100,7 +90,11 @@ def draw(rows: list[dict], kinds: list[str], temperature: float) -> Figure:
 
 
 def main() -> None:
-    args = parse_arguments()
+    parser = cli.Parser(description="Cosine of hard-label and soft-label gradients along a run.")
+    parser.add_argument("--run", type=Path, required=True, help="run folder with a label set")
+    add_out(parser)
+    parser.add_argument("--every", type=bounded(int, 1), default=10, metavar="N", help="epochs")
+    args = parser.parse_args()
     replay = Replay(args.run, "gradients")
     kinds, rows = replay.settings.kinds, []
     for epoch, kind in enumerate(kinds):

@@ -116,7 +116,6 @@ def read_settings(arguments: Sequence[str]) -> argparse.Namespace:
         "choose among more than they store)"
     )
     add("--label-slc", **count, help=label_slc)
-    add("--topk", **count, help="logits of lpqld (default: classes / 20, >= 2)")
     add("--relabel", help="flags of relabel/generate.py for label sets to be made")
     parser.set_defaults(flags="", codecs={})
     cut = arguments.index("--") if "--" in arguments else len(arguments)
@@ -191,9 +190,9 @@ def count_classes(images: Path) -> int:
     return sum(entry.is_dir() and entry.name[0] != "." for entry in images.iterdir())
 
 
-def top_k(settings: argparse.Namespace, images: Path) -> int:
+def top_k(classes: int) -> int:
     """The k of lpqld's labels."""
-    return settings.topk or max(2, count_classes(images) // 20)
+    return max(2, classes // 20)
 
 
 def affordable_slc(slc: int, classes: int, topk: int, stored: int) -> int:
@@ -226,7 +225,7 @@ def label_sets(
         return {"": (label_dir(settings, ipc, "_static"), "")}
     codecs = settings.codecs or {"": ""}
     if labels == "topk":
-        k = top_k(settings, images_dir(settings, ipc))
+        k = top_k(count_classes(images_dir(settings, ipc)))
         codecs = {f"top{k}": f"--codec topk --topk {k}"}
     return {
         codec: (label_dir(settings, ipc, f"_{_slug(codec)}" if flags else ""), flags)
@@ -313,7 +312,7 @@ def run_task(settings: argparse.Namespace, facts: dict, labels: Path | None) -> 
     command += ["--seed", str(facts["seed"])]
     if method.labels == "topk":
         classes = count_classes(images)
-        slc = affordable_slc(slc, classes, top_k(settings, images), settings.label_slc)
+        slc = affordable_slc(slc, classes, top_k(classes), settings.label_slc)
     if slc:
         command += ["--slc", str(slc)]
     if labels:

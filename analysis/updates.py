@@ -13,7 +13,6 @@ from pathlib import Path
 if not __package__:  # run as a plain script: imports start at the repository root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import argparse
 import math
 
 import torch
@@ -25,20 +24,6 @@ from utils import cli
 from utils.cli import UserError
 
 _BEFORE, _AFTER = 100, 400  # steps around a switch that are recorded
-
-
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = cli.Parser(description="Length of each update around the switches of phase.")
-    add_out(parser)
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        type=cli.named("NAME=RUN"),
-        metavar="NAME=RUN",
-        help="runs of the same schedule",
-    )
-    return parser.parse_args()
 
 
 def update_lengths(replay: Replay) -> tuple[list[float], list[int]]:
@@ -107,7 +92,16 @@ def draw(rows: list[dict], names: list[str], titles: list[str]) -> Figure:
 
 
 def main() -> None:
-    args = parse_arguments()
+    parser = cli.Parser(description="Length of each update around the switches of phase.")
+    add_out(parser)
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=cli.named("NAME=RUN"),
+        metavar="NAME=RUN",
+        help="runs of the same schedule",
+    )
+    args = parser.parse_args()
     rows, kinds = [], []
     for name, folder in args.runs:
         replay = Replay(Path(folder), name)
