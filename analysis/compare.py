@@ -22,14 +22,6 @@ from validate.kinds import KINDS
 Group = tuple[str, list[runlog.RunFolder]]  # a name, and runs that differ in seed only
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = cli.Parser(description="Compare finished runs: a table and a picture of the curves.")
-    parser.add_argument("--out", type=Path, required=True, help="PNG to write")
-    add_groups(parser)
-    return parser.parse_args()
-
-
 def add_groups(parser: argparse.ArgumentParser) -> None:
     """Adds the runs to be compared, as pairs of a name and a pattern for `finished_runs`."""
     parser.add_argument(
@@ -83,23 +75,33 @@ def draw_curves(groups: list[Group]) -> Figure:
     for axes, (name, runs) in zip(panels.flat, groups, strict=False):
         for position, run in enumerate(runs):
             evaluated = [line for line in run.log_lines() if "val_top1" in line]
-            epochs = [line["epoch"] for line in evaluated]
-            accuracies = [line["val_top1"] for line in evaluated]
-            seed = run.result()["seed"]
-            axes.plot(epochs, accuracies, f"C{position}.-", lw=1, label=f"seed {seed}")
+            # Greys, as the colours are those of the phases.
+            axes.plot(
+                [line["epoch"] for line in evaluated],
+                [line["val_top1"] for line in evaluated],
+                color=str(0.6 * position / len(runs)),
+                marker="osD^vP*X<>"[position % 10],
+                lw=1,
+                ms=4,
+                label=f"seed {run.result()['seed']}",
+            )
         axes.set_title(f"{name}: last {top1(runs, 'last')} %")
         runlog.shade_phases(axes, [line["kind"] for line in runs[0].log_lines()], colours)
     for axes in panels.flat[len(groups) :]:
         axes.set_axis_off()
-    for axes in panels[-1]:
+    for axes in panels.flat[len(groups) - columns : len(groups)]:  # the lowest of each column
         axes.set_xlabel("epoch")
+        axes.tick_params(labelbottom=True)
     for axes in panels[:, 0]:
         axes.set_ylabel("validation top-1 (%)")
     return figure
 
 
 def main() -> None:
-    args = parse_arguments()
+    parser = cli.Parser(description="Compare finished runs: a table and a picture of the curves.")
+    parser.add_argument("--out", type=Path, required=True, help="PNG to write")
+    add_groups(parser)
+    args = parser.parse_args()
     groups = [(name, finished_runs(pattern)) for name, pattern in args.groups]
     save_png(draw_curves(groups), args.out)
     print(table(groups))

@@ -14,7 +14,6 @@ from pathlib import Path
 if not __package__:  # run as a plain script: imports start at the repository root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import argparse
 
 import torch
 from matplotlib.figure import Figure
@@ -30,25 +29,6 @@ from validate.evaluate import load_student
 from validate.settings import Settings
 
 _BATCH = 128
-
-
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = cli.Parser(description="Agreement of students with themselves between two crops.")
-    add_out(parser)
-    add_groups(parser)
-    parser.add_argument("--val-dir", type=Path, help="images (default: those of the runs)")
-    parser.add_argument(
-        "--images", type=bounded(int, 1), default=1000, metavar="N", help="how many of them"
-    )
-    parser.add_argument(
-        "--min-scale",
-        type=bounded(float, 0.0001, 1),
-        default=0.25,
-        metavar="X",
-        help="smallest crop as a share of the image's area",
-    )
-    return parser.parse_args()
 
 
 def jensen_shannon(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -108,7 +88,21 @@ def draw_bars(groups: dict[str, list[dict]]) -> Figure:
 
 
 def main() -> None:
-    args = parse_arguments()
+    parser = cli.Parser(description="Agreement of students with themselves between two crops.")
+    add_out(parser)
+    add_groups(parser)
+    parser.add_argument("--val-dir", type=Path, help="images (default: those of the runs)")
+    parser.add_argument(
+        "--images", type=bounded(int, 1), default=1000, metavar="N", help="how many of them"
+    )
+    parser.add_argument(
+        "--min-scale",
+        type=bounded(float, 0.0001, 1),
+        default=0.25,
+        metavar="X",
+        help="smallest crop as a share of the image's area",
+    )
+    args = parser.parse_args()
     groups: dict[str, list[dict]] = {}
     for name, pattern in args.groups:
         for run in finished_runs(pattern):

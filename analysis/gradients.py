@@ -4,7 +4,7 @@ Trains a finished run again and, every few epochs, takes the gradients of the ha
 the soft-label loss on the same stored views: their cosine, and their sizes. Writes OUT.png and
 OUT.csv.
 
-python analysis/gradients.py --run RUN --out gradients [--every 10] [--batches 8]
+python analysis/gradients.py --run RUN --out gradients [--every 10]
 """
 
 import sys
@@ -13,7 +13,6 @@ from pathlib import Path
 if not __package__:  # run as a plain script: imports start at the repository root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import argparse
 import copy
 
 import torch
@@ -21,23 +20,12 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from analysis.replay import CONFIRMING, Replay
-from analysis.tables import add_out, column, mean_and_std, write_study
+from analysis.tables import add_out, column, label_round, mean_and_std, write_study
 from utils import cli, runlog
 from utils.cli import UserError, bounded
 from validate.kinds import KINDS, Batch, hard_loss, soft_loss
 
-
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = cli.Parser(description="Cosine of hard-label and soft-label gradients along a run.")
-    parser.add_argument("--run", type=Path, required=True, help="run folder with a label set")
-    add_out(parser)
-    parser.add_argument("--every", type=bounded(int, 1), default=10, metavar="N", help="epochs")
-    parser.add_argument(
-        "--batches", type=bounded(int, 2), default=8, metavar="N", help="stored batches to look at"
-    )
-    parser.add_argument("--model", help=CONFIRMING)
-    return parser.parse_args()
+_BATCHES = 8  # stored batches whose gradients are taken
 
 
 def stored_batches(replay: Replay, count: int) -> list[Batch]:
@@ -91,23 +79,30 @@ def draw(rows: list[dict], kinds: list[str], temperature: float) -> Figure:
     scaled = [temperature**2 * norm for norm in soft_norms]
     lower.plot(epochs, scaled, "C0.--", label=f"soft loss x T² (T = {temperature:g})")
     lower.set_yscale("log")
+    label_round(lower.yaxis, "{x:g}")
     lower.set_ylabel("norm of the gradient")
     lower.set_xlabel("epoch")
     for axes in (upper, lower):
         runlog.shade_phases(axes, kinds, {name: kind.colour for name, kind in KINDS.items()})
         axes.legend(fontsize=8, ncols=2)
+        axes.set_xlim(-0.02 * len(kinds), 1.02 * len(kinds))  # room for the outer error bars
     return figure
 
 
 def main() -> None:
-    args = parse_arguments()
+    parser = cli.Parser(description="Cosine of hard-label and soft-label gradients along a run.")
+    parser.add_argument("--run", type=Path, required=True, help="run folder with a label set")
+    add_out(parser)
+    parser.add_argument("--every", type=bounded(int, 1), default=10, metavar="N", help="epochs")
+    parser.add_argument("--model", help=CONFIRMING)
+    args = parser.parse_args()
     replay = Replay(args.run, "gradients", args.model)
     kinds, rows = replay.settings.kinds, []
     for epoch, kind in enumerate(kinds):
         if epoch % args.every == 0:
-            rows.append({"epoch": epoch, "kind": kind, **measure(replay, args.batches)})
+            rows.append({"epoch": epoch, "kind": kind, **measure(replay, _BATCHES)})
         replay.train_epoch(epoch)
-    rows.append({"epoch": len(kinds), "kind": kinds[-1], **measure(replay, args.batches)})
+    rows.append({"epoch": len(kinds), "kind": kinds[-1], **measure(replay, _BATCHES)})
     replay.bar.close()
     write_study(rows, draw(rows, kinds, replay.settings.temperature), args.out)
     cosines = column(rows, "cosine")

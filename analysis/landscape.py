@@ -15,7 +15,6 @@ from pathlib import Path
 if not __package__:  # run as a plain script: imports start at the repository root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import argparse
 import math
 
 import numpy as np
@@ -34,30 +33,6 @@ from validate.evaluate import load_student
 
 _MARGIN = 0.25  # of the plane around the three students, as a share of their extent
 Point = tuple[float, float]
-
-
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = cli.Parser(description="Loss on the plane through three students.")
-    add_out(parser)
-    parser.add_argument(
-        "runs",
-        nargs=3,
-        type=cli.named("NAME=RUN"),
-        metavar="NAME=RUN",
-        help="three runs of one network",
-    )
-    parser.add_argument("--val-dir", type=Path, required=True, help="images")
-    parser.add_argument(
-        "--images", type=bounded(int, 2), default=500, metavar="N", help="how many of them"
-    )
-    parser.add_argument("--points", type=bounded(int, 3), default=15, metavar="N", help="per side")
-    return parser.parse_args()
-
-
-def flat(model: nn.Module) -> torch.Tensor:
-    """All parameters as one float64 vector."""
-    return torch.cat([p.detach().double().flatten() for p in model.parameters()])
 
 
 def plane(vectors: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, list[Point]]:
@@ -126,14 +101,31 @@ def draw(rows: list[dict], names: list[str], points: list[Point]) -> Figure:
 
 
 def main() -> None:
-    args = parse_arguments()
+    parser = cli.Parser(description="Loss on the plane through three students.")
+    add_out(parser)
+    parser.add_argument(
+        "runs",
+        nargs=3,
+        type=cli.named("NAME=RUN"),
+        metavar="NAME=RUN",
+        help="three runs of one network",
+    )
+    parser.add_argument("--val-dir", type=Path, required=True, help="images")
+    parser.add_argument(
+        "--images", type=bounded(int, 2), default=500, metavar="N", help="how many of them"
+    )
+    parser.add_argument("--points", type=bounded(int, 3), default=15, metavar="N", help="per side")
+    args = parser.parse_args()
     names = [name for name, _ in args.runs]
     students = [load_student(Path(run) / runlog.CHECKPOINT) for _, run in args.runs]
     model, saved = students[0]
     for (_, run), (_, other) in zip(args.runs, students, strict=True):
         if other["network"] != saved["network"]:
             raise UserError(f"{run} is another network than the runs before it")
-    vectors = [flat(student) for student, _ in students]
+    vectors = [
+        nn.utils.parameters_to_vector(student.parameters()).detach().double()
+        for student, _ in students
+    ]
     across, up, points = plane(vectors)
     dataset = Dataset(**saved["dataset"])
     folder = folders.scan(args.val_dir)

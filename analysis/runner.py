@@ -4,7 +4,6 @@ import ctypes
 import dataclasses
 import itertools
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -28,24 +27,58 @@ class Task:
         name: of its log, and of its run folder.
         command: arguments after `python`.
         done: a file that is there once it has been done.
-        record: keeps the command that did it.
+        logs: the folder that keeps what it prints, and the command that did it.
         facts: method, codec (where the plan has some), slc, ipc, student and seed of a run.
     """
 
     name: str
     command: list[str]
     done: Path
-    record: Path
+    logs: Path
     facts: dict
+
+    @property
+    def record(self) -> Path:
+        """Keeps the command that did it, without the folder of this repository."""
+        return self.logs / f"{self.name}.command"
+
+    @property
+    def log(self) -> Path:
+        """Keeps what it prints."""
+        return self.logs / f"{self.name}.log"
+
+    def text(self) -> str:
+        """What `record` is to hold."""
+        return shlex.join(self.command[1:]) + "\n"
 
     def is_done(self) -> bool:
         """Whether it has been done with these flags; with others, its command is to say so."""
         recorded = self.record.read_text() if self.record.exists() else self.text()
         return self.done.exists() and recorded == self.text()
 
-    def text(self) -> str:
-        """The command, without the folder of this repository."""
-        return shlex.join(self.command[1:]) + "\n"
+    def start(self, environment: dict[str, str]) -> subprocess.Popen:
+        """Starts the command; what it prints goes to its log."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        with self.log.open("a") as log:
+            return subprocess.Popen(
+                [sys.executable, *self.command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **environment},
+                preexec_fn=_die_with_parent,
+            )
+
+    def last_words(self) -> str:
+        """The last line of its log."""
+        lines = self.log.read_text(errors="replace").split("\n")  # a bar's "\r" are newlines, too
+        return next((line for line in reversed(lines) if line.strip()), "no output")
+
+    def describe(self) -> str:
+        """Its name, and the epoch that a run has reached."""
+        log = self.done.with_name(runlog.LOG)
+        epoch = log.read_bytes().count(b"\n") if log.exists() else 0
+        return f"{self.name} (epoch {epoch})" if self.facts else self.name
 
 
 def machine_slots(jobs: int | None) -> list[dict[str, str]]:
@@ -66,80 +99,44 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
-class Worker:
-    """Starts tasks in one slot of the machine, one at a time."""
-
-    def __init__(self, environment: dict[str, str], logs: Path):
-        self.environment, self.logs = environment, logs
-        self.task: Task | None = None
-
-    def start(self, task: Task) -> None:
-        """Starts a task; what it prints goes to its log."""
-        self.task = task
-        with (self.logs / f"{task.name}.log").open("a") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, *task.command],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **self.environment},
-                preexec_fn=_die_with_parent,
-            )
-
-    def finished(self) -> bool:
-        """Whether it has ended."""
-        return self.process.poll() is not None
-
-    def last_words(self) -> str:
-        """The last line of the task's log."""
-        text = (self.logs / f"{self.task.name}.log").read_text(errors="replace")
-        lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
-        return lines[-1] if lines else "no output"
-
-    def stop(self) -> None:
-        """Ends the task, which saves first; the same command continues."""
-        self.process.terminate()
-        self.process.wait()
-
-
-def run_all(tasks: list[Task], slots: list[dict[str, str]], logs: Path, what: str) -> list[str]:
+def run_all(tasks: list[Task], slots: list[dict[str, str]], what: str) -> list[str]:
     """Runs the tasks that are not done, as many at a time as there are slots.
+
+    A task that is stopped saves first; the same command continues it.
+
+    Args:
+        tasks: of the plan.
+        slots: see `machine_slots`.
+        what: names the progress bar.
 
     Returns:
         A line for each task that failed; the others were not kept from running.
     """
-    logs.mkdir(parents=True, exist_ok=True)
     waiting = [task for task in tasks if not task.is_done()]
-    workers = [Worker(slot, logs) for slot in slots]
+    running: dict[int, tuple[Task, subprocess.Popen]] = {}  # by the position of their slot
     failed = []
     bar = cli.progress(total=len(tasks), initial=len(tasks) - len(waiting), desc=what, unit="run")
     try:
-        while waiting or any(worker.task for worker in workers):
-            for worker in workers:
-                if worker.task and worker.finished():
-                    if worker.process.returncode:
-                        failed.append(f"{worker.task.name}: {worker.last_words()}")
+        while waiting or running:
+            for slot, environment in enumerate(slots):
+                if slot in running and running[slot][1].poll() is not None:
+                    task, process = running.pop(slot)
+                    if process.returncode:
+                        failed.append(f"{task.name}: {task.last_words()}")
                     else:
-                        atomic_write(worker.task.record, worker.task.text().encode())
+                        atomic_write(task.record, task.text().encode())
                     bar.update()
-                    worker.task = None
-                if not worker.task and waiting:
-                    worker.start(waiting.pop(0))
-            running = [describe(worker.task) for worker in workers if worker.task]
-            text = ", ".join(running) + f", {len(failed)} failed" * bool(failed)
-            bar.set_postfix_str(text, refresh=False)
+                if slot not in running and waiting:
+                    task = waiting.pop(0)
+                    running[slot] = task, task.start(environment)
+            text = ", ".join(task.describe() for task, _ in running.values())
+            bar.set_postfix_str(text + f", {len(failed)} failed" * bool(failed), refresh=False)
             bar.update(0)
             time.sleep(_POLL_SECONDS)
     finally:
-        for worker in workers:
-            if worker.task:
-                worker.stop()
+        for _, process in running.values():
+            process.terminate()
+        for _, process in running.values():
+            process.wait()
         bar.close()
     return failed
-
-
-def describe(task: Task) -> str:
-    """Its name, and the epoch that a run has reached."""
-    log = task.done.with_name(runlog.LOG)
-    epoch = log.read_bytes().count(b"\n") if log.exists() else 0
-    return f"{task.name} (epoch {epoch})" if task.facts else task.name

@@ -14,7 +14,6 @@ from pathlib import Path
 if not __package__:  # run as a plain script: imports start at the repository root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import argparse
 import re
 import statistics
 
@@ -28,22 +27,12 @@ HERE = Path(__file__).resolve().parent
 RESULTS, PLANS, STUDY = HERE / "results", HERE / "plans", HERE / "study.md"
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = cli.Parser(description="Tables and plots of study.md from the CSVs.")
-    parser.add_argument(
-        "--collect", nargs="+", default=[], metavar="PLAN", help="finished sweeps of analysis/plans"
-    )
-    return parser.parse_args()
-
-
 def collect(plan: str) -> None:
     """Writes results/PLAN.csv from the runs of plans/PLAN.yaml; raises UserError if some lack."""
     path = PLANS / f"{plan}.yaml"
     if not path.exists():
         raise UserError(f"no plan at {path}")
-    settings = sweep.read_settings(argparse.Namespace(plan=path))
-    tasks = sweep.run_tasks(settings)
+    tasks = sweep.run_tasks(sweep.read_settings(["--plan", str(path)]))
     rows = sweep.collect(tasks)
     if len(rows) < len(tasks):
         raise UserError(f"{plan}: {len(tasks) - len(rows)} of {len(tasks)} runs are not finished")
@@ -121,13 +110,18 @@ def fill(text: str) -> str:
 
 
 def main() -> None:
-    args = parse_arguments()
+    parser = cli.Parser(description="Tables and plots of study.md from the CSVs.")
+    parser.add_argument(
+        "--collect", nargs="+", default=[], metavar="PLAN", help="finished sweeps of analysis/plans"
+    )
+    args = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
     for plan in args.collect:
         collect(plan)
     text = fill(STUDY.read_text())
-    for name in re.findall(r"\(results/(\w+)_slc\.png\)", text):
-        tables.plot(read(name), "slc", RESULTS / f"{name}_slc.png")
+    axes = {"slc": "slc", "bytes": "label_bytes"}
+    for name, against in re.findall(r"\(results/(\w+)_(slc|bytes)\.png\)", text):
+        tables.plot(read(name), axes[against], RESULTS / f"{name}_{against}.png")
     atomic_write(STUDY, text.encode())
     print(f"{STUDY} and the plots in {RESULTS} are made again")
 

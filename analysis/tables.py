@@ -8,7 +8,9 @@ import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, Formatter, LogLocator, NullLocator
 
 from utils.files import save_png
 from utils.results import provenance, write_csv
@@ -102,7 +104,7 @@ def plot(rows: list[dict], against: str, path: Path) -> None:
     lines = list(grouped(rows, "method", "codec"))
     figure = Figure(figsize=(max(7.5, 6.2 * len(panels)), 5.2), layout="constrained")
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, (panel, in_panel) in zip(all_axes, panels.items(), strict=True):
+    for axes, ((student, ipc), in_panel) in zip(all_axes, panels.items(), strict=True):
         for line, of_line in grouped(in_panel, "method", "codec").items():
             position, name = lines.index(line), ", ".join(filter(None, line))
             style = {"color": f"C{position % 10}", "marker": "osD^vP*X<>"[position % 10]}
@@ -112,8 +114,8 @@ def plot(rows: list[dict], against: str, path: Path) -> None:
             ]
             if all(x == 0 for x, _, _ in points):
                 _, mean, spread = points[0]
-                note = "one label per image" if any(column(of_line, "label_bytes")) else ""
-                note = note or "no soft label"
+                needs_labels = any(column(of_line, "label_bytes"))
+                note = "one label per image" if needs_labels else "no soft label"
                 axes.axhline(mean, color=style["color"], ls="--", label=f"{name} ({note})")
                 axes.axhspan(mean - spread, mean + spread, color=style["color"], alpha=0.1, lw=0)
                 continue
@@ -122,20 +124,19 @@ def plot(rows: list[dict], against: str, path: Path) -> None:
             xs, means, spreads = zip(*sorted(points), strict=True)
             shifted = [x * shift for x in xs]
             axes.errorbar(shifted, means, spreads, capsize=3, lw=1.2, ms=5, label=name, **style)
-        axes.set_xscale("log", base=2 if against == "slc" else 10)
         amounts = sorted({row[against] for row in rows if row[against]})
         if against == "slc":
+            axes.set_xscale("log", base=2)
             axes.set_xticks(amounts, [str(amount) for amount in amounts])
             axes.set_xlabel("soft labels per class (SLC; storage of so many fp16 labels)")
         else:
-            low, high = min(amounts, default=1), max(amounts, default=1)
-            axes.set_xlim(low / 1.3, high * 1.3)
-            ticks = _round_ticks(low, high)
-            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-            axes.set_xlabel("soft labels on disk (bytes)")
+            axes.set_xscale("log")
+            axes.set_xlim(min(amounts, default=1) / 1.3, max(amounts, default=1) * 1.3)
+            label_round(axes.xaxis, EngFormatter("B"))
+            axes.set_xlabel("soft labels on disk")
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-        axes.set_title(f"{panel[0]}, {panel[1]} images per class", fontsize=10)
+        axes.set_title(f"{student}, {ipc} images per class", fontsize=10)
     seeds = len(grouped(rows, "seed"))
     figure.axes[0].set_ylabel("last validation top-1 (%)")
     note = "points that coincide are drawn side by side"
@@ -144,7 +145,8 @@ def plot(rows: list[dict], against: str, path: Path) -> None:
     save_png(figure, path)
 
 
-def _round_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten, around the range."""
-    ticks = [digit * 10**power for power in range(16) for digit in (1, 2, 5)]
-    return [tick for tick in ticks if low / 1.3 <= tick <= high * 1.3] or [low]
+def label_round(axis: Axis, formatter: Formatter | str) -> None:
+    """Ticks of a logarithmic axis at 1, 2 and 5 times powers of ten."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(formatter)
+    axis.set_minor_locator(NullLocator())

@@ -13,7 +13,6 @@ from pathlib import Path
 if not __package__:  # run as a plain script: imports start at the repository root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import argparse
 import math
 
 import torch
@@ -22,28 +21,9 @@ from matplotlib.figure import Figure
 from analysis.replay import CONFIRMING, Replay
 from analysis.tables import add_out, column, mean_and_std, write_study
 from utils import cli
-from utils.cli import UserError, bounded
+from utils.cli import UserError
 
-
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = cli.Parser(description="Length of each update around the switches of phase.")
-    add_out(parser)
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        type=cli.named("NAME=RUN"),
-        metavar="NAME=RUN",
-        help="runs of the same schedule",
-    )
-    parser.add_argument(
-        "--before", type=bounded(int, 1), default=100, metavar="N", help="steps before a switch"
-    )
-    parser.add_argument(
-        "--after", type=bounded(int, 1), default=400, metavar="N", help="steps after a switch"
-    )
-    parser.add_argument("--model", help=CONFIRMING)
-    return parser.parse_args()
+_BEFORE, _AFTER = 100, 400  # steps around a switch that are recorded
 
 
 def update_lengths(replay: Replay) -> tuple[list[float], list[int]]:
@@ -112,7 +92,17 @@ def draw(rows: list[dict], names: list[str], titles: list[str]) -> Figure:
 
 
 def main() -> None:
-    args = parse_arguments()
+    parser = cli.Parser(description="Length of each update around the switches of phase.")
+    add_out(parser)
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=cli.named("NAME=RUN"),
+        metavar="NAME=RUN",
+        help="runs of the same schedule",
+    )
+    parser.add_argument("--model", help=CONFIRMING)
+    args = parser.parse_args()
     rows, kinds = [], []
     for name, folder in args.runs:
         replay = Replay(Path(folder), name, args.model)
@@ -124,7 +114,7 @@ def main() -> None:
         lengths, starts = update_lengths(replay)
         for switch, epoch in enumerate(switches(kinds)):
             first = starts[epoch]
-            for step in range(max(0, first - args.before), min(len(lengths), first + args.after)):
+            for step in range(max(0, first - _BEFORE), min(len(lengths), first + _AFTER)):
                 length = float(f"{lengths[step]:.4g}")
                 row = {"run": name, "switch": switch, "step": step - first}
                 rows.append({**row, "relative_update": length})

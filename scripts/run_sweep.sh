@@ -18,7 +18,6 @@
 #   --seeds N ...         of the students (default: 0 1 2)
 #   --label-slc N         SLC of the label sets (default: the largest --slc, four times that where
 #                         lpld and lpqld choose among more than they store)
-#   --topk K              of lpqld (default: classes / 20, at least 2)
 #   --relabel "FLAGS"     of relabel/generate.py, for label sets to be made
 #   --jobs N              runs side by side (default: one per visible GPU, one on a CPU)
 #   --only WHAT           list the runs; or make only labels, only runs, or collect table and plots

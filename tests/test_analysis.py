@@ -89,13 +89,13 @@ def test_gradients_are_those_of_the_two_losses(run):
 def test_gradients_and_updates_draw_and_record(run, tmp_path, command):
     done = command(gradients.main, "--run", run, "--out", tmp_path / "g", "--every", 2)
     assert done.code == 0, done.err
-    done = command(updates.main, "--out", tmp_path / "u", f"a={run}", "--before", 3, "--after", 3)
+    done = command(updates.main, "--out", tmp_path / "u", f"a={run}")
     assert done.code == 0, done.err
     for name in ("g", "u"):
         assert Image.open(tmp_path / f"{name}.png").size[0] > 600
     about, *lines = (tmp_path / "g.csv").read_text().splitlines()
     assert about.startswith("# ") and "--every 2" in about and len(lines) == 1 + 3
-    assert len((tmp_path / "u.csv").read_text().splitlines()) == 2 + 2 * 6
+    assert len((tmp_path / "u.csv").read_text().splitlines()) == 2 + 2 * 12
 
 
 def test_update_lengths_are_those_of_the_weights(run):

@@ -1,6 +1,6 @@
 """The sweep: what it plans, that it can be stopped and repeated, and what it makes of results."""
 
-import dataclasses
+import argparse
 import json
 import os
 import shlex
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import CUSTOM, ROOT, TINY, tree, write_images
 from PIL import Image
 
@@ -20,10 +21,11 @@ from relabel import compress
 from scripts import prepare_split
 from utils.cli import UserError
 from utils.data import folders
+from validate import kinds
 from validate.settings import parse_arguments
 
 
-def settings(tmp_path, **more) -> sweep.Settings:
+def settings(tmp_path, **more) -> argparse.Namespace:
     for label in range(4):
         (tmp_path / "d5" / f"{label:05d}").mkdir(parents=True, exist_ok=True)
     small = {
@@ -36,10 +38,12 @@ def settings(tmp_path, **more) -> sweep.Settings:
         "students": ["ConvNetW32"],
         "seeds": [0, 1],
         "label_slc": 40,
-        "methods": {name: {"like": name, "flags": ""} for name in ("hard", "soft")},
+        "methods": ["hard", "soft"],
         "relabel": "--teacher T",
+        **more,
     }
-    return sweep.Settings(**(small | more))
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(small, sort_keys=False))
+    return sweep.read_settings(["--plan", str(tmp_path / "plan.yaml")])
 
 
 def test_a_plan_is_the_grid_but_for_what_does_not_depend_on_the_slc(tmp_path):
@@ -55,10 +59,29 @@ def test_a_plan_is_the_grid_but_for_what_does_not_depend_on_the_slc(tmp_path):
 
 
 def test_every_command_is_one_that_the_training_script_understands(tmp_path):
-    every = {f"my {name}": {"like": name, "flags": "--lr 0.5"} for name in sweep.METHODS}
+    every = {f"my {name}": {"like": name, "flags": "--lr 0.5"} for name in sweep.known_methods()}
     for task in sweep.run_tasks(settings(tmp_path, methods=every)):
         args = parse_arguments(task.command[1:])
         assert args.lr == 0.5 and str(args.output_dir).endswith(task.name)
+
+
+def test_a_kind_of_epoch_added_elsewhere_can_be_swept(tmp_path, monkeypatch):
+    monkeypatch.setattr(kinds, "KINDS", {**kinds.KINDS})
+    monkeypatch.setattr(sweep, "KINDS", kinds.KINDS)
+
+    class Extra(kinds.Kind):
+        name, colour = "extra", "tab:red"
+
+    class Unlabelled(Extra):
+        name, needs_labels = "unlabelled", False
+
+    plan = settings(tmp_path, methods=["extra", "unlabelled"], seeds=[0], slc=[5])
+    assert [task.name for task in sweep.label_tasks(plan)] == ["labels_views_ipc5"]
+    labelled, unlabelled = sweep.run_tasks(plan)
+    assert "--slc 5" in shlex.join(labelled.command)
+    assert labelled.command[-2:] == ["--schedule", "extra"]
+    assert unlabelled.name == "unlabelled_ipc5_ConvNetW32_seed0"
+    assert "--label-dir" not in unlabelled.command
 
 
 def test_top_k_labels_are_as_many_as_fit_in_the_bytes_of_fp16_labels():
@@ -69,7 +92,7 @@ def test_top_k_labels_are_as_many_as_fit_in_the_bytes_of_fp16_labels():
 
 
 def test_label_sets_are_made_once_per_ipc_for_what_the_methods_read(tmp_path):
-    methods = {name: {"like": name, "flags": ""} for name in ("soft", "hald", "static", "lpqld")}
+    methods = ["soft", "hald", "static", "lpqld"]
     tasks = sweep.label_tasks(settings(tmp_path, methods=methods))
     assert [task.name for task in tasks] == [
         "labels_views_ipc5",
@@ -82,7 +105,7 @@ def test_label_sets_are_made_once_per_ipc_for_what_the_methods_read(tmp_path):
 
 
 def test_methods_that_read_labels_of_views_are_trained_on_every_codec(tmp_path, monkeypatch):
-    methods = {name: {"like": name, "flags": ""} for name in ("hard", "soft", "lpqld")}
+    methods = ["hard", "soft", "lpqld"]
     codecs = {"fp16": "", "klt_01": "--codec klt --distortion 0.01"}
     plan = settings(tmp_path, methods=methods, codecs=codecs, seeds=[0], slc=[5, 10])
     views, topk, klt = sweep.label_tasks(plan)
@@ -116,11 +139,8 @@ def test_codecs_whose_folders_would_be_the_same_are_refused(tmp_path):
         sweep.label_tasks(settings(tmp_path, codecs=codecs))
 
 
-def test_the_plan_of_codecs_is_read(monkeypatch):
-    monkeypatch.setattr(
-        "sys.argv", ["sweep.py", "--plan", str(ROOT / "analysis/plans/codecs.yaml")]
-    )
-    plan = sweep.read_settings(sweep.parse_arguments())
+def test_the_plan_of_codecs_is_read():
+    plan = sweep.read_settings(["--plan", str(ROOT / "analysis/plans/codecs.yaml")])
     assert plan.codecs["fp16"] == "" and plan.codecs["klt_01"] == "--codec klt --distortion 0.01"
 
 
@@ -140,7 +160,7 @@ def test_tables_and_plots_show_the_codec(tmp_path):
     ]
 
 
-def test_a_plan_file_is_overridden_by_flags_and_checked(tmp_path, monkeypatch):
+def test_a_plan_file_is_overridden_by_flags_and_checked(tmp_path):
     plan = tmp_path / "plan.yaml"
     text = (
         "dataset: digits\ndata_dir: D\nval_dir: V\nout_dir: O\nslc: [5]\nipc: [5]\n"
@@ -149,12 +169,12 @@ def test_a_plan_file_is_overridden_by_flags_and_checked(tmp_path, monkeypatch):
 
     def read(text, *flags):
         plan.write_text(text)
-        monkeypatch.setattr("sys.argv", ["sweep.py", "--plan", str(plan), *flags])
-        return sweep.read_settings(sweep.parse_arguments())
+        return sweep.read_settings(["--plan", str(plan), *flags])
 
-    found = read(text, "--slc", "10", "--", "--lr", "2")
-    assert found.slc == [10] and found.flags == "--lr 2" and found.label_slc == 40
-    assert found.methods["mine"] == {"like": "balanced", "flags": "--lr 1"}
+    given = read(text, "--slc", "10", "--", "--lr", "2")
+    assert given.slc == [10] and given.flags == "--lr 2" and given.label_slc == 40
+    assert given.methods["mine"].flags == "--schedule hald --soft-loss-scale T2 --lr 1"
+    assert read(text + "flags: --eta 1\nrelabel:\n").flags == "--eta 1"
     for wrong, message in (
         (text + "sic: 3\n", "unknown 'sic'; did you mean slc"),
         (text + "codecs: [klt]\n", "codecs must be names, each with flags"),
@@ -169,8 +189,7 @@ def test_a_plan_file_is_overridden_by_flags_and_checked(tmp_path, monkeypatch):
 
 def task(tmp_path, name, code) -> runner.Task:
     done = tmp_path / name
-    record = tmp_path / f"{name}.command"
-    return runner.Task(name, ["-c", code.format(done=str(done))], done, record, {})
+    return runner.Task(name, ["-c", code.format(done=str(done))], done, tmp_path / "logs", {})
 
 
 WRITE = "open({done!r}, 'a').write('x')"
@@ -181,7 +200,7 @@ def test_finished_tasks_are_skipped_and_failures_do_not_stop_the_others(tmp_path
     done.done.write_text("before")
     tasks = [done, task(tmp_path, "bad", "print('why'); raise SystemExit(2)")]
     tasks += [task(tmp_path, f"new{index}", WRITE) for index in range(3)]
-    failed = runner.run_all(tasks, [{}, {}], tmp_path / "logs", "runs")
+    failed = runner.run_all(tasks, [{}, {}], "runs")
     assert failed == ["bad: why"]
     assert done.done.read_text() == "before"
     assert all(task.done.read_text() == "x" for task in tasks[2:])
@@ -190,10 +209,10 @@ def test_finished_tasks_are_skipped_and_failures_do_not_stop_the_others(tmp_path
 def test_a_task_with_other_flags_is_not_done(tmp_path):
     """Its command is started again, and refuses what it finds; the result is not collected."""
     first = task(tmp_path, "a", WRITE)
-    assert runner.run_all([first], [{}], tmp_path / "logs", "runs") == []
+    assert runner.run_all([first], [{}], "runs") == []
     other = task(tmp_path, "a", "print('other settings'); raise SystemExit(2)")
     assert first.is_done() and not other.is_done()
-    failed = runner.run_all([other], [{}], tmp_path / "logs", "runs")
+    failed = runner.run_all([other], [{}], "runs")
     assert failed == ["a: other settings"]
     assert sweep.collect([other]) == []
 
@@ -204,7 +223,7 @@ def test_methods_whose_folders_would_be_the_same_are_refused(tmp_path):
         "soft 1-4": {"like": "soft", "flags": ""},
     }
     with pytest.raises(UserError, match="'soft 1-4' and 'soft 1/4' are both soft-1-4"):
-        sweep.run_tasks(dataclasses.replace(settings(tmp_path), methods=both))
+        sweep.run_tasks(settings(tmp_path, methods=both))
 
 
 def test_more_jobs_than_gpus_share_them(monkeypatch):
@@ -224,8 +243,8 @@ def test_a_killed_sweep_takes_its_run_along_and_continues(tmp_path):
     code = (
         "import sys; sys.path.insert(0, {root!r})\n"
         "from pathlib import Path\nfrom analysis import runner\n"
-        "tasks = [runner.Task('a', ['-c', {code!r}], *[Path('/nowhere')] * 2, {{}})]\n"
-        "runner.run_all(tasks, [{{}}], Path({logs!r}), 'runs')\n"
+        "tasks = [runner.Task('a', ['-c', {code!r}], Path('/nowhere'), Path({logs!r}), {{}})]\n"
+        "runner.run_all(tasks, [{{}}], 'runs')\n"
     ).format(root=str(ROOT), code=forever, logs=str(tmp_path / "logs"))
     planner = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     while not (started.exists() and started.read_text()):
@@ -238,7 +257,7 @@ def test_a_killed_sweep_takes_its_run_along_and_continues(tmp_path):
         time.sleep(0.05)
     assert not alive(child)
     again = task(tmp_path, "a", WRITE)
-    assert runner.run_all([again], [{}], tmp_path / "logs", "runs") == []
+    assert runner.run_all([again], [{}], "runs") == []
 
 
 def alive(process: int) -> bool:
