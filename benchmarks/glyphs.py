@@ -38,7 +38,7 @@ def find_families(root: Path) -> dict[str, tuple[Path, set[int]]]:
 
     Of related families, those with the most characters.
     """
-    faces: dict[str, list[tuple[bool, str, Path, set[int]]]] = {}
+    best: dict[str, tuple[bool, str, Path, set[int]]] = {}
     for path in sorted([*root.rglob("*.ttf"), *root.rglob("*.otf")]):
         try:
             face = FT2Font(str(path))
@@ -47,15 +47,13 @@ def find_families(root: Path) -> dict[str, tuple[Path, set[int]]]:
         style, has = face.style_name.lower(), set(face.get_charmap())
         slanted = "italic" in style or "oblique" in style
         if not slanted and has.issuperset(map(ord, "AaZz09")):
-            faces.setdefault(face.family_name, []).append(
-                (style not in PLAIN, path.name, path, has)
-            )
+            candidate = style not in PLAIN, path.name, path, has
+            best[face.family_name] = min(best.get(face.family_name, candidate), candidate)
     related: dict[Path, list[tuple[int, str, Path, set[int]]]] = {}
-    for name, of_family in faces.items():
-        _, _, path, has = min(of_family, key=lambda face: face[:2])
+    for name, (_, _, path, has) in best.items():
         related.setdefault(path.parent, []).append((-len(has), name, path, has))
-    best = [face for group in related.values() for face in sorted(group)[:RELATED]]
-    return {name: (path, has) for _, name, path, has in sorted(best, key=lambda face: face[1])}
+    chosen = [face for group in related.values() for face in sorted(group)[:RELATED]]
+    return {name: (path, has) for _, name, path, has in sorted(chosen, key=lambda face: face[1])}
 
 
 def split_families(families: dict[str, tuple[Path, set[int]]]) -> dict[str, list[str]]:

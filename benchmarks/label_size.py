@@ -141,10 +141,9 @@ def plot(path: Path, rows: list[dict]) -> None:
     kinds = grouped(rows, "labels")
     panels = figure.subplots(1, len(kinds), sharey=True)
     for panel, ((kind,), of_kind) in zip(panels, kinds.items(), strict=True):
+        of_kind.sort(key=lambda row: row["bytes_per_label"])
         for codec, style in {"topk": "C3o-", "quant": "C1s-", "klt": "C0o-"}.items():
-            curve = sorted(
-                grouped(of_kind, "codec")[codec,], key=lambda row: row["bytes_per_label"]
-            )
+            curve = grouped(of_kind, "codec")[codec,]
             sizes, lost = column(curve, "bytes_per_label"), column(curve, "distortion_t20")
             panel.plot(sizes, lost, style, label=codec, markersize=4)
         panel.axvline(2000, color="grey", linestyle=":", label="fp16 (distortion 0)")
