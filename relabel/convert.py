@@ -32,6 +32,8 @@ from utils.metrics import near_chance
 
 TEMPERATURE = 20.0
 _INDICES = "sampler_indices_dict.pt"
+_FILE = "published label file"
+_ROUNDING = 0.01  # of a sum of half-precision probabilities
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -51,19 +53,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load_published(path: Path) -> object:
-    """Loads one published file: tensors and plain types, and numpy scalars among them.
-
-    Lambda and the CutMix box were saved as numpy scalars; their types are allowed, nothing else.
-    """
-    scalar = np.float64(0).__reduce__()[0]
-    kinds = [np.dtype, *(type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "?"))]
-    with torch.serialization.safe_globals(
-        [(scalar, "numpy.core.multiarray.scalar"), scalar, *kinds]
-    ):
-        return load_tensors(path, "published label file")
-
-
 class PublishedPass(NamedTuple):
     """One pass as published, checked: its views, and float32 [images, C] probabilities."""
 
@@ -79,7 +68,7 @@ def read_pass(
     `order` holds the image index of every view, `sizes` [images, 2] heights and widths. Raises
     UserError, naming the batch and what does not fit.
     """
-    batches = load_published(path)
+    batches = load_tensors(path, _FILE)
     if not isinstance(batches, list) or not batches:
         raise UserError(f"{path} is not a list of label batches")
     batch_size, start = len(batches[0][1]), 0
@@ -103,6 +92,12 @@ def read_pass(
             )
         if not torch.isfinite(probabilities).all():
             raise UserError(f"{where}: soft labels are not finite")
+        sums = probabilities.float().sum(dim=1)
+        if (probabilities < 0).any() or (sums - 1).abs().max() > _ROUNDING:
+            raise UserError(
+                f"{where}: soft labels are no probabilities, whose sum is 1, but perhaps logits, "
+                "as other codes store them; only softmax(logits / 20) can be imported"
+            )
         parts["box"].append(_boxes(coords, sizes[order[start : start + count]], where))
         parts["flip"].append(flips)
         parts["probabilities"].append(probabilities.float())
@@ -164,7 +159,12 @@ def to_logits(probabilities: torch.Tensor) -> torch.Tensor:
 
 def read_order(path: Path, images_count: int) -> list[list[int]]:
     """Image indices of every pass; raises UserError unless each pass holds every image once."""
-    content = load_published(path)
+    if not path.exists():
+        raise UserError(
+            f"{path.parent} has no {path.name}: only the layout of HALD's published labels can be "
+            "imported; relabel/generate.py labels the images anew"
+        )
+    content = load_tensors(path, _FILE)
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path} is not a dictionary of image indices")
     passes = []

@@ -150,6 +150,18 @@ REFUSED = {
         lambda fkd: change(fkd, lambda b: b[1].__setitem__(5, b[1][5][:, :3])),
         "batch 1: soft labels are (5, 3), expected (5, 4)",
     ),
+    "logits instead of probabilities": (
+        lambda fkd: change(fkd, lambda b: b[1].__setitem__(5, 20 * b[1][5].float().log())),
+        "batch 1: soft labels are no probabilities",
+    ),
+    "logits above zero": (
+        lambda fkd: change(fkd, lambda b: b[0].__setitem__(5, 9 * b[0][5])),
+        "batch 0: soft labels are no probabilities",
+    ),
+    "another layout": (
+        lambda fkd: (fkd / "sampler_indices_dict.pt").unlink(),
+        "only the layout of HALD's published labels can be imported; relabel/generate.py",
+    ),
     "views missing": (lambda fkd: change(fkd, lambda b: b.pop()), "has 10 views"),
     "crop outside": (
         lambda fkd: change(fkd, lambda b: b[0][0].__setitem__((0, 0), 0.99)),
