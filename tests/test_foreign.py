@@ -317,6 +317,7 @@ def test_any_config_that_sets_the_two_paths_works(clone, tmp_path, config, shell
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGHUP"])
 def test_schedulers_and_closed_terminals_end_any_program_as_sigterm_does(name):
     program = "import os, signal\nfrom utils import cli\n"
+    program += f"signal.signal(signal.{name}, signal.SIG_DFL)\n"  # nohup may have run the tests
     program += f"cli.run(lambda: os.kill(os.getpid(), signal.{name}))"
     done = script("-c", program, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 128 + {"SIGUSR1": 10, "SIGHUP": 1}[name]

@@ -94,10 +94,12 @@ def test_a_run_stopped_between_two_refills_draws_the_rest_of_the_pool(
 
 @pytest.fixture
 def heeded():
-    """Ctrl-C as in a terminal: what a shell starts in the background ignores it."""
+    """Signals as in a terminal: what a shell starts in the background, or nohup, ignores some."""
     earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGINT, earlier)
+    signal.signal(signal.SIGHUP, hangup)
 
 
 def strike(monkeypatch, module, name: str, call: int) -> None:
