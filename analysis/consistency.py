@@ -14,7 +14,6 @@ from pathlib import Path
 if not __package__:  # run as a plain script: imports start at the repository root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-
 import torch
 from matplotlib.figure import Figure
 

@@ -90,33 +90,20 @@ def read_settings(arguments: Sequence[str]) -> argparse.Namespace:
     Raises:
         UserError: some are missing or wrong.
     """
-    parser = cli.Parser(description="Run a comparison of methods, then table and plots.")
-    count = {"type": bounded(int, 1), "metavar": "N"}
-    add = parser.add_argument
-    add("--plan", type=Path, help="YAML with the settings below; flags override it")
-    add("--jobs", **count, help="runs side by side (default: one per visible GPU, one on a CPU)")
-    only = "list the runs; or make only label sets, only runs, only table and plots"
-    add("--only", choices=("list", "labels", "runs", "collect"), help=only)
-    task = "only run N of --only list, for job arrays"
-    add("--task", type=bounded(int, 0), metavar="N", help=task)
-    add = parser.add_argument_group("plan").add_argument
-    add("--dataset", help="as for validate/train.py")
-    add("--data-dir", help="distilled images; {ipc} stands for the IPC")
-    add("--val-dir", help="validation images")
-    add("--out-dir", help="gets runs, logs, results.csv, table.md and plots")
-    add("--label-dir", help="label sets, {ipc} as above (default: labels/ipc{ipc} in --out-dir)")
+    parser = cli.Parser(description="bash scripts/run_sweep.sh --help says what the flags are.")
+    add, count = parser.add_argument, {"type": bounded(int, 1), "metavar": "N"}
+    add("--plan", type=Path)
+    for flag in ("--dataset", "--data-dir", "--val-dir", "--out-dir", "--label-dir", "--relabel"):
+        add(flag)
     add("--methods", nargs="+", help=", ".join(known_methods()))
-    add("--slc", nargs="+", **count, help="soft labels per class")
-    add("--ipc", nargs="+", **count, help="distilled images per class")
-    add("--students", nargs="+", metavar="NAME", help="networks to train")
-    seed = {"type": bounded(int, 0), "metavar": "N"}
-    add("--seeds", nargs="+", **seed, default=[0, 1, 2], help="of the students")
-    label_slc = (
-        "SLC of the label sets (default: the largest --slc, four times that where lpld and lpqld "
-        "choose among more than they store)"
-    )
-    add("--label-slc", **count, help=label_slc)
-    add("--relabel", help="flags of relabel/generate.py for label sets to be made")
+    add("--students", nargs="+")
+    add("--slc", nargs="+", **count)
+    add("--ipc", nargs="+", **count)
+    add("--seeds", nargs="+", type=bounded(int, 0), metavar="N", default=[0, 1, 2])
+    add("--label-slc", **count)
+    add("--jobs", **count)
+    add("--only", choices=("list", "labels", "runs", "collect"))
+    add("--task", type=bounded(int, 0), metavar="N")
     parser.set_defaults(flags="", codecs={})
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     settings = parser.parse_args(arguments[:cut])

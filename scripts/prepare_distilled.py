@@ -42,21 +42,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--out-dir", type=Path, required=True, help="distilled images to make")
     datasets.add_arguments(parser)
     add("--teacher", required=True, metavar="NAME", help="the network that scores the crops")
-    add(
-        "--teacher-weights",
-        type=Path,
-        metavar="FILE",
-        help="a state dict; default: $Main_Data_Path/NAME.pth, else torchvision's",
-    )
+    weights = "a state dict; default: $Main_Data_Path/NAME.pth, else torchvision's"
+    add("--teacher-weights", type=Path, metavar="FILE", help=weights)
     add("--ipc", type=bounded(int, 1), required=True, help="images per class to make")
     add("--crops", type=bounded(int, 0), default=5, help="crops per image; 0: the central square")
-    add(
-        "--min-scale",
-        type=bounded(float, 0.0001, 1),
-        default=0.5,
-        metavar="SHARE",
-        help="least area of a crop",
-    )
+    share = {"type": bounded(float, 0.0001, 1), "metavar": "SHARE"}
+    add("--min-scale", **share, default=0.5, help="least area of a crop")
     add("--collage", type=bounded(int, 1, 4), default=1, help="N: tile N x N crops into an image")
     add("--candidates", type=bounded(int, 1), default=300, help="random images per class to score")
     add("--format", choices=("png", "jpg"), default="png", help="of the images written")
@@ -172,14 +163,9 @@ def main() -> None:
         "teacher": args.teacher,
         "teacher_sha256": teacher.sha256,
         "classes": folder.classes,
-        "ipc": args.ipc,
-        "crops": args.crops,
-        "min_scale": args.min_scale,
-        "collage": args.collage,
-        "candidates": args.candidates,
-        "format": args.format,
-        "seed": args.seed,
     }
+    choices = ("ipc", "crops", "min_scale", "collage", "candidates", "format", "seed")
+    record |= {name: getattr(args, name) for name in choices}
     made = args.out_dir / _RECORD
     if made.is_file() and made.read_bytes() == to_json(record):
         print(f"{args.out_dir} is there already: nothing to do")

@@ -13,29 +13,13 @@ from pathlib import Path
 if not __package__:  # run as a plain script: imports start at the repository root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import argparse
-
+from scripts.prepare_distilled import choose_candidates
 from utils import cli
 from utils.cli import UserError, bounded
 from utils.data import folders
-from utils.data.views import ORDER, shuffle
 from utils.files import atomic_write, read_json, to_json, whole_folder
 
 _RECORD = "split.json"
-
-
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = cli.Parser(description="Split training images in two, by links.")
-    parser.add_argument("--data-dir", type=Path, required=True, help="training images")
-    parser.add_argument("--out-dir", type=Path, required=True, help="gets held_out/ and rest/")
-    parser.add_argument(
-        "--held-out", type=bounded(int, 1), required=True, metavar="N", help="images per class"
-    )
-    parser.add_argument(
-        "--seed", type=bounded(int, 0, 2**62), default=0, metavar="N", help="of the choice"
-    )
-    return parser.parse_args()
 
 
 def split(folder: folders.ImageFolder, count: int, seed: int) -> dict[str, list[Path]]:
@@ -47,12 +31,7 @@ def split(folder: folders.ImageFolder, count: int, seed: int) -> dict[str, list[
     for name, images_of_class in zip(folder.classes, folder.counts(), strict=True):
         if count >= images_of_class:
             raise UserError(f"--held-out {count}: class {name} has only {images_of_class} images")
-    held_out: set[int] = set()
-    labels, wanted = folder.labels.tolist(), [count] * len(folder.classes)
-    for row in shuffle(seed, ORDER, 0, len(folder.files)).tolist():
-        if wanted[labels[row]]:
-            wanted[labels[row]] -= 1
-            held_out.add(row)
+    held_out = set(choose_candidates(folder.labels, count, seed).tolist())
     parts: dict[str, list[Path]] = {"held_out": [], "rest": []}
     for row, path in enumerate(folder.files):
         parts["held_out" if row in held_out else "rest"].append(path)
@@ -60,13 +39,18 @@ def split(folder: folders.ImageFolder, count: int, seed: int) -> dict[str, list[
 
 
 def main() -> None:
-    args = parse_arguments()
+    parser = cli.Parser(description="Split training images in two, by links.")
+    parser.add_argument("--data-dir", type=Path, required=True, help="training images")
+    parser.add_argument("--out-dir", type=Path, required=True, help="gets held_out/ and rest/")
+    parser.add_argument(
+        "--held-out", type=bounded(int, 1), required=True, metavar="N", help="images per class"
+    )
+    parser.add_argument(
+        "--seed", type=bounded(int, 0, 2**62), default=0, metavar="N", help="of the choice"
+    )
+    args = parser.parse_args()
     folder = folders.scan(args.data_dir)
-    record = {
-        "source": folder.listing_sha256(),
-        "held_out": args.held_out,
-        "seed": args.seed,
-    }
+    record = {"source": folder.listing_sha256(), "held_out": args.held_out, "seed": args.seed}
     if (args.out_dir / _RECORD).exists():
         if read_json(args.out_dir / _RECORD) != record:
             raise UserError(f"{args.out_dir} holds another split; choose another --out-dir")

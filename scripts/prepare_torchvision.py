@@ -21,7 +21,6 @@ from pathlib import Path
 if not __package__:  # run as a plain script: imports start at the repository root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import argparse
 import errno
 import gzip
 import hashlib
@@ -50,23 +49,6 @@ _IDX_MD5 = {
     "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
 }
 Splits = dict[str, tuple[np.ndarray, np.ndarray]]
-
-
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = cli.Parser(description="Write CIFAR or Fashion-MNIST as train/ and val/ folders.")
-    parser.add_argument("--dataset", choices=list(_SOURCES), required=True, help="to write")
-    parser.add_argument("--out-dir", type=Path, required=True, help="gets train/ and val/")
-    parser.add_argument(
-        "--source-dir", type=Path, metavar="S", help="a copy that is there already; else download"
-    )
-    parser.add_argument(
-        "--size",
-        type=bounded(int, 28, 512),
-        metavar="N",
-        help="fashion_mnist only: enlarge 28x28 to NxN by black borders (32 is usual)",
-    )
-    return parser.parse_args()
 
 
 def download(dataset: str, folder: Path) -> None:
@@ -190,7 +172,19 @@ def write_images(out: Path, splits: Splits, classes: int) -> None:
 
 
 def main() -> None:
-    args = parse_arguments()
+    parser = cli.Parser(description="Write CIFAR or Fashion-MNIST as train/ and val/ folders.")
+    parser.add_argument("--dataset", choices=list(_SOURCES), required=True, help="to write")
+    parser.add_argument("--out-dir", type=Path, required=True, help="gets train/ and val/")
+    parser.add_argument(
+        "--source-dir", type=Path, metavar="S", help="a copy that is there already; else download"
+    )
+    parser.add_argument(
+        "--size",
+        type=bounded(int, 28, 512),
+        metavar="N",
+        help="fashion_mnist only: enlarge 28x28 to NxN by black borders (32 is usual)",
+    )
+    args = parser.parse_args()
     kind = _SOURCES[args.dataset]
     if args.size is not None and kind is not FashionMNIST:
         raise UserError(f"--size goes with --dataset fashion_mnist; {args.dataset} is 32x32")

@@ -1,8 +1,8 @@
 """Sorts the validation images of Tiny-ImageNet or ImageNet-1K into class folders, by links.
 
 Both come as one flat folder of images and a list of labels. The images stay where they are, under
-their names: the class folders hold symbolic links to them (--copy: copies). Everything is checked
-before the first link is made.
+their names: the class folders hold symbolic links to them (cp -rL copies them). Everything is
+checked before the first link is made.
 
   --kind tiny_imagenet: --data-dir is tiny-imagenet-200 or its val/ (images/, val_annotations.txt).
   --kind imagenet1k: --data-dir holds ILSVRC2012_val_00000001.JPEG, ...; --labels is
@@ -27,7 +27,6 @@ if not __package__:  # run as a plain script: imports start at the repository ro
 import argparse
 import hashlib
 import re
-import shutil
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -58,7 +57,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--out-dir", type=Path, required=True, help="class folders to make")
     add("--labels", type=Path, metavar="FILE", help="imagenet1k: lines of image and WordNet id")
     add("--synsets", type=Path, metavar="FILE", help="imagenet1k: the devkit's meta.mat")
-    add("--copy", action="store_true", help="copy the images instead of linking")
     args = parser.parse_args()
     if args.kind == "imagenet1k" and args.labels is None:
         parser.error("--kind imagenet1k also needs --labels, the list of labels")
@@ -203,7 +201,6 @@ def main() -> None:
     record = {
         "kind": args.kind,
         "source": str(folder),
-        "copy": args.copy,
         "images": len(images),
         "labels_sha256": hashlib.sha256(assigned.encode()).hexdigest(),
     }
@@ -214,14 +211,9 @@ def main() -> None:
         for name in set(classes.values()):
             (out / name).mkdir()
         for image, path in cli.progress(images.items(), desc="validation images", unit="img"):
-            target = out / classes[image] / path.name
-            if args.copy:
-                shutil.copyfile(path, target)
-            else:
-                target.symlink_to(path)
+            (out / classes[image] / path.name).symlink_to(path)
         atomic_write(out / _RECORD, to_json(record))
-    made = "copied" if args.copy else "linked"
-    print(f"{args.out_dir}: {len(images)} images {made} into {len(set(classes.values()))} classes")
+    print(f"{args.out_dir}: {len(images)} images linked into {len(set(classes.values()))} classes")
 
 
 if __name__ == "__main__":

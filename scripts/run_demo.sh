@@ -22,10 +22,6 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 
 student() { # NAME SEED [FLAG ...]
-    if [[ -e "$out/$1_seed$2/result.json" ]]; then
-        echo "$out/$1_seed$2 is done: skipped"
-        return
-    fi
     "$PYTHON" "$ROOT/validate/train.py" --data-dir "$out/distilled_ipc5" \
         --label-dir "$out/labels_slc5" --output-dir "$out/$1_seed$2" --seed "$2" \
         --label-smoothing 0.1 --eta 2 "${common[@]}" "${@:3}"
@@ -47,13 +43,8 @@ finish_beside() { # LOG: waits for it and shows what it printed
 echo "== 1/5 images: scikit-learn's digits, 899 to train, 898 to test"
 "$PYTHON" "$ROOT/scripts/prepare_digits.py" --out-dir "$out/digits"
 echo "== 2/5 teacher: trained on the whole training split"
-if [[ -e "$out/teacher/result.json" ]]; then
-    echo "$out/teacher is done: skipped"
-else
-    "$PYTHON" "$ROOT/validate/train.py" --data-dir "$out/digits/train" \
-        --output-dir "$out/teacher" --schedule hard:60 --hard-mix none --label-smoothing 0 \
-        --min-scale 0.5 --eta 1 "${common[@]}"
-fi
+"$PYTHON" "$ROOT/validate/train.py" --data-dir "$out/digits/train" --output-dir "$out/teacher" \
+    --schedule hard:60 --hard-mix none --label-smoothing 0 --min-scale 0.5 --eta 1 "${common[@]}"
 echo "== 3/5 distilled images: per class the five that the teacher is surest of"
 "$PYTHON" "$ROOT/scripts/prepare_distilled.py" --data-dir "$out/digits/train" \
     --out-dir "$out/distilled_ipc5" --dataset digits --teacher ConvNetW32 \

@@ -11,7 +11,8 @@
 #   --val-dir DIR         validation images
 #   --out-dir DIR         gets runs, logs, results.csv, table.md and plots
 #   --label-dir DIR       label sets, {ipc} as above (default: labels/ipc{ipc} in --out-dir)
-#   --methods NAME ...    hard, soft, hald, balanced, reset, S1 to S8, joint, static, lpld, lpqld
+#   --methods NAME ...    hard, soft, hald, balanced, reset, S1 to S8, joint, static, lpld, lpqld,
+#                         or a kind of epoch of extensions/
 #   --slc N ...           soft labels per class
 #   --ipc N ...           distilled images per class
 #   --students NAME ...   networks to train

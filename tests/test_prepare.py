@@ -351,13 +351,6 @@ def test_tiny_imagenet_is_linked_into_its_classes(tiny, tmp_path, monkeypatch, i
     assert contents(tiny) == before
 
 
-def test_copies_hold_the_bytes_and_no_links(tiny, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    run(monkeypatch, prepare_val, *tiny_arguments(tiny, out, "--copy"))
-    copied = out / wordnet_ids(200)[0] / "val_199.JPEG"
-    assert not copied.is_symlink() and copied.read_bytes() == b"199"
-
-
 def test_relative_source_gives_absolute_links(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tiny)
     run(monkeypatch, prepare_val, *tiny_arguments("val", tmp_path / "out"))
@@ -447,7 +440,12 @@ def test_validation_folder_made_otherwise_is_left_as_it_is(tiny, tmp_path, monke
     out = tmp_path / "out"
     run(monkeypatch, prepare_val, *tiny_arguments(tiny, out))
     before = contents(out)
-    message = error_of(monkeypatch, prepare_val, *tiny_arguments(tiny, out, "--copy"))
+    for listed in tiny.rglob("val_0.*"):
+        listed.unlink()
+    annotations = tiny / "val" / "val_annotations.txt"
+    annotations.write_text(annotations.read_text().replace("val_0.", "val_900."))
+    (tiny / "val" / "images" / "val_900.JPEG").write_bytes(b"")
+    message = error_of(monkeypatch, prepare_val, *tiny_arguments(tiny, out))
     assert "exists already" in message
     assert contents(out) == before
 

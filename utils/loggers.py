@@ -30,12 +30,12 @@ def from_arguments(args: argparse.Namespace) -> list[Opener]:
     Raises:
         UserError: the package of one is not installed.
     """
-    found = []
+    openers = []
     if args.tensorboard:
-        found.append(_tensorboard())
+        openers.append(_tensorboard())
     if args.wandb_project is not None:
-        found.append(_wandb(args.wandb_project))
-    return found
+        openers.append(_wandb(args.wandb_project))
+    return openers
 
 
 def scalars(line: dict) -> dict[str, float]:
