@@ -2,8 +2,8 @@
 
 python benchmarks/gpu_check.py --out runs/gpu_check
 
-Compares labels, views and training, prints every difference with its limit, and writes
-OUT/agreement.csv; exits with 1 when one is above its limit.
+Compares labels and training (views are compared by the GPU tests), prints every difference with its
+limit, and writes OUT/agreement.csv; exits with 1 when one is above its limit.
 """
 
 import sys
@@ -23,7 +23,6 @@ from benchmarks.bench import Bench, add_arguments
 from benchmarks.speed import Training
 from relabel.teacher import Ensemble, Teacher
 from utils import cli, runtime
-from utils.data.images import ResidentImages
 from utils.data.views import draw
 from utils.labels import centre
 from utils.labels.codecs.base import distortion
@@ -31,6 +30,10 @@ from utils.results import provenance, write_csv
 from utils.runtime import Runtime
 
 STEPS = 50
+PRECISIONS = {  # below fp32, by kind of device
+    "cpu": {"bf16": torch.bfloat16},
+    "cuda": {"bf16": torch.bfloat16, "fp16": torch.float16},
+}
 
 
 class Check(NamedTuple):
@@ -65,10 +68,7 @@ def label_checks(bench: Bench) -> list[Check]:
         Check("labels: 16 batches in one forward pass, fp32, largest difference", grouping, 1e-4),
         Check("labels: the same forward passes again", again, 0),
     ]
-    precisions = {"bf16": torch.bfloat16}
-    if device.type == "cuda":
-        precisions["fp16"] = torch.float16
-    for name, dtype in precisions.items():
+    for name, dtype in PRECISIONS[device.type].items():
         short = labels(dtype, group)
         relative, lost = float((short - alone).norm() / alone.norm()), distortion(alone, short)
         checks += [
@@ -76,27 +76,6 @@ def label_checks(bench: Bench) -> list[Check]:
             Check(f"labels: {name}, distortion at T = 20", lost, 5e-3),
         ]
     return checks
-
-
-def view_checks(bench: Bench) -> list[Check]:
-    """Views rendered twice, in groups, and on the CPU."""
-    source = bench.resident()
-    on_cpu = dataclasses.replace(bench, machine=Runtime(torch.device("cpu"), None)).resident()
-    views = draw(bench.spec, bench.sizes, seed=1)
-    to_grey = 255 * source.std[:, None, None]
-
-    def rendered(source: ResidentImages, batches_together: int) -> torch.Tensor:
-        source.together = batches_together * views.batch_size
-        pixels = torch.cat(list(source.render(list(views.to(source.device)))))
-        return pixels.to(to_grey.device) * to_grey
-
-    alone = rendered(source, 1)
-    again, grouped, reference = rendered(source, 1), rendered(source, 8), rendered(on_cpu, 1)
-    return [
-        Check("views: replayed, grey levels", float((again - alone).abs().max()), 0),
-        Check("views: in groups, grey levels", float((grouped - alone).abs().max()), 1e-2),
-        Check("views: against the CPU, grey levels", float((reference - alone).abs().max()), 1e-2),
-    ]
 
 
 def loss_curve(bench: Bench, dtype: torch.dtype | None, compiled: bool) -> torch.Tensor:
@@ -115,11 +94,12 @@ def loss_curve(bench: Bench, dtype: torch.dtype | None, compiled: bool) -> torch
 
 def training_checks(bench: Bench) -> list[Check]:
     """The losses of 50 steps in all precisions, and compiled, against eager fp32."""
-    on_gpu, compiled = bench.machine.device.type == "cuda", bench.args.compile
-    variants = [("bf16", torch.bfloat16, False, 0.05)]
-    variants += [("fp16", torch.float16, False, 0.05)] * on_gpu
-    variants += [("compiled, fp32", None, True, 0.01)] * compiled
-    variants += [("compiled, fp16", torch.float16, True, 0.05)] * (compiled and on_gpu)
+    precisions = PRECISIONS[bench.machine.device.type]
+    variants = [(name, dtype, False, 0.05) for name, dtype in precisions.items()]
+    if bench.args.compile:
+        variants.append(("compiled, fp32", None, True, 0.01))
+    if bench.args.compile and "fp16" in precisions:
+        variants.append(("compiled, fp16", torch.float16, True, 0.05))
     exact, checks = loss_curve(bench, None, False), []
     for name, dtype, compile_student, limit in variants:
         curve = loss_curve(bench, dtype, compile_student)
@@ -139,7 +119,7 @@ def main() -> None:
         bench = Bench.begin(args, Path(root))
         # Differences of 1e-4 are looked for, which the shortened products of TF32 would hide.
         torch.backends.cudnn.allow_tf32 = False
-        checks = label_checks(bench) + view_checks(bench) + training_checks(bench)
+        checks = label_checks(bench) + training_checks(bench)
     rows = [{**check._asdict(), "passed": check.passed} for check in checks]
     args.out.mkdir(parents=True, exist_ok=True)
     about = provenance("python benchmarks/gpu_check.py"), runtime.describe(bench.machine)

@@ -122,15 +122,15 @@ def test_only_ours_keeps_memory(bench, monkeypatch, pipeline, keeps):
     assert bool(kept) == keeps
 
 
-def test_the_gpu_check_compares_labels_views_and_training(tmp_path, command, monkeypatch):
+def test_the_gpu_check_compares_labels_and_training(tmp_path, command, monkeypatch):
     monkeypatch.setattr(gpu_check, "STEPS", 3)
     done = command(gpu_check.main, "--out", tmp_path, *SMALL, "--device", "cpu")
     assert done.code == 0, done.out + done.err
     lines = (tmp_path / "agreement.csv").read_text().splitlines()
     checks = list(csv.DictReader(line for line in lines if not line.startswith("#")))
-    assert {check["name"].split(":")[0] for check in checks} == {"labels", "views", "training"}
+    assert {check["name"].split(":")[0] for check in checks} == {"labels", "training"}
     assert all(check["passed"] == "True" for check in checks)
-    assert "ok     0.00e+00 (limit 0e+00)  views: replayed" in done.out
+    assert "ok     0.00e+00 (limit 0e+00)  labels: the same forward passes again" in done.out
 
 
 def test_a_difference_above_its_limit_or_not_a_number_fails():
