@@ -64,11 +64,11 @@ def test_code_that_a_run_names_is_not_run_unless_confirmed(run, tmp_path):
 def test_gradients_are_those_of_the_two_losses(run):
     """One batch, the two gradients once more by .backward() on losses written out."""
     again = replay.Replay(run, "again")
-    found = gradients.measure(again, 2)
+    measured = gradients.measure(again, 2)
     labels, cosines = again.training.data.labels, []
     student, source = again.training.student, again.training.data.source
-    for number in (0, 1):
-        batch, sides = labels[number], []
+    for index in (0, 1):
+        batch, sides = labels[index], []
         own, partner, _ = batch.views.mixture(labels.hard_labels, 32)
         lam = batch.views.lam(32)[:, None]
         target = lam * nn.functional.one_hot(own, 4) + (1 - lam) * nn.functional.one_hot(partner, 4)
@@ -83,7 +83,7 @@ def test_gradients_are_those_of_the_two_losses(run):
             loss.backward()
             sides.append(torch.cat([p.grad.flatten() for p in student.parameters()]))
         cosines.append(float(sides[0] @ sides[1] / sides[0].norm() / sides[1].norm()))
-    assert found["cosine"] == pytest.approx(sum(cosines) / 2, abs=1e-4)
+    assert measured["cosine"] == pytest.approx(sum(cosines) / 2, abs=1e-4)
 
 
 def test_gradients_and_updates_draw_and_record(run, tmp_path, command):
@@ -125,8 +125,8 @@ def test_jensen_shannon_divergence_in_bits():
     half = 0.5 * math.log2(1 / 0.75) + 0.5 * (
         0.5 * math.log2(0.5 / 0.75) + 0.5 * math.log2(0.5 / 0.25)
     )
-    found = consistency.jensen_shannon(one, other)
-    assert found.tolist() == pytest.approx([1, half, 0], abs=1e-6)
+    measured = consistency.jensen_shannon(one, other)
+    assert measured.tolist() == pytest.approx([1, half, 0], abs=1e-6)
 
 
 def test_consistency_compares_groups(run, tmp_path, command):
@@ -142,8 +142,8 @@ def test_consistency_compares_groups(run, tmp_path, command):
 
 def test_the_plane_keeps_distances():
     vectors = [torch.randn(7, dtype=torch.float64) for _ in range(3)]
-    across, up, places = landscape.plane(vectors)
-    for vector, (x, y) in zip(vectors, places, strict=True):
+    across, up, points = landscape.plane(vectors)
+    for vector, (x, y) in zip(vectors, points, strict=True):
         assert torch.allclose(vectors[0] + x * across + y * up, vector)
     with pytest.raises(UserError, match="one line"):
         landscape.plane([vectors[0], vectors[1], 2 * vectors[1] - vectors[0]])
@@ -151,15 +151,15 @@ def test_the_plane_keeps_distances():
 
 def test_the_landscape_holds_the_three_students(world, run, tmp_path, command):
     others = []
-    for number in range(2):
-        folder = tmp_path / f"other{number}"
+    for position in range(2):
+        folder = tmp_path / f"other{position}"
         folder.mkdir()
         saved = load_tensors(run / "checkpoint.pt", "checkpoint")
         for value in saved["model"].values():
             if value.is_floating_point():
                 value += 0.1 * torch.rand(value.shape)
         save_tensors(folder / "checkpoint.pt", saved)
-        others.append(f"o{number}={folder}")
+        others.append(f"o{position}={folder}")
     arguments = ("--out", tmp_path / "l", f"a={run}", *others, "--val-dir", world.val)
     done = command(landscape.main, *arguments, "--points", 3)
     assert done.code == 0, done.err
