@@ -114,6 +114,15 @@ def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path, make, told):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.55, 0.9])
+def test_a_checkpoint_that_was_cut_off_is_damaged(tmp_path, share):
+    torch.save(state(), tmp_path / "c.pth")
+    content = (tmp_path / "c.pth").read_bytes()
+    (tmp_path / "c.pth").write_bytes(content[: int(share * len(content))])
+    with pytest.raises(UserError, match="is damaged"):
+        load_tensors(tmp_path / "c.pth", "weights")
+
+
 @pytest.mark.parametrize(
     "left_behind",
     [
@@ -291,14 +300,16 @@ def clone(tmp_path) -> Path:
         "# only a comment\n",
     ],
 )
-@pytest.mark.parametrize("shell", ["bash", "sh"])
+@pytest.mark.parametrize("shell", ["bash", "sh", "posix"])
 def test_any_config_that_sets_the_two_paths_works(clone, tmp_path, config, shell):
     (clone / "config.sh").write_bytes(config.format(home=tmp_path).encode())
     environment = {**os.environ, "HOME": str(tmp_path), "CDPATH": f"{clone}:/", "IPC": "7"}
+    if shell == "posix":
+        environment["POSIXLY_CORRECT"] = "1"
     if "Main_Data_Path" not in config:
         environment |= {"Main_Data_Path": f"{tmp_path}/d a", "val_dir": f"{tmp_path}/v"}
     done = subprocess.run(
-        [shell, "scripts/run_cifar100.sh"],
+        ["bash" if shell == "posix" else shell, "scripts/run_cifar100.sh"],
         cwd=clone,
         env=environment,
         capture_output=True,

@@ -233,6 +233,7 @@ def run(main: Callable[[], None]) -> NoReturn:
             _exit_beside_threads(stopped.code)
         raise
     except Exception:
+        kill_children()
         if dist.is_initialized():
             traceback.print_exc()
             _exit_beside_threads(1)

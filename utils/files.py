@@ -292,9 +292,9 @@ def load_tensors(path: Path, what: str) -> Any:
     try:
         with torch.serialization.safe_globals(_HARMLESS):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # whatever the reader stumbles over in somebody else's file
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which cut-off files give
+            raise
         raise UserError(f"{what} {path} {_why_unreadable(path, error)}") from None
     checksum = content.pop(_SEAL, None) if isinstance(content, dict) else None
     if checksum not in (None, sha256_state(content)):

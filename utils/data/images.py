@@ -224,11 +224,13 @@ class StreamingImages:
         try:
             with ending_at_once():
                 part = next(received)
-        except RuntimeError as error:  # of the loader: a worker died, or nothing came in time
+        except (RuntimeError, OSError, EOFError, MemoryError) as error:
+            # Of the loader: a worker died or ran out of memory, or nothing came in time.
             kill_children()
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
             raise UserError(
                 f"images of {self.files[0].parent.parent} could not be decoded by {workers} "
-                f"processes ({str(error).strip().splitlines()[-1]}): is there memory, room in "
+                f"processes ({reason}): is there memory, room in "
                 f"{_SHARED_MEMORY}, and the disk? --workers 0 does without processes"
             ) from None
         if isinstance(part, str):
