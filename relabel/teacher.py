@@ -1,9 +1,9 @@
 """Teachers: loading pretrained networks and labelling batches of views with them."""
 
 import dataclasses
-import itertools
 import os
 import re
+import textwrap
 import urllib.error
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,13 +112,12 @@ def unwrap_state(content: object, path: Path, ema: bool = False) -> dict[str, to
         keys = ", ".join(map(repr, content)) if isinstance(content, dict) else "no dict at all"
         which = f"several networks ({', '.join(chosen)})" if chosen else "no state dict"
         hint = "; --teacher-ema takes the averaged weights" if averaged and not ema else ""
-        raise UserError(f"{path} holds {which}; its top-level keys: {_shortened(keys)}{hint}")
+        keys = textwrap.shorten(keys, 200, placeholder=" ...")
+        raise UserError(f"{path} holds {which}; its top-level keys: {keys}{hint}")
     state = states[chosen[0]]
-    for prefix in itertools.cycle(_PREFIXES):
-        if not any(all(key.startswith(one) for key in state) for one in _PREFIXES):
-            return state
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in state)), None):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
 
 
 def _find_states(content: object, key: str) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
@@ -131,10 +130,6 @@ def _find_states(content: object, key: str) -> Iterator[tuple[str, dict[str, tor
         for name, value in content.items():
             if not re.search("optim|sched|scaler", str(name)):
                 yield from _find_states(value, f"{key}.{name}" if key else str(name))
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def load_state(model: nn.Module, state: dict[str, torch.Tensor], what: str, name: str) -> None:

@@ -28,11 +28,9 @@ import argparse
 import hashlib
 import re
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
 from utils import cli
 from utils.cli import UserError
-from utils.data import datasets
+from utils.data import datasets, folders
 from utils.files import atomic_write, read_json, to_json, whole_folder
 
 _RECORD = "validation.json"
@@ -78,7 +76,7 @@ def list_images(folder: Path) -> dict[str, Path]:
                 f"{folder} has sub-folders ({path.name}), not all images side by side; if they are "
                 "class folders already, use it as it is"
             )
-        if path.suffix.lower() not in IMG_EXTENSIONS:
+        if path.suffix.lower() not in folders.IMAGE_ENDINGS:
             others += 1
         elif path.stem in images:
             raise UserError(f"{folder} has both {images[path.stem].name} and {path.name}")

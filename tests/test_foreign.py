@@ -156,6 +156,13 @@ def test_linked_folders_and_files_count_as_what_they_lead_to(tmp_path):
     ]
 
 
+def test_a_pipe_among_images_is_refused_and_not_waited_for(tmp_path):
+    data = write_images(tmp_path / "data", 1, seed=0)
+    os.mkfifo(data / "00001" / "1.png")
+    with pytest.raises(UserError, match=r"1\.png is neither a file nor a folder"):
+        folders.scan(data)
+
+
 @pytest.mark.parametrize("name", [b"\xff.png", b"caf\xe9.png", b"\xc3(.png"])
 def test_names_that_are_no_text_are_refused_readably(tmp_path, name):
     data = write_images(tmp_path / "data", 1, seed=0)

@@ -28,6 +28,12 @@ def test_an_untouched_configuration_is_explained(script):
     assert "set Main_Data_Path" in done.stderr and "scripts/run_demo.sh" in done.stderr
 
 
+def test_the_defaults_that_config_names_are_those_of_the_pipeline():
+    named = re.findall(r"^# ([A-Z_]+)=(\S*)", (ROOT / "config.sh").read_text(), re.MULTILINE)
+    used = re.findall(r"\[([A-Z_]+)\]=(\S+)", (ROOT / "scripts" / "pipeline.sh").read_text())
+    assert len(named) > 10 and dict(named) == {name: value.strip('"') for name, value in used}
+
+
 def test_everything_that_is_missing_is_named_at_once(tmp_path):
     done = bash("run_cifar100.sh", Main_Data_Path=tmp_path / "a", val_dir=tmp_path / "b", IPC=7)
     assert done.returncode == 2 and not done.stdout

@@ -37,12 +37,15 @@ _FIRST_BYTES = {
     b"\x89HDF": "an HDF5 file",
     b"#!": "a script",
 }
+_NUMPY_SCALAR = np.float64(0).__reduce__()[0]
 # What training scripts save beside weights. Unpickling calls none of them with side effects.
 _HARMLESS = [
     argparse.Namespace,
-    *(pathlib.PurePosixPath, pathlib.PosixPath),
-    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
-    *(np.float64(0).__reduce__()[0], np.dtype),
+    pathlib.PurePosixPath,
+    pathlib.PosixPath,
+    np.dtype,
+    _NUMPY_SCALAR,
+    (_NUMPY_SCALAR, "numpy.core.multiarray.scalar"),  # its name before NumPy 2
     *(type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "u1", "?")),
 ]
 LOCK, _TEMPORARY, _SEAL = ".lock", ".hald-temporary", "content_sha256"

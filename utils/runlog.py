@@ -54,11 +54,9 @@ class RunFolder:
     def result(self) -> dict | None:
         """The result of a finished run, else None."""
         path = self.path / RESULT
-        return (
-            _with(("best", "last", "label_bytes", "seconds"), path, read_json)
-            if path.exists()
-            else None
-        )
+        if not path.exists():
+            return None
+        return _with(("best", "last", "label_bytes", "seconds"), path, read_json)
 
     def has_curves(self) -> bool:
         """Whether the curves of the run are drawn."""

@@ -102,7 +102,7 @@ class TrainingData:
         """Batches of stored views, as the teacher saw them, with its labels."""
         views = [self.labels.views(index) for index in batch_indices]
         for index, batch in zip(batch_indices, self.render(views), strict=True):
-            yield batch._replace(teacher=self.labels[index].logits)
+            yield batch._replace(teacher=self.labels.logits(index, batch.mixture))
 
 
 class Kind:

@@ -202,12 +202,14 @@ class Materials:
     """The images and labels of a run, checked against each other.
 
     Attributes:
+        dataset: its facts, the number of classes counted.
         folder: the distilled images; `sizes` int [images, 2], their heights and widths;
             `images_sha256` their fingerprint.
         validation: the validation images.
         labels: the label set, or None.
     """
 
+    dataset: datasets.Dataset
     folder: folders.ImageFolder
     sizes: np.ndarray
     images_sha256: str
@@ -220,15 +222,15 @@ class Materials:
     ) -> "Materials":
         """Opens them; raises UserError for what is missing, damaged or does not belong together."""
         folder = folders.scan(data_dir, dataset.num_classes)
+        dataset = dataclasses.replace(dataset, num_classes=len(folder.classes))
         validation = folders.scan(val_dir)
         folders.check_same_classes(validation, folder.classes, str(data_dir))
         sizes, fingerprint = images.inspect(folder)
         labels = None
         if label_dir is not None:
             labels = LabelSet.open(label_dir)
-            counted = dataclasses.replace(dataset, num_classes=len(folder.classes))
-            labels.check(counted, folder.classes, fingerprint)
-        return cls(folder, sizes, fingerprint, validation, labels)
+            labels.check(dataset, folder.classes, fingerprint)
+        return cls(dataset, folder, sizes, fingerprint, validation, labels)
 
     def labels_sha256(self) -> str | None:
         """Fingerprint of the label set's manifest, which holds those of its other files."""
@@ -285,12 +287,11 @@ def resolve(args: argparse.Namespace, materials: Materials, machine: runtime.Run
     Raises:
         UserError: flags that clash with each other, with the schedule or with the label set.
     """
-    dataset, labels = datasets.from_arguments(args), materials.labels
-    classes = len(materials.folder.classes)
+    dataset, labels = materials.dataset, materials.labels
     if args.temperature_end == args.temperature:
         raise UserError(f"--temperature-end {args.temperature_end:g} is what --temperature is")
     passes = _labels_per_image(args, labels)
-    soft, hard = count_epochs(args, passes, classes)
+    soft, hard = count_epochs(args, passes, dataset.num_classes)
     phases = schedule.phases(args.schedule, soft, hard, max(passes, 1), [*KINDS])
     kinds = sorted({kind for kind, _ in phases})
     for kind in kinds:
@@ -305,7 +306,7 @@ def resolve(args: argparse.Namespace, materials: Materials, machine: runtime.Run
     given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(Settings)}
     resolved = {
         "dataset": dataset.name,
-        "num_classes": classes,
+        "num_classes": dataset.num_classes,
         "input_size": dataset.input_size,
         "mean": list(dataset.mean),
         "std": list(dataset.std),

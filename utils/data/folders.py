@@ -16,9 +16,19 @@ import torch
 from utils.cli import UserError
 from utils.data.views import ORDER, shuffle
 
-IMAGE_ENDINGS = (
-    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif", ".avif"),
-)
+IMAGE_ENDINGS = {
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+    ".gif",
+    ".avif",
+}
 # What macOS, network storage, archives and notebooks leave beside images; names with a dot, too.
 _LEFT_BEHIND = {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information"}
 
@@ -79,8 +89,9 @@ def scan(root: Path, num_classes: int | None = None) -> ImageFolder:
         num_classes: how many classes there must be; None accepts any number.
 
     Raises:
-        UserError: missing or empty folder, a broken link, a name that is no text, wrong number of
-            classes, a class without images, or class folders whose numbers are not in text order.
+        UserError: missing or empty folder, a broken link, a pipe or socket, a name that is no text,
+            wrong number of classes, a class without images, or class folders whose numbers are
+            not in text order.
     """
     root = Path(root)
     if not root.is_dir():
@@ -145,8 +156,10 @@ def _files_below(folder: Path, ancestors: tuple[tuple[int, int], ...]) -> Iterat
             path = folder / entry.name
             if entry.is_dir():
                 yield from _files_below(path, (*ancestors, here))
-            else:
+            elif entry.is_file():
                 yield path
+            else:  # a named pipe would keep its reader waiting for ever
+                raise UserError(f"{path} is neither a file nor a folder; remove it")
 
 
 def _check_order(root: Path, classes: list[str]) -> None:

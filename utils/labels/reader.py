@@ -81,19 +81,22 @@ class LabelSet:
 
     def __getitem__(self, batch: int) -> LabelBatch:
         """Stored batch `batch`, its logits expanded, on the set's device."""
+        views = self.views(batch)
+        return LabelBatch(views, self.logits(batch, self.mixture(views)))
+
+    def views(self, batch: int) -> Views:
+        """The views of stored batch `batch`, on the set's device; IndexError past the last."""
         if not 0 <= batch < len(self):
             raise IndexError(f"batch {batch} of {len(self)}")
         pass_index, position = divmod(batch, self.batches_per_pass)
-        views, codes = self._pass(pass_index)
-        chosen = views[position]
-        start = position * views.batch_size
-        rows = tuple(code[start : start + len(chosen.index)] for code in codes)
-        return LabelBatch(chosen, self.codec.expand(rows, self.mixture(chosen)))
-
-    def views(self, batch: int) -> Views:
-        """The views of stored batch `batch`, on the set's device."""
-        pass_index, position = divmod(batch, self.batches_per_pass)
         return self._pass(pass_index)[0][position]
+
+    def logits(self, batch: int, mixture: Mixture) -> torch.Tensor:
+        """The logits of stored batch `batch`, [B, C], given the hard labels in its views."""
+        pass_index, position = divmod(batch, self.batches_per_pass)
+        start = position * self.spec.batch_size
+        rows = slice(start, start + len(mixture.lam))
+        return self.codec.expand(tuple(code[rows] for code in self._pass(pass_index)[1]), mixture)
 
     def mixture(self, views: Views) -> Mixture:
         """The hard labels in these views."""
@@ -104,7 +107,8 @@ class LabelSet:
         images, classes = self.manifest["images"]["count"], self.manifest["num_classes"]
         total = torch.zeros(images, classes, device=self.device)
         for batch in range(passes * self.batches_per_pass):
-            total.index_add_(0, self.views(batch).index, self[batch].logits)
+            views, logits = self[batch]
+            total.index_add_(0, views.index, logits)
         return total / passes
 
     def passes_for(self, slc: int) -> int:

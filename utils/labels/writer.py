@@ -106,9 +106,8 @@ class LabelWriter:
         if not (self.path / layout.MANIFEST).exists():
             return False
         LabelSet.open(self.path)
-        if any(
-            (self.path / name).exists() for name in (layout.PARTIAL, LOCK)
-        ):  # a kill at the very end
+        left_by_a_kill = (self.path / layout.PARTIAL, self.path / LOCK)
+        if any(path.exists() for path in left_by_a_kill):
             with lock(self.path, "writing labels to"):
                 (self.path / layout.PARTIAL).unlink(missing_ok=True)
         return True
