@@ -58,7 +58,8 @@ class Replay:
         if difference := now.difference(settings):
             raise UserError(f"{run} cannot be trained again as it was: {difference}")
         self.settings, self.materials = settings, materials
-        self.training = Training(dataclasses.replace(settings, compile=False), materials, machine)
+        plain = dataclasses.replace(settings, compile=False, graph=False)
+        self.training = Training(plain, materials, machine)
         views = len(settings.kinds) * len(materials.folder.files)
         self.bar = cli.progress(desc=what, unit="view", total=views)
 

@@ -8,7 +8,7 @@ from conftest import CPU, TINY, Linear, sgd
 from torch import nn
 
 from utils.data.views import Mixture
-from utils.metrics import correct_top1_top5
+from utils.metrics import hits
 from validate import evaluate
 from validate.kinds import Batch, hard_loss, soft_loss
 from validate.step import parameter_groups
@@ -48,10 +48,10 @@ def test_weight_decay_only_on_tensors_with_more_than_one_dimension():
     assert [p.ndim for p in free["params"]] == [1, 1, 1, 1]
 
 
-def test_top1_and_top5():
+def test_hits_by_rank():
     logits = torch.arange(6.0).repeat(3, 1)
-    assert correct_top1_top5(logits, torch.tensor([5, 1, 0])).tolist() == [1, 2]
-    assert correct_top1_top5(logits[:, :3], torch.tensor([0, 1, 2])).tolist() == [1, 3]
+    assert hits(logits, torch.tensor([5, 1, 0])).tolist() == [1, 0, 0, 0, 1]
+    assert hits(logits[:, :3], torch.tensor([0, 2, 2])).tolist() == [2, 0, 1, 0, 0]
 
 
 def batches_of(size: int) -> list[Batch]:

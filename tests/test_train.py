@@ -104,7 +104,7 @@ def heeded():
 
 def strike(monkeypatch, module, name: str, call: int) -> None:
     """Sends this process a signal at the `call`-th batch that a module counts as correct or not."""
-    original, calls = module.correct_top1_top5, []
+    original, calls = module.hits, []
 
     def struck(*arguments):
         calls.append(arguments)
@@ -112,7 +112,7 @@ def strike(monkeypatch, module, name: str, call: int) -> None:
             os.kill(os.getpid(), getattr(signal, name))
         return original(*arguments)
 
-    monkeypatch.setattr(module, "correct_top1_top5", struck)
+    monkeypatch.setattr(module, "hits", struck)
 
 
 def without_times(lines: list[dict]) -> list[dict]:
@@ -257,7 +257,7 @@ def test_the_same_signal_again_ends_at_once_but_not_within_a_second(
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("not reached")
 
-    monkeypatch.setattr(step, "correct_top1_top5", interrupting_twice)
+    monkeypatch.setattr(step, "hits", interrupting_twice)
     assert command(train.main, *train_arguments(world, tmp_path / "run")).code == 143
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 

@@ -35,6 +35,16 @@ _OUT_OF_MEMORY = (
 )
 
 
+# Of torch, CUDA and its libraries, and what to do; the first that fits is told.
+_GPU_FAILURES = {
+    "no kernel image": "this build of torch has no code for this GPU: install the build for it",
+    "ALLOC_FAILED": _OUT_OF_MEMORY,
+    "NOT_INITIALIZED": "its memory may be full, or LD_LIBRARY_PATH names libraries of another CUDA",
+    "error": "with CUDA_LAUNCH_BLOCKING=1 the same command names the line; --device cpu does "
+    "without the GPU",
+}
+
+
 class UserError(Exception):
     """Something the user can mend; its text is the one line printed before exit code 2."""
 
@@ -174,6 +184,15 @@ def kill_children() -> None:
         child.kill()
 
 
+def gpu_failure(error: Exception) -> str | None:
+    """What a failure of the GPU or its libraries is, in one line; None for all other errors."""
+    text = str(error)
+    if not isinstance(error, RuntimeError) or not ("CUDA error" in text or "cuDNN error" in text):
+        return None
+    advice = next(advice for words, advice in _GPU_FAILURES.items() if words in text)
+    return f"the GPU failed ({text.splitlines()[0]}): {advice}"
+
+
 def _heeded() -> list[signal.Signals]:
     """The signals that end the program: not those that it was started to ignore, as by nohup."""
     return [number for number in ENDING_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
@@ -270,8 +289,11 @@ def _run(main: Callable[[], None]) -> NoReturn:
         end_by_signal(signal.SIGINT)
     except RuntimeError as error:
         cause = getattr(error, "inner_exception", None)  # of torch.compile's
+        failure = gpu_failure(cause or error)
         if isinstance(cause, torch.OutOfMemoryError):
             message = _OUT_OF_MEMORY
+        elif failure:
+            message = f"{failure}; the same command continues after that"
         elif cause:
             message = (
                 f"--compile failed ({' '.join(str(cause).split())[:300]}); "

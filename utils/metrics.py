@@ -3,20 +3,24 @@
 import math
 
 import torch
+import torch.nn.functional as F
 
 
-def correct_top1_top5(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """How many targets are the highest, and among the five highest, logits.
+def hits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """How many targets have the highest logit, the second highest, ... the fifth highest.
+
+    The first is what top-1 counts, all together what top-5 counts.
 
     Args:
-        logits: float [B, C]; with fewer than five classes, top-5 counts among all of them.
+        logits: float [B, C].
         targets: int64 [B].
 
     Returns:
-        int64 [2] on the logits' device.
+        int64 [5] on the logits' device; with fewer than five classes the rest is 0.
     """
-    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
-    return torch.stack([ranked[:, 0].sum(), ranked.sum()])
+    highest = min(5, logits.shape[1])
+    counts = (logits.topk(highest, dim=1).indices == targets[:, None]).sum(0)
+    return F.pad(counts, (0, 5 - highest)) if highest < 5 else counts
 
 
 def near_chance(correct: int, count: int, num_classes: int) -> bool:

@@ -17,11 +17,11 @@ from torch import nn
 import models
 from utils import cli, runtime
 from utils.cli import UserError
-from utils.data import evaluation, folders, images
+from utils.data import evaluation, folders
 from utils.data.datasets import Dataset
-from utils.data.views import normalise
+from utils.data.views import normalise, send
 from utils.files import load_tensors
-from utils.metrics import correct_top1_top5
+from utils.metrics import hits
 
 _BATCH_SIZE = 256
 
@@ -75,20 +75,20 @@ def accuracy(
         after_batch: called after each batch; may raise to end the evaluation there.
     """
     model.eval()
-    mean, std = (torch.tensor(each, device=machine.device) for each in (dataset.mean, dataset.std))
-    targets = targets.to(machine.device)
-    correct = torch.zeros(2, dtype=torch.int64, device=machine.device)
+    facts = (torch.tensor(dataset.mean), torch.tensor(dataset.std), targets)
+    mean, std, targets = (send(tensor, machine.device) for tensor in facts)
+    counts = torch.zeros(5, dtype=torch.int64, device=machine.device)
     starts = range(0, len(pixels), _BATCH_SIZE)[machine.rank :: machine.world]
     for start in cli.progress(starts, desc="evaluate", leave=False, delay=2):
         rows = slice(start, start + _BATCH_SIZE)
-        batch = images.send(pixels[rows], machine.device).float()
+        batch = send(pixels[rows], machine.device).float()
         with machine.autocast():
             logits = model(normalise(batch, mean, std))
-        correct += correct_top1_top5(logits.float(), targets[rows])
+        counts += hits(logits.float(), targets[rows])
         if after_batch:
             after_batch()
-    top1, top5 = (100 * count / len(pixels) for count in machine.total(correct).tolist())
-    return top1, top5
+    ranked = machine.total(counts).tolist()
+    return 100 * ranked[0] / len(pixels), 100 * sum(ranked) / len(pixels)
 
 
 def check_confirmed(network: str, confirmed: str | None, path: Path) -> None:

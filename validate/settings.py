@@ -23,7 +23,7 @@ _DEFAULT_BATCH_SIZE = 16
 _DEFAULT_HARD_SHARE = 0.5
 _DEFAULT_MIN_SCALE = 0.08
 # Fields that say where things lie and how fast they go; all others decide the result.
-_FREE = {"data_dir", "label_dir", "val_dir", "device", "workers", "compile", "val_cache"}
+_FREE = {"data_dir", "label_dir", "val_dir", "device", "workers", "compile", "graph", "val_cache"}
 
 
 def _flag(text: str, **options) -> dataclasses.Field:
@@ -127,8 +127,11 @@ class Settings:
     reset_optimizer: bool = _flag(
         "forget Adam's moments at each switch to another kind of epoch", action="store_true"
     )
-    compile: bool = _flag(
-        "compile the student, on a GPU into CUDA graphs; needs a C++ compiler", action="store_true"
+    compile: bool = _flag("compile the student; needs a C++ compiler", action="store_true")
+    graph: bool = _flag(
+        "on one GPU, and without --grad-accum, launch a whole training step as one CUDA graph",
+        action=argparse.BooleanOptionalAction,
+        default=True,
     )
 
     @property

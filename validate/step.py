@@ -1,14 +1,23 @@
-"""One optimiser step on batches of tensors: forward, loss, backward, update, sums of the epoch."""
+"""One optimiser step on batches of tensors: forward, loss, backward, update, sums of the epoch.
+
+The same body runs eagerly or, on one GPU, as CUDA graphs that hold all of it.
+"""
 
 import contextlib
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
 
-from utils.metrics import correct_top1_top5
+from utils.cli import UserError
+from utils.metrics import hits
 from utils.runtime import Runtime
 from validate.kinds import Batch
+
+_WARM_UP = 3  # steps before a capture, in which cuDNN, cuBLAS, autocast and Adam set themselves up
+
+Loss = Callable[[torch.Tensor, Batch], torch.Tensor]
 
 
 class Step:
@@ -16,7 +25,7 @@ class Step:
 
     Attributes:
         loss_sum: float32 [], over the views of the epoch.
-        correct: int64 [2], views whose main class was in the top 1 and top 5.
+        hits: int64 [5], views whose main class had the highest, second highest, ... logit.
         views: views of the epoch so far on this rank.
         steps: optimiser steps so far, over all epochs.
     """
@@ -27,56 +36,174 @@ class Step:
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
         machine: Runtime,
+        graphs: bool = False,
     ):
+        """A step of a model on the machine's device, eager or, on a GPU alone, as CUDA graphs."""
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
-        self.machine, self.steps = machine, 0
-        self.begin_epoch()
+        self.machine, self.steps, self.views = machine, 0, 0
+        self.graphs = Graphs(machine.device) if graphs else None
+        self.loss_sum = torch.zeros((), device=machine.device)
+        self.hits = torch.zeros(5, dtype=torch.int64, device=machine.device)
+        self.norms = [
+            norm
+            for norm in model.modules()
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm)
+            and norm.num_batches_tracked is not None
+            and norm.momentum is not None
+        ]
 
     def begin_epoch(self) -> None:
         """Sets the sums to zero."""
-        device = self.machine.device
-        self.loss_sum = torch.zeros((), device=device)
-        self.correct = torch.zeros(2, dtype=torch.int64, device=device)
+        self.loss_sum.zero_()
+        self.hits.zero_()
         self.views = 0
 
-    def __call__(
-        self,
-        batches: Sequence[Batch],
-        loss_of: Callable[[torch.Tensor, Batch], torch.Tensor],
-    ) -> None:
+    def __call__(self, batches: Sequence[Batch], loss_of: Loss) -> None:
         """Averages the gradients of the batches, over torchrun's ranks too, and updates once.
 
         Args:
             batches: one, or as many as gradients are accumulated over.
             loss_of: the mean loss of a batch, given float32 [B, C] logits and the batch.
         """
+        if self.graphs:
+            (batch,) = batches
+            self.graphs.run(loss_of, lambda buffers: self._update([buffers], loss_of), batch)
+        else:
+            self._update(batches, loss_of)
+        self.views += sum(len(batch.pixels) for batch in batches)
+        self.steps += 1
+
+    def _update(self, batches: Sequence[Batch], loss_of: Loss) -> None:
+        """The step itself: tensor arithmetic alone, as a CUDA graph holds nothing else."""
         for position, batch in enumerate(batches, start=1):
             shared = self.machine.world == 1 or position == len(batches)
             with contextlib.nullcontext() if shared else self.model.no_sync():
-                with self.machine.autocast():
+                with self.machine.autocast(), _counting_together(self.norms):
                     logits = self.model(batch.pixels)
                 logits = logits.float()
                 loss = loss_of(logits, batch)
-                self.scaler.scale(loss / len(batches)).backward()
+                share = loss / len(batches) if len(batches) > 1 else loss
+                self.scaler.scale(share).backward()
             with torch.no_grad():
-                self.correct += correct_top1_top5(logits, batch.mixture.main_class())
-                self.loss_sum += loss.detach() * len(batch.pixels)
-            self.views += len(batch.pixels)
+                self.hits += hits(logits, batch.mixture.main_class())
+                self.loss_sum.add_(loss, alpha=len(batch.pixels))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.steps += 1
 
     def means(self) -> dict[str, float]:
         """Loss, and top-1 and top-5 (%), over the epoch's views on all ranks: its only read-back.
 
         A view counts as correct when the prediction is the class that covers most of it.
         """
-        views = torch.tensor([self.views], device=self.machine.device)
-        sums = torch.cat([self.loss_sum.double()[None], self.correct.double(), views])
-        loss, top1, top5, seen = self.machine.total(sums).tolist()
-        means = {"loss": loss, "train_top1": 100 * top1, "train_top5": 100 * top5}
+        views = self.loss_sum.new_full((1,), self.views, dtype=torch.float64)
+        sums = torch.cat([self.loss_sum.double()[None], views, self.hits.double()])
+        loss, seen, *correct = self.machine.total(sums).tolist()
+        means = {"loss": loss, "train_top1": 100 * correct[0], "train_top5": 100 * sum(correct)}
         return {name: value / seen for name, value in means.items()}
+
+
+@contextlib.contextmanager
+def _counting_together(norms: Sequence[nn.Module]) -> Iterator[None]:
+    """Has BatchNorm layers in training count a batch with one kernel, instead of one each."""
+    norms = [norm for norm in norms if norm.training]
+    counters = [norm.num_batches_tracked for norm in norms]
+    for norm in norms:
+        norm.num_batches_tracked = None
+    try:
+        yield
+    finally:
+        for norm, counter in zip(norms, counters, strict=True):
+            norm.num_batches_tracked = counter
+    if counters:
+        torch._foreach_add_(counters, 1)
+
+
+class Graphs:
+    """Runs functions of a batch as CUDA graphs, one for each function and shape of the batch.
+
+    A graph launches all kernels of a step at once, where launching them one by one takes longer
+    than small batches compute. It repeats them on the same memory: batches are copied into buffers
+    that stay, and whatever else changes from step to step is a tensor that is filled in place.
+    Where there is no GPU, every run calls the function, on the buffers, too.
+    """
+
+    def __init__(self, device: torch.device):
+        self.real = device.type == "cuda" and torch.cuda.is_available()
+        if self.real:
+            self.side_stream = torch.cuda.Stream(device)
+            self.memory_pool = torch.cuda.graph_pool_handle()
+        self._recordings: dict[tuple, _Recording] = {}
+
+    def run(self, name: object, body: Callable[[Batch], None], batch: Batch) -> None:
+        """body(batch), where body and everything it refers to is the same for the same name.
+
+        Raises:
+            UserError: the body cannot be captured, as it waits for the GPU.
+        """
+        key = (name, *(None if tensor is None else tensor.shape for tensor in batch))
+        if key not in self._recordings:
+            buffers = [None if tensor is None else torch.empty_like(tensor) for tensor in batch]
+            self._recordings[key] = _Recording(Batch(*buffers))
+        recording = self._recordings[key]
+        for buffer, tensor in zip(recording.buffers, batch, strict=True):
+            if tensor is not None:
+                buffer.copy_(tensor)
+        recording.runs += 1
+        if not self.real:
+            body(recording.buffers)
+        elif recording.runs <= _WARM_UP:
+            self.side_stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.side_stream):
+                body(recording.buffers)
+            torch.cuda.current_stream().wait_stream(self.side_stream)
+        else:
+            if recording.graph is None:
+                recording.graph = self._captured(body, recording.buffers)
+            recording.graph.replay()
+
+    def _captured(self, body: Callable[[Batch], None], buffers: Batch) -> torch.cuda.CUDAGraph:
+        """A graph of the body; capturing it computes nothing."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads, which draw views and pack labels, may allocate memory meanwhile.
+            with torch.cuda.graph(
+                graph, pool=self.memory_pool, capture_error_mode="thread_local"
+            ):
+                body(buffers)
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise UserError(
+                "a training step of this network cannot be captured as a CUDA graph "
+                f"({str(error).splitlines()[0]}); --no-graph trains without"
+            ) from None
+        return graph
+
+
+@dataclasses.dataclass
+class _Recording:
+    """What a graph reads, how often its function ran, and the graph once it is captured."""
+
+    buffers: Batch
+    runs: int = 0
+    graph: torch.cuda.CUDAGraph | None = None
+
+
+def adamw(model: nn.Module, weight_decay: float, lr: torch.Tensor) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`, fused, which a CUDA graph can hold.
+
+    lr, float32 [] on the model's device, is filled when the rate changes, never replaced.
+    """
+    groups = parameter_groups(model, weight_decay)
+    return torch.optim.AdamW(groups, lr=lr, fused=True, capturable=True)
+
+
+def restore(optimizer: torch.optim.Optimizer, state: dict, lr: torch.Tensor) -> None:
+    """Loads what `optimizer.state_dict()` gave, which would replace `lr`; its value is not kept."""
+    optimizer.load_state_dict(state)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -93,13 +220,3 @@ def forget(optimizer: torch.optim.Optimizer) -> None:
     for state in optimizer.state.values():
         for value in state.values():
             value.zero_()
-
-
-def compiled(model: nn.Module, machine: Runtime, grad_accum: int) -> nn.Module:
-    """The same network compiled, for training on batches of one size (and a last smaller one).
-
-    On a GPU, forward and backward pass then are one CUDA graph each, where nothing keeps gradients
-    from one batch to the next: small batches are bound by the launches of single kernels.
-    """
-    graphs = machine.device.type == "cuda" and grad_accum == 1 and machine.world == 1
-    return torch.compile(model, mode="reduce-overhead" if graphs else None, dynamic=False)

@@ -79,9 +79,8 @@ class Training:
         runtime.check_outputs(student, settings.facts, machine.device, what)
         last = len(materials.sizes) % settings.batch_size or settings.batch_size
         runtime.check_trains(student, settings.facts, machine.device, last, what)
-        self.optimizer = torch.optim.AdamW(
-            step.parameter_groups(student, settings.weight_decay), lr=settings.lr, fused=True
-        )
+        self.lr = torch.zeros((), device=machine.device)
+        self.optimizer = step.adamw(student, settings.weight_decay, self.lr)
         if machine.rank > 0:  # dropout of its own on every rank
             torch.manual_seed(settings.seed + machine.rank)
         source = images.open_images(
@@ -91,14 +90,20 @@ class Training:
         self.kinds = {name: KINDS[name](self.data) for name in {*settings.kinds}}
         model = self.student
         if settings.compile:
-            model = step.compiled(model, machine, settings.grad_accum)
-        self.step = step.Step(machine.shared(model), self.optimizer, machine.scaler(), machine)
+            model = torch.compile(model, dynamic=False)
+        alone = machine.world == 1 and settings.grad_accum == 1
+        self.step = step.Step(
+            machine.shared(model),
+            self.optimizer,
+            machine.scaler(),
+            machine,
+            graphs=settings.graph and alone and machine.device.type == "cuda",
+        )
 
     def begin_epoch(self, epoch: int) -> Kind:
         """Sets what changes with the epoch, counted from 0; returns its kind."""
         settings, kinds = self.settings, self.settings.kinds
-        for group in self.optimizer.param_groups:
-            group["lr"] = schedule.learning_rate(epoch, len(kinds), settings.lr, settings.eta)
+        self.lr.fill_(schedule.learning_rate(epoch, len(kinds), settings.lr, settings.eta))
         if settings.reset_optimizer and epoch > 0 and kinds[epoch] != kinds[epoch - 1]:
             step.forget(self.optimizer)
         self.data.begin_epoch(epoch)
@@ -124,7 +129,7 @@ class Training:
     def restore(self, saved: dict) -> None:
         """Takes over what `state` gave."""
         self.student.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        step.restore(self.optimizer, saved["optimizer"], self.lr)
         self.step.scaler.load_state_dict(saved["scaler"])
         self.machine.set_random_state(saved["random_states"][self.machine.rank])
 
@@ -149,6 +154,9 @@ def train(
             f"{settings.batch_size} = {together * settings.batch_size} views"
         )
     training = Training(settings, materials, machine)
+    if machine.device.type == "cuda":
+        graphs = training.step.graphs is not None
+        print("a training step is " + ("one CUDA graph" if graphs else "launched kernel by kernel"))
     validation = evaluation.load(
         materials.validation, settings.facts, machine.device, settings.val_cache
     )
@@ -202,7 +210,7 @@ def train(
             line = {
                 "epoch": epoch + 1,
                 "kind": kind.name,
-                "lr": training.optimizer.param_groups[0]["lr"],
+                "lr": schedule.learning_rate(epoch, epochs, settings.lr, settings.eta),
                 **means,
                 "seconds": round(trained, 3),
                 "images_per_second": round(training.step.views * machine.world / trained, 1),

@@ -25,7 +25,7 @@ from torchvision.transforms import functional as transforms
 from utils.cli import ENDING_SIGNALS, UserError, ending_at_once, kill_children, progress
 from utils.data.datasets import Dataset
 from utils.data.folders import ImageFolder
-from utils.data.views import Views, crop_resize, mix, normalise, render
+from utils.data.views import Views, crop_resize, mix, normalise, render, send
 from utils.files import content_name
 from utils.runtime import usable_cores
 
@@ -122,18 +122,11 @@ def fits(tensor: torch.Tensor, device: torch.device, share: float) -> bool:
     return tensor.nbytes < share * torch.cuda.mem_get_info(device)[0]
 
 
-def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on a device; nothing waits for a copy to a GPU."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
 class ResidentImages:
     """All images decoded in memory as one uint8 tensor [images, 3, H, W].
 
     Attributes:
-        together: views rendered at once, in whole batches: on a GPU the launches of some seventy
+        together: views that are best rendered at once: on a GPU the launches of some seventy
             kernels would take longer than rendering a single batch of 16.
     """
 
@@ -148,35 +141,25 @@ class ResidentImages:
 
     def render(self, batches: Iterable[Views]) -> Iterator[torch.Tensor]:
         """Yields the network's input, float32 [N, 3, S, S], for each batch (or more) of views."""
-        groups = _grouped(batches, self.together)
-        joined = [Views.joined(group) for group in groups]
+        batches = list(batches)
         if self.pixels.device.type == self.device.type:
-            sources = (self.pixels[views.index] for views in joined)
+            sources = (self.pixels[views.index] for views in batches)
         else:
             # Copying an index from the GPU waits for it, so all are copied before the first batch.
-            indices = [views.index.cpu() for views in joined]
+            indices = [views.index.cpu() for views in batches]
             sources = (send(self.pixels[index], self.device) for index in indices)
-        for group, views, images in zip(groups, joined, sources, strict=True):
-            pixels = render(images, views, self.size, self.mean, self.std)
-            yield from pixels.split([len(batch.index) for batch in group])
-
-
-def _grouped(batches: Iterable[Views], most: int) -> list[list[Views]]:
-    """Neighbouring batches in lists of at most `most` views; a batch that is not whole ends one."""
-    groups: list[list[Views]] = []
-    room = 0
-    for views in batches:
-        count = len(views.index)
-        if count > room:
-            groups.append([])
-            room = max(most, count)
-        groups[-1].append(views)
-        room = 0 if count % views.batch_size else room - count
-    return groups
+        for views, images in zip(batches, sources, strict=True):
+            yield render(images, views, self.size, self.mean, self.std)
 
 
 class StreamingImages:
-    """Images of any sizes, decoded and cropped by DataLoader workers when they are asked for."""
+    """Images of any sizes, decoded and cropped by DataLoader workers when they are asked for.
+
+    Attributes:
+        together: 1, as batches are decoded one by one, see ResidentImages.
+    """
+
+    together = 1
 
     def __init__(self, files: list[Path], dataset: Dataset, device: torch.device, workers: int):
         self.files, self.device, self.size = files, device, dataset.input_size
@@ -187,7 +170,7 @@ class StreamingImages:
     def render(self, batches: Iterable[Views]) -> Iterator[torch.Tensor]:
         """Yields the network's input, float32 [N, 3, S, S], for each batch (or more) of views."""
         batches = list(batches)
-        parts = [part for views in batches for part in views.to("cpu")]
+        parts = [part for views in batches for part in views.to(torch.device("cpu"))]
         workers = min(self.workers, len(parts), self._workers_with_room(parts))
         loader = torch.utils.data.DataLoader(
             _Crops(self.files, parts, self.size),

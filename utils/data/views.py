@@ -11,7 +11,7 @@ Source of the distributions: torchvision's RandomResizedCrop; CutMix (arXiv 1905
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -143,7 +143,7 @@ class Views:
     def to(self, device: torch.device) -> "Views":
         """The same views on another device."""
         moved = {
-            field.name: value.to(device)
+            field.name: send(value, device)
             for field in dataclasses.fields(self)
             if isinstance(value := getattr(self, field.name), torch.Tensor)
         }
@@ -182,6 +182,27 @@ class Views:
         """What these views show; hard_labels int64 [images], the class of every image."""
         own, partner = hard_labels[self.index], self.partner()
         return Mixture(own, own if partner is None else own[partner], self.lam(input_size))
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device; nothing waits for a copy to a GPU."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def in_groups(batches: Iterable[Views], most: int) -> list[Views]:
+    """Neighbouring batches joined, up to `most` views; a batch that is not whole ends a group."""
+    groups: list[list[Views]] = []
+    room = 0
+    for views in batches:
+        count = len(views.index)
+        if count > room:
+            groups.append([])
+            room = max(most, count)
+        groups[-1].append(views)
+        room = 0 if count % views.batch_size else room - count
+    return [Views.joined(group) for group in groups]
 
 
 def raws(seed: int, purpose: int, epoch: int, count: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import torch
 
 from utils.cli import UserError
 from utils.data.datasets import Dataset
-from utils.data.views import Mixture, Views, draw
+from utils.data.views import Mixture, Views, draw, send
 from utils.files import sha256_file
 from utils.labels import codecs
 from utils.labels import manifest as layout
@@ -82,7 +82,7 @@ class LabelSet:
     def __getitem__(self, batch: int) -> LabelBatch:
         """Stored batch `batch`, its logits expanded, on the set's device."""
         views = self.views(batch)
-        return LabelBatch(views, self.logits(batch, self.mixture(views)))
+        return LabelBatch(views, self.logits([batch], self.mixture(views)))
 
     def views(self, batch: int) -> Views:
         """The views of stored batch `batch`, on the set's device; IndexError past the last."""
@@ -91,12 +91,18 @@ class LabelSet:
         pass_index, position = divmod(batch, self.batches_per_pass)
         return self._pass(pass_index)[0][position]
 
-    def logits(self, batch: int, mixture: Mixture) -> torch.Tensor:
-        """The logits of stored batch `batch`, [B, C], given the hard labels in its views."""
-        pass_index, position = divmod(batch, self.batches_per_pass)
-        start = position * self.spec.batch_size
-        rows = slice(start, start + len(mixture.lam))
-        return self.codec.expand(tuple(code[rows] for code in self._pass(pass_index)[1]), mixture)
+    def logits(self, batches: Sequence[int], mixture: Mixture) -> torch.Tensor:
+        """float32 [views, C]: the logits of stored batches, given the hard labels in their views.
+
+        Expanding many batches at once spares a GPU the launches of small kernels.
+        """
+        parts, size = [], self.spec.batch_size
+        for batch in batches:
+            pass_index, position = divmod(batch, self.batches_per_pass)
+            rows = slice(position * size, (position + 1) * size)
+            parts.append([code[rows] for code in self._pass(pass_index)[1]])
+        codes = tuple(torch.cat(part) for part in zip(*parts, strict=True))
+        return self.codec.expand(codes, mixture)
 
     def mixture(self, views: Views) -> Mixture:
         """The hard labels in these views."""
@@ -162,7 +168,7 @@ class LabelSet:
     def _pass(self, pass_index: int) -> tuple[Views, Codes]:
         if pass_index not in self._loaded:
             views, codes = self.load_pass(pass_index)
-            codes = tuple(code.to(self.device) for code in codes)
+            codes = tuple(send(code, self.device) for code in codes)
             self._loaded[pass_index] = views.to(self.device), codes
         return self._loaded[pass_index]
 
