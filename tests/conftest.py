@@ -143,6 +143,16 @@ def _train_teacher(data: Path, path: Path) -> None:
     torch.save(model.state_dict(), path)
 
 
+@pytest.fixture(scope="session")
+def whole_labels(world):
+    """One unmixed label of each whole image."""
+    path = world.root / "whole"
+    arguments = generate_arguments(world.data, path, world.weights, "--slc", 3, "--no-bssl")
+    done = script(ROOT / "relabel/generate.py", *arguments, "--mix", "none", "--min-scale", 1)
+    assert done.returncode == 0, done.stderr
+    return path
+
+
 class Linear(nn.Module):
     """A linear student: its gradient is easily worked out, and batches do not interact in it."""
 

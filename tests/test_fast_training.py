@@ -1,103 +1,124 @@
 """Fast paths of training and of the machine: the same results as the plain ones."""
 
+import dataclasses
 import os
 from argparse import Namespace
+from unittest import mock
+from unittest.mock import DEFAULT
 
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, ROOT, TINY, script
-from torch import nn
+from conftest import CPU, ROOT, TINY, open_run, script
+from fake_gpu import fake_gpu, machine
 
 from utils import runtime
 from utils.data import images
 from utils.data.images import ResidentImages
-from utils.data.views import ViewSpec, draw
+from utils.data.views import ViewSpec, draw, in_groups
 from utils.runtime import Runtime
 from validate import step
-from validate.kinds import Batch, hard_loss
-from validate.step import Step, parameter_groups
+from validate.settings import Materials, Settings
+from validate.train import Training
 
 GPU = pytest.mark.gpu
 
 
-def small_network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        *(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU()),
-        *(nn.Conv2d(8, 16, 3, stride=2), nn.BatchNorm2d(16), nn.ReLU()),
-        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)),
-    )
+def trained(
+    settings: Settings, materials: Materials, machine: Runtime, graphs: bool
+) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """Means of every epoch and the final weights; continued from a checkpoint halfway."""
+    means, epochs, state = [], len(settings.kinds), {}
+    for first, end in ((0, epochs // 2), (epochs // 2, epochs)):
+        training = Training(settings, materials, machine)
+        training.step.graphs = step.Graphs(machine.device) if graphs else None
+        if first:
+            training.restore(state)
+        rates = [group["lr"] for group in training.optimizer.param_groups]
+        assert all(rate is training.lr for rate in rates)  # which is what a graph reads
+        for epoch in range(first, end):
+            kind = training.begin_epoch(epoch)
+            for batches in training.batches(kind, epoch):
+                training.step(batches, kind.loss)
+            means.append(training.step.means())
+        state = training.state()
+    return means, state["model"]
 
 
-def loss_curve(machine: Runtime, compiled: bool) -> torch.Tensor:
-    """The losses of 50 steps on batches of 4, the last one of 2; AdamW, CutMix, hard labels."""
-    model, sums = small_network().to(machine.device), [0.0]
-    network = step.compiled(model, machine, 1) if compiled else model
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=1e-3, fused=True)
-    take_step = Step(network, optimizer, machine.scaler(), machine)
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (198, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    views = list(draw(ViewSpec(32, 4), np.full((198, 2), 32), 0).to(machine.device))
-    labels = (torch.arange(198) % 4).to(machine.device)
-    rendered = ResidentImages(pixels, TINY, machine.device).render(views)
-    for batch_views, batch_pixels in zip(views, rendered, strict=True):
-        batch = Batch(batch_pixels, *batch_views.mixture(labels, 32))
-        take_step([batch], lambda logits, batch: hard_loss(logits, batch.mixture, 0.1))
-        sums.append(take_step.loss_sum.item())
-    return torch.tensor(sums).diff()
-
-
-def test_fifty_compiled_steps_are_those_of_the_plain_network(monkeypatch):
-    """Traced and differentiated as in earnest, but run without making C++ of it, for time."""
-    original = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda model, mode, dynamic: original(model, backend="aot_eager")
-    )
-    compiled, plain = loss_curve(CPU, True), loss_curve(CPU, False)
-    assert len(plain) == 50 and torch.allclose(compiled, plain, rtol=1e-4)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("schedule", ["hard:2,soft:2,joint:2,hard:1,soft:1", "static:2"])
+def test_steps_as_graphs_are_those_of_single_kernels(
+    world, whole_labels, tmp_path, schedule, device
+):
+    """Kinds that alternate, last batches of 2 among 5, rates and temperatures of every epoch."""
+    machine = Runtime(torch.device(device), None)
+    labels = ["--label-dir", whole_labels] if "static" in schedule else []
+    flags = ["--temperature-end", "2", "--soft-loss-scale", "T2", "--lr", "0.01"]
+    settings, materials = open_run(world, tmp_path, "--schedule", schedule, *flags, *labels)
+    eager, expected = trained(settings, materials, machine, graphs=False)
+    graphed, weights = trained(settings, materials, machine, graphs=True)
+    for one, other in zip(graphed, eager, strict=True):
+        assert one == pytest.approx(other, rel=0 if device == "cpu" else 1e-3)
+    for name, weight in weights.items():
+        exact = torch.equal(weight, expected[name])
+        assert exact if device == "cpu" else torch.allclose(weight, expected[name], rtol=1e-2)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "tolerance"), [(None, 1e-3), (torch.float16, 3e-2)])
-def test_fifty_steps_of_cuda_graphs_are_those_of_single_kernels(dtype, tolerance, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    machine = Runtime(torch.device("cuda"), dtype)
-    compiled, plain = loss_curve(machine, True), loss_curve(machine, False)
-    assert torch.allclose(compiled, plain, rtol=tolerance)
+@pytest.mark.parametrize("amp", [torch.float16, torch.bfloat16])
+def test_most_steps_are_replayed(world, tmp_path, amp, monkeypatch):
+    """In 4 epochs of 3 batches of two sizes: 2 x 3 to warm up, and none after the captures."""
+    settings, materials = open_run(world, tmp_path, "--schedule", "hard:8")
+    training = Training(settings, materials, Runtime(torch.device("cuda"), amp))
+    original, calls = training.step._update, []
+    monkeypatch.setattr(
+        training.step, "_update", lambda *given: calls.append(given) or original(*given)
+    )
+    for epoch in range(8):
+        kind = training.begin_epoch(epoch)
+        for batches in training.batches(kind, epoch):
+            training.step(batches, kind.loss)
+    assert len(calls) == 2 * (3 + 1) and training.step.steps == 8 * 3
 
 
-def test_cuda_graphs_only_where_gradients_end_with_each_batch(monkeypatch):
-    modes = []
-    monkeypatch.setattr(torch, "compile", lambda model, mode, dynamic: modes.append(mode))
-    gpu = Runtime(torch.device("cuda"), None)
-    step.compiled(None, gpu, 1)
-    step.compiled(None, gpu, 2)
-    step.compiled(None, Runtime(torch.device("cuda"), None, rank=0, world=2), 1)
-    step.compiled(None, CPU, 1)
-    assert modes == ["reduce-overhead", None, None, None]
+def test_a_compiled_student_trains_as_the_plain_one(world, tmp_path, monkeypatch):
+    """Traced and differentiated as in earnest, but run without making C++ of it, for time."""
+    original = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda model, dynamic: original(model, backend="aot_eager")
+    )
+    settings, materials = open_run(world, tmp_path, "--schedule", "hard:4,soft:4", "--compile")
+    plain = dataclasses.replace(settings, compile=False)
+    compiled, _ = trained(settings, materials, CPU, graphs=True)
+    expected, _ = trained(plain, materials, CPU, graphs=False)
+    for one, other in zip(compiled, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "world_size", "graphs"),
+    [([], 1, True), (["--no-graph"], 1, False), (["--grad-accum", "2"], 1, False)],
+)
+def test_graphs_where_gradients_end_with_each_batch(world, tmp_path, flags, world_size, graphs):
+    settings, materials = open_run(world, tmp_path, "--schedule", "hard:1", *flags)
+    with fake_gpu(), mock.patch.multiple(runtime, check_outputs=DEFAULT, check_trains=DEFAULT):
+        assert (Training(settings, materials, machine()).step.graphs is not None) == graphs
+    assert Training(settings, materials, CPU).step.graphs is None
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 @pytest.mark.parametrize("mix", ["cutmix", "mixup", "none"])
-def test_batches_rendered_together_are_those_rendered_alone(monkeypatch, mix, device):
+def test_batches_rendered_together_are_those_rendered_alone(mix, device):
     """Two passes of ten views in batches of 4, 4 and 2, at most 8 views at once."""
     pixels = torch.randint(0, 256, (10, 3, 32, 32), dtype=torch.uint8)
     spec, sizes = ViewSpec(32, 4, mix=mix), np.full((10, 2), 32)
     drawn = [draw(spec, sizes, seed).to(torch.device(device)) for seed in (0, 1)]
     batches = [batch for views in drawn for batch in views]
     source = ResidentImages(pixels, TINY, torch.device(device))
-    source.together = 1
-    alone = list(source.render(batches))
-    calls, original = [], images.render
-    monkeypatch.setattr(
-        images, "render", lambda *facts: calls.append(len(facts[0])) or original(*facts)
-    )
-    source.together = 8
-    together = list(source.render(batches))
-    assert calls == [8, 2, 8, 2]
-    for one, other in zip(together, alone, strict=True):
-        assert torch.allclose(one, other, atol=1e-5)
+    alone = torch.cat(list(source.render(batches)))
+    groups = in_groups(batches, 8)
+    assert [len(views.index) for views in groups] == [8, 2, 8, 2]
+    assert torch.allclose(torch.cat(list(source.render(groups))), alone, atol=1e-5)
 
 
 @pytest.mark.gpu

@@ -7,12 +7,9 @@ import torch
 import torch.nn.functional as F
 from conftest import (
     CPU,
-    ROOT,
     TINY,
     Linear,
-    generate_arguments,
     open_run,
-    script,
     sgd,
     train_arguments,
 )
@@ -24,16 +21,6 @@ from utils.data.views import normalise
 from utils.labels import LabelSet
 from validate import schedule, step, train
 from validate.kinds import KINDS, TrainingData, mixed_logits
-
-
-@pytest.fixture(scope="module")
-def whole_labels(world):
-    """One unmixed label of each whole image."""
-    path = world.root / "whole"
-    arguments = generate_arguments(world.data, path, world.weights, "--slc", 3, "--no-bssl")
-    done = script(ROOT / "relabel/generate.py", *arguments, "--mix", "none", "--min-scale", 1)
-    assert done.returncode == 0, done.stderr
-    return path
 
 
 def probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -167,9 +167,7 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         try:
             # Other threads, which draw views and pack labels, may allocate memory meanwhile.
-            with torch.cuda.graph(
-                graph, pool=self.memory_pool, capture_error_mode="thread_local"
-            ):
+            with torch.cuda.graph(graph, pool=self.memory_pool, capture_error_mode="thread_local"):
                 body(buffers)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
