@@ -1,6 +1,7 @@
 """What a GPU would be asked to do, seen without one: nothing waits, and launches are counted."""
 
 import dataclasses
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from unittest import mock
@@ -19,7 +20,7 @@ from utils.data import datasets, folders, images
 from utils.data.images import ResidentImages
 from utils.data.views import ViewSpec
 from utils.labels import LabelSet, LabelWriter, make_settings
-from validate import evaluate
+from validate import evaluate, kinds
 from validate.kinds import Batch
 from validate.settings import Materials, Settings, parse_arguments, resolve
 from validate.train import Training
@@ -212,3 +213,17 @@ def test_labelling_a_pass_waits_for_nothing_but_the_labels(stored):
     assert watch.waits == {
         "a copy to the CPU is waited for, relabel/generate.py: logits = torch.cat(parts).cpu()": 1
     }
+
+
+def test_the_views_of_the_next_epoch_are_drawn_beside_the_gpu(stored, monkeypatch):
+    """Each epoch's once; those of the first epoch of a phase when it begins."""
+    settings, materials = prepared(stored, "hard:3,soft:1,hard:2", "--model", "ConvNetW32")
+    drawn, original = [], kinds.draw
+
+    def draw(spec, sizes, seed, epoch=0):
+        drawn.append((epoch, threading.current_thread() is threading.main_thread()))
+        return original(spec, sizes, seed, epoch)
+
+    monkeypatch.setattr(kinds, "draw", draw)
+    trained(settings, materials)
+    assert drawn == [(1, True), (2, False), (3, False), (5, True), (6, False)]

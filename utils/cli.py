@@ -28,7 +28,9 @@ _at_once = False  # see ending_at_once
 # From a scheduler, a user, SLURM before the time limit, a terminal that is closed.
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # What gloo and NCCL say when another process is gone.
-_PEER_GONE = re.compile("closed by peer|reset by peer|remote process exited|Broken pipe")
+_PEER_GONE = re.compile(
+    "closed by peer|reset by peer|remote process exited|Broken pipe|[Tt]imed out"
+)
 _OUT_OF_MEMORY = (
     "out of GPU memory; relabel with a smaller --views-per-forward, train a smaller --model, or "
     "free the GPU of other jobs"
@@ -302,8 +304,8 @@ def _run(main: Callable[[], None]) -> NoReturn:
             )
         elif dist.is_initialized() and _PEER_GONE.search(str(error)):
             message = (
-                "another process of this job ended: see its message; the same command continues "
-                f"({str(error).splitlines()[0]})"
+                "another process of this job ended or hangs: see its message; the same command "
+                f"continues ({str(error).splitlines()[0]})"
             )
         else:
             raise

@@ -20,15 +20,17 @@ import torch.distributed as dist
 import torchvision
 from torch import nn
 
-from utils.cli import UserError, bounded, world_size
+from utils.cli import UserError, bounded, gpu_failure, world_size
 from utils.data.datasets import Dataset
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt(3)
 AMP_CHOICES = ("auto", "fp16", "bf16", "off")
-# Ranks wait for rank 0 while it alone decodes, fits or writes, which may take long; a rank that
-# fails is no reason to wait, as torchrun then ends the others.
-_PATIENCE = datetime.timedelta(days=7)
+_NVIDIA_DEVICES = Path("/dev"), "nvidia[0-9]*"
+_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+# Of a step for the others'. Where rank 0 alone decodes, fits or writes, the others wait for long.
+_PATIENCE = datetime.timedelta(minutes=30)
+_PATIENCE_FOR_FIRST = datetime.timedelta(days=7)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +42,14 @@ class Runtime:
         dtype: autocast's dtype; None runs in fp32.
         rank: number of this process, from 0.
         world: number of processes; 1 without torchrun, and then the collectives below do nothing.
+        patient: of several processes, those that wait for what rank 0 does alone.
     """
 
     device: torch.device
     dtype: torch.dtype | None
     rank: int = 0
     world: int = 1
+    patient: dist.ProcessGroup | None = None
 
     @property
     def precision(self) -> str:
@@ -92,14 +96,14 @@ class Runtime:
         """The values of all ranks, in their order, on every rank."""
         values = [value] * self.world
         if self.world > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.patient)
         return values
 
     def from_first(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
         values = [value]
         if self.world > 1:
-            dist.broadcast_object_list(values, device=torch.device("cpu"))
+            dist.broadcast_object_list(values, device=torch.device("cpu"), group=self.patient)
         return values[0]
 
     def barrier(self) -> None:
@@ -175,7 +179,7 @@ def check_outputs(model: nn.Module, dataset: Dataset, device: torch.device, what
         with torch.inference_mode():
             logits = model.eval()(torch.zeros(1, 3, size, size, device=device))
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, torch.OutOfMemoryError) or gpu_failure(error):
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{what} does not take {size}-pixel images: {reason}") from None
@@ -246,7 +250,12 @@ def start(device: str, amp: str) -> Runtime:
     """
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > usable_cores():
         torch.set_num_threads(usable_cores())  # more than a container's quota wait for each other
+    # On a GPU, too, fp32 is fp32: TF32 would move pixels and labels. Some containers switch it on.
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     name = device
+    if not name.startswith("cpu"):
+        _check_driver()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -269,6 +278,39 @@ def start(device: str, amp: str) -> Runtime:
     if chosen.type == "cpu":
         keep_freed_memory()
     return _join(Runtime(chosen, dtypes[amp]))
+
+
+def _check_driver() -> None:
+    """Raises UserError where there is an NVIDIA device, but CUDA does not start on it.
+
+    Unsaid, a driver that is older than torch's CUDA would mean days on the CPU.
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles")
+    folder, names = _NVIDIA_DEVICES
+    if torch.cuda.is_available() or hidden or not any(map(_opens, folder.glob(names))):
+        return
+    try:
+        torch.cuda.init()
+        reason = "no device answers"
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+    driver = "unknown"
+    with contextlib.suppress(OSError):
+        driver = _NVIDIA_DRIVER.read_text().splitlines()[0]
+    raise UserError(
+        f"there is an NVIDIA device, but CUDA does not start ({reason}); driver: {driver}; torch "
+        f"{torch.__version__} is built for CUDA {torch.version.cuda or '(none)'}: install the "
+        "build of torch that fits the driver, or run with --device cpu"
+    )
+
+
+def _opens(path: Path) -> bool:
+    """Whether a device file can be opened: schedulers leave other jobs' devices in sight."""
+    try:
+        os.close(os.open(path, os.O_RDWR))
+    except OSError:
+        return False
+    return True
 
 
 def keep_freed_memory() -> None:
@@ -309,7 +351,8 @@ def _join(machine: Runtime) -> Runtime:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group(backend, timeout=_PATIENCE)
-    return dataclasses.replace(machine, device=device, rank=rank, world=world)
+    patient = dist.new_group(backend="gloo", timeout=_PATIENCE_FOR_FIRST)
+    return dataclasses.replace(machine, device=device, rank=rank, world=world, patient=patient)
 
 
 def versions() -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
@@ -72,6 +73,8 @@ class TrainingData:
         self.hard_labels = materials.folder.labels.to(machine.device)
         self.temperature = torch.ones((), device=machine.device)
         self.soft_weight = torch.ones((), device=machine.device)
+        self._thread = ThreadPoolExecutor(1)  # draws the views of the next epoch
+        self._next_drawn: tuple[int, Future[Views]] | None = None
 
     def begin_epoch(self, epoch: int) -> None:
         """Sets what changes with the epoch, counted from 0."""
@@ -97,8 +100,18 @@ class TrainingData:
 
     def fresh_views(self, epoch: int) -> list[Views]:
         """This rank's batches of freshly drawn views, one view of every image over all ranks."""
-        views = draw(self.settings.view_spec, self.sizes, self.settings.seed, epoch + 1)
+        if self._next_drawn and self._next_drawn[0] == epoch:
+            views = self._next_drawn[1].result()
+        else:
+            views = self._draw(epoch)
+        kinds = self.settings.kinds
+        if self.machine.device.type == "cuda" and kinds[epoch] in kinds[epoch + 1 : epoch + 2]:
+            # The GPU would wait some 60 ms for the views of 10,000 images.
+            self._next_drawn = epoch + 1, self._thread.submit(self._draw, epoch + 1)
         return self.machine.share(list(views.to(self.machine.device)))
+
+    def _draw(self, epoch: int) -> Views:
+        return draw(self.settings.view_spec, self.sizes, self.settings.seed, epoch + 1)
 
     def groups(self, batches: Sequence[Views]) -> Iterator[tuple[Views, Batch]]:
         """The views of as many batches as are best made together, and what training takes of them.

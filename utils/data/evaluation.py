@@ -29,7 +29,7 @@ from utils.files import LockedError, atomic_write, lock
 
 _SMALLEST = 1 << 26  # bytes of pixels; fewer are decoded in a second or two
 _POLL = 1.0  # seconds between looks at another process's lock
-_SHARE_OF_GPU = 1 / 4  # of its free memory; training needs the rest
+_SHARE_OF_GPU = 1 / 2  # of its free memory; training needs the rest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

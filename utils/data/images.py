@@ -34,6 +34,11 @@ _FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM", "GIF"]
 if features.check("avif"):
     _FORMATS.append("AVIF")
 _SHARED_MEMORY = Path("/dev/shm")
+_CGROUP = Path("/sys/fs/cgroup")
+_MEMORY_LIMITS = (  # of versions 2 and 1: limit and use
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
 _PATIENCE = 300  # seconds until a batch that has not been decoded is given up
 # What PIL says of palettes, broken metadata and large images, for every one of them.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -272,9 +277,19 @@ def open_images(
 
 
 def available_memory() -> int:
-    """Bytes of memory that can be taken without swapping."""
-    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    return int(found[1]) * 1024
+    """Bytes of memory that can be taken without swapping, nor above a container's limit."""
+    line = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    available = int(line[1]) * 1024
+    for limit_name, used_name in _MEMORY_LIMITS:
+        # Version 2 says "max" and version 1 a huge number where there is no limit.
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            limit = int((_CGROUP / limit_name).read_text())
+            used = int((_CGROUP / used_name).read_text())
+            statistics = (_CGROUP / used_name).with_name("memory.stat").read_text()
+            # Cached pages of files count as used, and are given up when memory is wanted.
+            cached = re.findall(r"^(?:total_)?inactive_file (\d+)", statistics, re.MULTILINE)
+            available = min(available, limit - used + int(cached[-1]))
+    return max(available, 0)
 
 
 def decode_evaluation(folder: ImageFolder, dataset: Dataset) -> Iterator[torch.Tensor]:
