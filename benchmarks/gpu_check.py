@@ -1,9 +1,9 @@
-"""Agreement of the fast paths with the plain ones, on this device; part of gpu_check.sh.
+"""Whether the fast paths agree with the plain ones on this device; the checks of gpu_check.sh.
 
-python benchmarks/gpu_check.py --out runs/gpu_check
+python benchmarks/gpu_check.py --out runs/gpu_check --checks pipeline labels views training
 
-Compares labels and training (views are compared by the GPU tests), prints every difference with its
-limit, and writes OUT/agreement.csv; exits with 1 when one is above its limit.
+Prints every difference with its limit and writes OUT/CHECK.csv when a check is done; exits with 1
+when a difference is above its limit.
 """
 
 import sys
@@ -13,8 +13,14 @@ if not __package__:  # run as a plain script: imports start at the repository ro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import dataclasses
-import itertools
+import json
+import re
+import signal
+import statistics
+import subprocess
 import tempfile
+import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -23,16 +29,23 @@ from benchmarks.bench import Bench, add_arguments
 from benchmarks.speed import Training
 from relabel.teacher import Ensemble, Teacher
 from utils import cli, runtime
+from utils.data.images import ResidentImages
 from utils.data.views import draw
 from utils.labels import centre
 from utils.labels.codecs.base import distortion
 from utils.results import provenance, write_csv
 from utils.runtime import Runtime
 
+ROOT = Path(__file__).resolve().parents[1]
 STEPS = 50
+SECONDS = 200  # until a stage of the pipeline is given up
 PRECISIONS = {  # below fp32, by kind of device
     "cpu": {"bf16": torch.bfloat16},
     "cuda": {"bf16": torch.bfloat16, "fp16": torch.float16},
+}
+LAUNCHES = {  # calls of CUDA, as the profiler names them
+    *("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx"),
+    *("cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync"),
 }
 
 
@@ -49,7 +62,7 @@ class Check(NamedTuple):
         return self.value <= self.limit
 
 
-def label_checks(bench: Bench) -> list[Check]:
+def label_checks(bench: Bench) -> Iterator[Check]:
     """Labels of grouped batches, in all precisions, and made twice."""
     device, size = bench.machine.device, bench.args.batch_size
     (pixels,) = bench.resident().render([draw(bench.spec, bench.sizes, seed=0).to(device)])
@@ -63,72 +76,162 @@ def label_checks(bench: Bench) -> list[Check]:
     group = 16 * size
     alone, grouped = labels(None, size), labels(None, group)
     grouping = float((grouped - alone).abs().max())
+    yield Check("labels: 16 batches in one forward pass, fp32, largest difference", grouping, 1e-4)
     again = float((labels(None, group) - grouped).abs().max())
-    checks = [
-        Check("labels: 16 batches in one forward pass, fp32, largest difference", grouping, 1e-4),
-        Check("labels: the same forward passes again", again, 0),
-    ]
+    yield Check("labels: the same forward passes again", again, 0)
     for name, dtype in PRECISIONS[device.type].items():
         short = labels(dtype, group)
         relative, lost = float((short - alone).norm() / alone.norm()), distortion(alone, short)
-        checks += [
-            Check(f"labels: {name} against fp32, relative", relative, 0.05),
-            Check(f"labels: {name}, distortion at T = 20", lost, 5e-3),
-        ]
-    return checks
+        yield Check(f"labels: {name} against fp32, relative", relative, 0.05)
+        yield Check(f"labels: {name}, distortion at T = 20", lost, 5e-3)
 
 
-def loss_curve(bench: Bench, dtype: torch.dtype | None, compiled: bool) -> torch.Tensor:
-    """float64 [STEPS]: the loss of each of the first steps of training."""
+def view_checks(bench: Bench) -> Iterator[Check]:
+    """Views rendered on the device, in groups, against single batches on the CPU."""
+    source, views = bench.resident(), draw(bench.spec, bench.sizes, seed=0)
+    (on_device,) = source.render([views.to(bench.machine.device)])
+    (again,) = source.render([views.to(bench.machine.device)])
+    on_cpu = ResidentImages(source.pixels.cpu(), bench.dataset, torch.device("cpu"))
+    expected = torch.cat(list(on_cpu.render(list(views))))
+    levels = 255 * max(bench.dataset.std)
+    difference = float((on_device.cpu() - expected).abs().max()) * levels
+    yield Check("views: against the CPU's, largest difference in grey levels", difference, 0.02)
+    yield Check("views: rendered again", float((again - on_device).abs().max()), 0)
+
+
+def loss_curve(bench: Bench, dtype: torch.dtype | None, **settings: bool) -> torch.Tensor:
+    """float32 [STEPS]: the loss of each of the first steps of training."""
     machine = Runtime(bench.machine.device, dtype)
-    training = Training(dataclasses.replace(bench, machine=machine), compiled)
-    losses: list[torch.Tensor] = []
-    for epoch in itertools.count():
-        for batch in training.batches(epoch):
-            training.step.begin_epoch()
-            training.step([batch], training.loss)
-            losses.append(training.step.loss_sum.double() / len(batch.pixels))
-            if len(losses) == STEPS:
-                return torch.stack(losses).cpu()
+    pipeline = Training(dataclasses.replace(bench, machine=machine), **settings)
+    step, losses, epoch = pipeline.training.step, [], 0
+    while len(losses) < STEPS:
+        for _ in pipeline.steps(epoch):
+            losses.append(step.loss_sum / step.views)
+            step.begin_epoch()
+        epoch += 1
+    return torch.stack(losses[:STEPS]).cpu()
 
 
-def training_checks(bench: Bench) -> list[Check]:
-    """The losses of 50 steps in all precisions, and compiled, against eager fp32."""
-    precisions = PRECISIONS[bench.machine.device.type]
-    variants = [(name, dtype, False, 0.05) for name, dtype in precisions.items()]
-    if bench.args.compile:
-        variants.append(("compiled, fp32", None, True, 0.01))
-    if bench.args.compile and "fp16" in precisions:
-        variants.append(("compiled, fp16", torch.float16, True, 0.05))
-    exact, checks = loss_curve(bench, None, False), []
-    for name, dtype, compile_student, limit in variants:
-        curve = loss_curve(bench, dtype, compile_student)
-        difference = float(((curve - exact).abs() / exact).mean())
-        what = f"training: {name}, mean difference of the loss over {STEPS} steps, relative"
-        checks.append(Check(what, difference, limit))
-    return checks
+def training_checks(bench: Bench) -> Iterator[Check]:
+    """The losses of the first steps in graphs and all precisions, against eager fp32."""
+    exact = loss_curve(bench, None, graph=False)
+    variants = {"fp32 in graphs": (None, 0.01)}
+    for name, dtype in PRECISIONS[bench.machine.device.type].items():
+        variants[f"{name} in graphs"] = (dtype, 0.05)
+    for name, (dtype, limit) in variants.items():
+        yield _curve_check(name, loss_curve(bench, dtype), exact, limit)
+
+
+def compiled_checks(bench: Bench) -> Iterator[Check]:
+    """The same for a compiled student."""
+    exact = loss_curve(bench, None, graph=False)
+    variants = {"compiled, fp32": (None, 0.01)}
+    if bench.machine.device.type == "cuda":
+        variants["compiled, fp16"] = (torch.float16, 0.05)
+    for name, (dtype, limit) in variants.items():
+        yield _curve_check(name, loss_curve(bench, dtype, compile=True), exact, limit)
+
+
+def _curve_check(name: str, curve: torch.Tensor, exact: torch.Tensor, limit: float) -> Check:
+    difference = float(((curve - exact).abs() / exact).mean())
+    what = f"training: {name}, mean difference of the loss over {STEPS} steps, relative"
+    return Check(what, difference, limit)
+
+
+def launch_checks(bench: Bench) -> Iterator[Check]:
+    """Launches and copies of a training step as the profiler counts them; needs a GPU."""
+    if bench.machine.device.type == "cpu":
+        print("launches: needs a GPU")
+        return
+    for name, graph, limit in (("one graph a step", True, 40), ("kernel by kernel", False, 400)):
+        pipeline = Training(bench, graph=graph)
+        pipeline.run(range(2))  # warm up and capture
+        with torch.profiler.profile() as profile:
+            pipeline.run(range(2, 3))
+        counts = [event.count for event in profile.key_averages() if event.key in LAUNCHES]
+        steps = -(-len(bench.folder.files) // bench.args.batch_size)
+        yield Check(f"training: {name}, launches and copies per step", sum(counts) / steps, limit)
+
+
+def pipeline_checks(bench: Bench) -> Iterator[Check]:
+    """Both stages as a user runs them: relabel, train, a signal, continue, evaluate."""
+    args, root = bench.args, bench.root
+    torch.save(bench.network(torch.contiguous_format).state_dict(), root / "teacher.pt")
+    mean, std = ([*map(str, values)] for values in (bench.dataset.mean, bench.dataset.std))
+    machine = ["--device", str(bench.machine.device), "--val-cache", "off"]
+    facts = ["--dataset", "custom", "--input-size", args.size, "--mean", *mean, "--std", *std]
+    images, labels, run = bench.folder.root, root / "labels", root / "run"
+
+    def command(script: str, *words: object) -> subprocess.Popen:
+        output = (root / "pipeline.log").open("w")
+        line = [sys.executable, ROOT / script, *words]
+        return subprocess.Popen([*map(str, line)], stdout=output, stderr=subprocess.STDOUT)
+
+    def ended(what: str, process: subprocess.Popen, expected: int = 0) -> Check:
+        try:
+            code = process.wait(SECONDS)
+        finally:
+            process.kill()
+        if code != expected:
+            print((root / "pipeline.log").read_text())
+        return Check(f"pipeline: {what}, exit code {expected}", abs(code - expected), 0)
+
+    words = ["--data-dir", images, "--label-dir", labels, "--teacher", args.model, *facts]
+    words += ["--teacher-weights", root / "teacher.pt", "--passes", 2, "--force", *machine[:2]]
+    words += ["--batch-size", args.batch_size, "--codec", "klt"]
+    yield ended("relabelling", command("relabel/generate.py", *words))
+    words = ["--data-dir", images, "--label-dir", labels, "--val-dir", images, *facts, *machine]
+    words += ["--output-dir", run, "--model", args.model, "--schedule", "soft:20,hard:20,soft:20"]
+    training, log = command("validate/train.py", *words), run / "log.jsonl"
+    given_up = time.monotonic() + SECONDS
+    while not log.exists() and training.poll() is None and time.monotonic() < given_up:
+        time.sleep(0.005)
+    training.send_signal(signal.SIGTERM)
+    yield ended("a signal in training", training, 128 + signal.SIGTERM)
+    yield ended("continued training", command("validate/train.py", *words))
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    for kind in ("soft", "hard"):
+        rates = [line["images_per_second"] for line in lines if line["kind"] == kind]
+        print(f"pipeline: {statistics.median(rates):.0f} images/s in {kind} epochs")
+    words = ["--checkpoint", run / "checkpoint.pt", "--val-dir", images, *machine]
+    yield ended("evaluation", command("validate/evaluate.py", *words))
+    top1 = float(re.search(r"top-1 ([\d.]+) %", (root / "pipeline.log").read_text())[1])
+    recorded = json.loads((run / "result.json").read_text())["last"]["top1"]
+    yield Check("pipeline: top-1 of the checkpoint against the run's", abs(top1 - recorded), 1e-3)
+
+
+CHECKS = {
+    "pipeline": pipeline_checks,
+    "labels": label_checks,
+    "views": view_checks,
+    "training": training_checks,
+    "launches": launch_checks,
+    "compiled": compiled_checks,
+}
 
 
 def main() -> None:
     parser = cli.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--checks", nargs="+", choices=CHECKS, default=[*CHECKS])
     add_arguments(parser)
     parser.set_defaults(classes=100, ipc=8)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as root:
-        bench = Bench.begin(args, Path(root))
-        # Differences of 1e-4 are looked for, which the shortened products of TF32 would hide.
-        torch.backends.cudnn.allow_tf32 = False
-        checks = label_checks(bench) + training_checks(bench)
-    rows = [{**check._asdict(), "passed": check.passed} for check in checks]
     args.out.mkdir(parents=True, exist_ok=True)
-    about = provenance("python benchmarks/gpu_check.py"), runtime.describe(bench.machine)
-    write_csv(rows, args.out / "agreement.csv", *about)
-    print(*about, sep="\n")
-    for check in checks:
-        verdict = "ok" if check.passed else "FAILED"
-        print(f"{verdict:7}{check.value:.2e} (limit {check.limit:.0e})  {check.name}")
-    sys.exit(not all(check.passed for check in checks))
+    all_passed = True
+    for name in args.checks:
+        with tempfile.TemporaryDirectory() as root:
+            bench = Bench.begin(args, Path(root))
+            about = provenance(f"python benchmarks/gpu_check.py --checks {name}")
+            rows = []
+            for check in CHECKS[name](bench):
+                verdict = "ok" if check.passed else "FAILED"
+                print(f"{verdict:7}{check.value:.2e} (limit {check.limit:.0e})  {check.name}")
+                rows.append({**check._asdict(), "passed": check.passed})
+                description = runtime.describe(bench.machine)
+                write_csv(rows, args.out / f"{name}.csv", about, description)
+            all_passed &= all(row["passed"] for row in rows)
+    sys.exit(not all_passed)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ def by_turns(pipelines: dict[str, Callable], bench: Bench) -> list[dict]:
     So neither memory nor settings of one are another's, and a machine that slows down slows all.
 
     Args:
-        pipelines: by name what makes one; its `run(passes: range)` is timed.
+        pipelines: by name what makes one; its `run(passes: range)` is timed, and returns how many
+            images it went through.
         bench: its arguments say how often (`repeats`) and over how many passes each time.
 
     Returns:
@@ -38,7 +39,6 @@ def by_turns(pipelines: dict[str, Callable], bench: Bench) -> list[dict]:
         UserError: a process was ended from outside; or what a pipeline raises.
     """
     rows, device, passes = [], bench.machine.device, bench.args.passes
-    images = passes * len(bench.folder.files)
     with contextlib.ExitStack() as ending:
         samples = ending.enter_context(gpu_samples(device))
         processes = {}
@@ -50,7 +50,7 @@ def by_turns(pipelines: dict[str, Callable], bench: Bench) -> list[dict]:
             todo = range(repeat * passes, (repeat + 1) * passes)
             for name, process in processes.items():
                 started = time.perf_counter()
-                seconds, peak = _result(process.submit(_run, todo))
+                images, seconds, peak = _result(process.submit(_run, todo))
                 used = [percent for moment, percent in samples if moment > started]
                 row = {
                     "pipeline": name,
@@ -83,16 +83,17 @@ def _begin(threads: int, device: torch.device, make: Callable) -> None:
     _device, _pipeline = device, make()
 
 
-def _run(passes: range) -> tuple[float, int]:
-    """In that process: seconds that the pipeline takes, and the most bytes held so far."""
+def _run(passes: range) -> tuple[int, float, int]:
+    """In that process: images and seconds of the pipeline, and the most bytes held so far."""
     started = time.perf_counter()
-    _pipeline.run(passes)
+    images = _pipeline.run(passes)
     if _device.type == "cuda":
         torch.cuda.synchronize(_device)
-        return time.perf_counter() - started, torch.cuda.max_memory_allocated(_device)
+        seconds = time.perf_counter() - started
+        return images, seconds, torch.cuda.max_memory_allocated(_device)
     seconds = time.perf_counter() - started
     most = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return seconds, int(most[1]) * 1024
+    return images, seconds, int(most[1]) * 1024
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ if not __package__:  # run as a plain script: imports start at the repository ro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import dataclasses
 import shlex
 import statistics
 import tempfile
@@ -31,15 +32,15 @@ from relabel.teacher import Ensemble, Teacher
 from utils import cli, runtime
 from utils.cli import bounded
 from utils.data import evaluation
-from utils.data.views import draw
 from utils.files import atomic_write
 from utils.labels import LabelWriter, codecs, make_settings
 from utils.results import provenance, write_csv
+from validate import train
 from validate.evaluate import accuracy
-from validate.kinds import Batch, hard_loss
-from validate.step import Step, compiled, parameter_groups
+from validate.settings import Materials, resolve
+from validate.settings import parse_arguments as training_arguments
 
-PLAIN, OURS, COMPILED = "straightforward", "ours", "ours, compiled"
+PLAIN, OURS, EAGER, COMPILED = "straightforward", "ours", "ours, no graph", "ours, compiled"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -50,6 +51,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=bounded(int, 1), default=5, metavar="N")
     passes = "over all images per timing"
     parser.add_argument("--passes", type=bounded(int, 1), default=1, metavar="N", help=passes)
+    parser.add_argument(
+        "--val-images",
+        type=bounded(int, 1),
+        metavar="N",
+        help="evaluate so many images, the same ones again and again (default: all once)",
+    )
     codecs.add_arguments(parser, default="fp16")
     add_arguments(parser)
     parser.set_defaults(views_per_forward=None)  # relabel/generate.py's own default
@@ -81,70 +88,82 @@ class Relabelling:
             with self.writer.begun():
                 fit_codec(self.writer, self.ensemble, self.source, self.labels)
 
-    def run(self, passes: range) -> None:
-        """Labels, packs and writes some passes."""
+    def run(self, passes: range) -> int:
+        """Labels, packs and writes some passes; returns the number of views."""
         writing = pass_writer(self.writer, self.ensemble.runtime.device)
         with self.writer.begun(), cli.progress(disable=True) as bar, writing as write_pass:
             for pass_index in passes:
                 views, logits = label_pass(pass_index, self.writer, self.ensemble, self.source, bar)
                 write_pass(pass_index, logits, views, self.labels)
+        return len(passes) * len(self.labels)
 
 
 class Training:
-    """Hard-label epochs as validate/train.py runs them.
+    """Hard-label epochs as validate/train.py trains them.
 
     Attributes:
-        step: makes the optimiser steps.
+        training: see validate.train.Training.
     """
 
-    def __init__(self, bench: Bench, compile_student: bool = False):
-        machine = bench.begin_stage()
-        self.bench, self.source = bench, bench.resident()
-        self.labels = bench.folder.labels.to(machine.device)
-        model = bench.network(torch.channels_last).train()
-        optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=1e-3, fused=True)
-        model = compiled(model, machine, grad_accum=1) if compile_student else model
-        self.step = Step(model, optimizer, machine.scaler(), machine)
+    def __init__(self, bench: Bench, **settings: bool):
+        """The settings are those of --graph and --compile, where they are not the defaults."""
+        args, machine, root = bench.args, bench.begin_stage(), bench.folder.root
+        words = ["--data-dir", root, "--val-dir", root, "--output-dir", bench.root / "run"]
+        words += ["--dataset", "imagenet1k", "--model", args.model, "--lr", 0.001, "--eta", 2]
+        words += ["--batch-size", args.batch_size, "--schedule", "hard:10000"]
+        materials = Materials(
+            dataset=bench.dataset,
+            folder=bench.folder,
+            sizes=bench.sizes,
+            images_sha256="",
+            validation=bench.folder,
+            labels=None,
+        )
+        resolved = resolve(training_arguments([*map(str, words)]), materials, machine)
+        resolved = dataclasses.replace(resolved, **settings)
+        self.training = train.Training(resolved, materials, machine)
 
-    def batches(self, epoch: int) -> Iterator[Batch]:
-        """One view of every image."""
-        views = draw(self.bench.spec, self.bench.sizes, seed=0, epoch=epoch + 1)
-        views = list(views.to(self.labels.device))
-        for batch_views, pixels in zip(views, self.source.render(views), strict=True):
-            mixture = batch_views.mixture(self.labels, self.source.size)
-            yield Batch(pixels, own=mixture.own, partner=mixture.partner, lam=mixture.lam)
-
-    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """The mean loss of a batch, float32 []."""
-        return hard_loss(logits, batch.mixture, straightforward.SMOOTHING)
-
-    def run(self, epochs: range) -> None:
-        """Trains for some epochs."""
+    def run(self, epochs: range) -> int:
+        """Trains for some epochs; returns the number of images."""
+        images = 0
         for epoch in epochs:
-            self.step.begin_epoch()
-            for batch in self.batches(epoch):
-                self.step([batch], self.loss)
-            self.step.means()
+            for _ in self.steps(epoch):
+                pass
+            images += self.training.step.views
+            self.training.step.means()
+        return images
+
+    def steps(self, epoch: int) -> Iterator[None]:
+        """Trains an epoch, step by step."""
+        training = self.training
+        kind = training.begin_epoch(epoch)
+        for batches in training.batches(kind, epoch):
+            training.step(batches, kind.loss)
+            yield
 
 
 class Evaluation:
-    """Evaluation as validate/train.py does it, of the same images as if for validation."""
+    """Evaluation as validate/train.py does it, of the same images, again and again."""
 
     def __init__(self, bench: Bench):
         self.bench, self.machine = bench, bench.begin_stage()
         self.model = bench.network(torch.channels_last)
-        self.pixels = evaluation.load(bench.folder, bench.dataset, self.machine.device)
+        decoded = evaluation.load(bench.folder, bench.dataset, self.machine.device)
+        count = bench.args.val_images or len(decoded)
+        indices = torch.arange(count, device=decoded.device) % len(decoded)
+        self.pixels, self.targets = decoded[indices], bench.folder.labels[indices.cpu()]
 
-    def run(self, passes: range) -> None:
-        """Evaluates once for each pass."""
+    def run(self, passes: range) -> int:
+        """Evaluates once for each pass; returns the number of images."""
         for _ in passes:
             accuracy(
                 self.model,
                 pixels=self.pixels,
-                targets=self.bench.folder.labels,
+                targets=self.targets,
                 dataset=self.bench.dataset,
                 machine=self.machine,
             )
+        return len(passes) * len(self.pixels)
 
 
 STAGES = {
@@ -152,7 +171,8 @@ STAGES = {
     "train": {
         PLAIN: straightforward.Training,
         OURS: Training,
-        COMPILED: partial(Training, compile_student=True),
+        EAGER: partial(Training, graph=False),
+        COMPILED: partial(Training, compile=True),
     },
     "evaluate": {OURS: Evaluation},
 }
@@ -197,23 +217,25 @@ def main() -> None:
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as root:
         bench = Bench.begin(args, Path(root))
+        about = [
+            provenance(shlex.join(["python", "benchmarks/speed.py", *sys.argv[1:]])),
+            f"{processor()}; {runtime.describe(bench.machine)}",
+            f"{args.classes} classes x {args.ipc}, {args.size} x {args.size} JPEG; {args.model}, "
+            f"batch size {args.batch_size}, {args.workers} workers, codec {args.codec}",
+            f"{PLAIN}: fp32, JPEG decoded for every view, one batch per forward pass",
+        ]
         for stage in args.stages:
             print(f"{stage} ...", flush=True)
             pipelines = {name: partial(make, bench) for name, make in STAGES[stage].items()}
             if not args.compile:
                 pipelines.pop(COMPILED, None)
+            if bench.machine.device.type == "cpu":  # which has no graphs
+                pipelines.pop(EAGER, None)
             rows += [{"stage": stage, **timing} for timing in by_turns(pipelines, bench)]
-    about = [
-        provenance(shlex.join(["python", "benchmarks/speed.py", *sys.argv[1:]])),
-        f"{processor()}; {runtime.describe(bench.machine)}",
-        f"{args.classes} classes x {args.ipc}, {args.size} x {args.size} JPEG; {args.model}, batch "
-        f"size {args.batch_size}, {args.workers} workers, codec {args.codec}",
-        f"{PLAIN}: fp32, JPEG decoded for every view, one batch per forward pass",
-    ]
-    report = "\n".join([*about, "", table(rows), *projection(rows)])
-    # Not with_suffix: a name may have a dot of its own.
-    write_csv(rows, args.out.with_name(f"{args.out.name}.csv"), *about)
-    atomic_write(args.out.with_name(f"{args.out.name}.txt"), f"{report}\n".encode())
+            report = "\n".join([*about, "", table(rows), *projection(rows)])
+            # Not with_suffix: a name may have a dot of its own.
+            write_csv(rows, args.out.with_name(f"{args.out.name}.csv"), *about)
+            atomic_write(args.out.with_name(f"{args.out.name}.txt"), f"{report}\n".encode())
     print(report)
 
 

@@ -61,10 +61,9 @@ class Relabelling:
         self.teacher = bench.teacher(torch.contiguous_format)
         self.path, self.device = bench.root / "epoch.tar", bench.machine.device
 
-    def run(self, passes: range) -> None:
-        """Labels all views, once for each pass."""
-        for _ in passes:
-            self.label()
+    def run(self, passes: range) -> int:
+        """Labels all views, once for each pass; returns their number."""
+        return sum(len(self.label()) for _ in passes)
 
     @torch.no_grad()
     def label(self) -> torch.Tensor:
@@ -96,8 +95,11 @@ class Training:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         self.cutmix, self.device = v2.CutMix(num_classes=bench.args.classes), bench.machine.device
 
-    def run(self, epochs: range) -> None:
-        """One view of every image in each epoch; loss and accuracy are summed as usual."""
+    def run(self, epochs: range) -> int:
+        """One view of every image in each epoch; returns the number of views.
+
+        Loss and accuracy are summed as usual.
+        """
         self.model.train()
         for _ in epochs:
             loss_sum, correct = 0.0, 0
@@ -111,3 +113,4 @@ class Training:
                 self.optimizer.step()
                 loss_sum += loss.item() * len(images)
                 correct += (logits.argmax(1) == targets).sum().item()
+        return len(epochs) * len(self.loader.dataset)

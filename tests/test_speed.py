@@ -122,15 +122,50 @@ def test_only_ours_keeps_memory(bench, monkeypatch, pipeline, keeps):
     assert bool(kept) == keeps
 
 
-def test_the_gpu_check_compares_labels_and_training(tmp_path, command, monkeypatch):
+def test_the_gpu_check_compares_labels_views_and_training(tmp_path, command, monkeypatch):
     monkeypatch.setattr(gpu_check, "STEPS", 3)
-    done = command(gpu_check.main, "--out", tmp_path, *SMALL, "--device", "cpu")
+    words = ("--out", tmp_path, "--checks", "labels", "views", "training")
+    done = command(gpu_check.main, *words, *SMALL, "--device", "cpu")
     assert done.code == 0, done.out + done.err
-    lines = (tmp_path / "agreement.csv").read_text().splitlines()
-    checks = list(csv.DictReader(line for line in lines if not line.startswith("#")))
-    assert {check["name"].split(":")[0] for check in checks} == {"labels", "training"}
-    assert all(check["passed"] == "True" for check in checks)
+    for name in ("labels", "views", "training"):
+        lines = (tmp_path / f"{name}.csv").read_text().splitlines()
+        checks = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+        assert checks and all(check["name"].startswith(name) for check in checks)
+        assert all(check["passed"] == "True" for check in checks)
     assert "ok     0.00e+00 (limit 0e+00)  labels: the same forward passes again" in done.out
+
+
+def test_a_check_that_fails_is_written_and_fails_the_command(tmp_path, command, monkeypatch):
+    failing = {"views": lambda bench: iter([gpu_check.Check("views: moved", 2.0, 1.0)])}
+    monkeypatch.setattr(gpu_check, "CHECKS", failing)
+    done = command(gpu_check.main, "--out", tmp_path, "--checks", "views", *SMALL)
+    assert done.code == 1 and "FAILED 2.00e+00 (limit 1e+00)  views: moved" in done.out
+    assert (tmp_path / "views.csv").read_text().endswith("views: moved,2.0,1.0,False\n")
+
+
+def test_a_gpu_check_that_is_stopped_keeps_what_is_done(tmp_path):
+    """With a stand-in for Python whose speed benchmarks never end."""
+    stand_in = tmp_path / "python"
+    stand_in.write_text(
+        '#!/bin/sh\ncase "$*" in *is_available*) exit 1 ;; *speed.py*) exec sleep 9 ;; '
+        "*gpu_check.py*) echo a result ;; esac\n"
+    )
+    stand_in.chmod(0o755)
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "scripts").mkdir()
+    for file in ("benchmarks/gpu_check.sh", "scripts/setup.sh"):
+        (tmp_path / file).write_text((ROOT / file).read_text())
+    environment = {**os.environ, "PYTHON": str(stand_in), "GPU_CHECK_SMALL": "1"}
+    words = ["bash", str(tmp_path / "benchmarks/gpu_check.sh")]
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
+    lines = [process.stdout.readline() for _ in range(5)]
+    process.kill()
+    assert [line.split()[1:3] for line in lines] == [
+        *(["pipeline", "ok"], ["views", "ok"], ["labels", "ok"], ["training", "ok"]),
+        ["launches", "needs"],
+    ]
+    report = (tmp_path / "runs/gpu_check/gpu_check.txt").read_text()
+    assert report.count("a result") == 4 and report.count(" ok ") == 4
 
 
 def test_a_difference_above_its_limit_or_not_a_number_fails():
