@@ -43,6 +43,13 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Prints what tests recorded by `record_property`: counts worth seeing."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"{name}: {value}")
+
+
 def write_images(root: Path, per_class: int, seed: int, classes: int = 4, size: int = 32) -> Path:
     """One folder per class; class c is noise around its own grey level and a bright stripe."""
     numbers = np.random.default_rng(seed)

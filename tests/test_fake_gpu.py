@@ -104,15 +104,16 @@ def trained(
 @pytest.mark.parametrize(
     ("kind", "most"), [("hard", 270), ("soft", 270), ("joint", 299), ("static", 270)]
 )
-def test_an_epoch_reads_one_result_and_launches_few_kernels(stored, capsys, kind, most):
+def test_an_epoch_reads_one_result_and_launches_few_kernels(stored, record_property, kind, most):
     """At most 20 launches per step outside a graph; one by one, ResNet-18 itself needs some 220."""
     settings, materials = prepared(stored, f"{kind}:2", "--model", "ResNet18")
     for graph in (True, False):
         watch = trained(dataclasses.replace(settings, graph=graph), materials)
         assert {*watch.waits} == {READ_BACK}
         per_step = {phase: count / BATCHES for phase, count in watch.launches.items()}
-        with capsys.disabled():
-            print(f"\n{kind}, {'graph' if graph else 'eager'}: launches per step", per_step)
+        phases = ", ".join(f"{phase} {count:g}" for phase, count in sorted(per_step.items()))
+        way = "one graph a step" if graph else "kernel by kernel"
+        record_property(f"launches per step, {kind} epoch, {way}", phases)
         if graph:
             assert per_step["other"] <= 20
         else:
