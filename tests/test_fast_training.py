@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from argparse import Namespace
+from contextlib import nullcontext
 from unittest import mock
 from unittest.mock import DEFAULT
 
@@ -13,11 +14,13 @@ from conftest import CPU, ROOT, TINY, open_run, script
 from fake_gpu import fake_gpu, machine
 
 from utils import runtime
+from utils.cli import UserError
 from utils.data import images
 from utils.data.images import ResidentImages
 from utils.data.views import ViewSpec, draw, in_groups
 from utils.runtime import Runtime
 from validate import step
+from validate.kinds import Batch
 from validate.settings import Materials, Settings
 from validate.train import Training
 
@@ -60,14 +63,17 @@ def test_steps_as_graphs_are_those_of_single_kernels(
     for one, other in zip(graphed, eager, strict=True):
         assert one == pytest.approx(other, rel=0 if device == "cpu" else 1e-3)
     for name, weight in weights.items():
-        exact = torch.equal(weight, expected[name])
-        assert exact if device == "cpu" else torch.allclose(weight, expected[name], rtol=1e-2)
+        # Biases before BatchNorm have gradients of rounding noise, of which Adam makes whole steps.
+        if device == "cpu" or weight.ndim > 1:
+            assert torch.allclose(
+                weight, expected[name], rtol=0, atol=0 if device == "cpu" else 1e-2
+            )
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("amp", [torch.float16, torch.bfloat16])
 def test_most_steps_are_replayed(world, tmp_path, amp, monkeypatch):
-    """In 4 epochs of 3 batches of two sizes: 2 x 3 to warm up, and none after the captures."""
+    """In 8 epochs of 3 batches of two sizes: 2 x 3 to warm up, and none after the captures."""
     settings, materials = open_run(world, tmp_path, "--schedule", "hard:8")
     training = Training(settings, materials, Runtime(torch.device("cuda"), amp))
     original, calls = training.step._update, []
@@ -96,14 +102,85 @@ def test_a_compiled_student_trains_as_the_plain_one(world, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("flags", "world_size", "graphs"),
-    [([], 1, True), (["--no-graph"], 1, False), (["--grad-accum", "2"], 1, False)],
+    ("flags", "processes", "graphs"),
+    [
+        ([], 1, True),
+        ([], 2, False),
+        (["--no-graph"], 1, False),
+        (["--grad-accum", "2"], 1, False),
+    ],
 )
-def test_graphs_where_gradients_end_with_each_batch(world, tmp_path, flags, world_size, graphs):
+def test_graphs_where_gradients_end_with_each_batch(world, tmp_path, flags, processes, graphs):
     settings, materials = open_run(world, tmp_path, "--schedule", "hard:1", *flags)
-    with fake_gpu(), mock.patch.multiple(runtime, check_outputs=DEFAULT, check_trains=DEFAULT):
-        assert (Training(settings, materials, machine()).step.graphs is not None) == graphs
+    several = dataclasses.replace(machine(), world=processes)
+    with (
+        fake_gpu(),
+        mock.patch.multiple(runtime, check_outputs=DEFAULT, check_trains=DEFAULT),
+        mock.patch.object(Runtime, "shared", lambda _, model: model),
+    ):
+        assert (Training(settings, materials, several).step.graphs is not None) == graphs
     assert Training(settings, materials, CPU).step.graphs is None
+
+
+class Capture:
+    """In place of torch.cuda.graph: what an exception within a capture meets on its way out."""
+
+    def __init__(self, graph, **_):
+        assert isinstance(graph, Capture | mock.Mock)
+
+    def __enter__(self): ...
+
+    def __exit__(self, kind, error, trace):
+        if error:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """Graphs on the CPU that believe in a GPU, and what they do in order."""
+    done = []
+    graph = mock.Mock()
+    graph.replay = lambda: done.append("replay")
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", mock.Mock())
+    graphs = step.Graphs(CPU.device)
+    graphs.real, graphs.side_stream, graphs.memory_pool = True, mock.Mock(), None
+    return graphs, done
+
+
+def one_batch(views: int) -> Batch:
+    labels = torch.zeros(views, dtype=torch.int64)
+    return Batch(torch.zeros(views, 1), labels, labels, torch.ones(views))
+
+
+def test_a_step_warms_up_is_captured_and_replayed_for_each_kind_and_shape(pretended):
+    graphs, done = pretended
+    for kind, views in [("hard", 4)] * 5 + [("hard", 2)] * 4 + [("soft", 4)]:
+        graphs.run(kind, lambda batch: done.append(len(batch.pixels)), one_batch(views))
+    assert done == [4, 4, 4, 4, "replay", "replay", 2, 2, 2, 2, "replay", 4]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "told"),
+    [
+        (RuntimeError("operation not permitted\n..."), UserError, "not permitted.*--no-graph"),
+        (torch.OutOfMemoryError("full"), torch.OutOfMemoryError, "full"),
+        (SystemExit(143), SystemExit, "143"),
+    ],
+)
+def test_what_ends_a_capture_is_told_as_what_it_is(pretended, error, kind, told):
+    graphs, done = pretended
+
+    def body(_):
+        done.append("called")
+        if len(done) > 3:
+            raise error
+
+    with pytest.raises(kind, match=told):
+        for _ in range(4):
+            graphs.run("hard", body, one_batch(4))
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
@@ -142,12 +219,17 @@ def test_images_left_in_main_memory_render_as_those_on_the_gpu(size, monkeypatch
     ("content", "cores"), [("max 100000", 8), ("250000 100000", 3), ("50000 100000", 1), ("", 8)]
 )
 def test_a_containers_quota_limits_the_cores(tmp_path, monkeypatch, content, cores):
-    (tmp_path / "cpu.max").write_text(content)
-    monkeypatch.setattr(runtime, "_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(runtime, "_CGROUP", tmp_path)
     monkeypatch.setattr(runtime.os, "sched_getaffinity", lambda process: range(8))
-    assert runtime.usable_cores() == cores
-    monkeypatch.setattr(runtime, "_QUOTA", tmp_path / "missing")
     assert runtime.usable_cores() == 8
+    (tmp_path / "cpu.max").write_text(content)
+    assert runtime.usable_cores() == cores
+    (tmp_path / "cpu.max").unlink()
+    quota, _, period = content.replace("max", "-1").partition(" ")
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu/cpu.cfs_quota_us").write_text(f"{quota}\n")
+    (tmp_path / "cpu/cpu.cfs_period_us").write_text(f"{period}\n")
+    assert runtime.usable_cores() == cores
 
 
 def test_freed_memory_stays_with_the_process():

@@ -40,8 +40,9 @@ def test_who_asks_for_the_cpu_hides_the_gpu_or_may_not_open_it_gets_the_cpu(
     device_file, monkeypatch
 ):
     assert runtime.start(device="cpu", amp="off").device.type == "cpu"
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert runtime.start(device="auto", amp="off").device.type == "cpu"
+    for hidden in ("", "-1", "NoDevFiles", "none", "-1,0"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert runtime.start(device="auto", amp="off").device.type == "cpu"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     device_file.unlink()
     device_file.mkdir()  # cannot be opened, as another job's device
@@ -81,7 +82,10 @@ class Failing(nn.Module):
 FAILURES = {
     "CUDA error: no kernel image is available for execution on the device": "has no code for",
     "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`": "GPU memory",
+    "CUDA error: out of memory": "GPU memory",
+    "CUDA error: CUDA-capable device(s) is/are busy or unavailable": "another job",
     "cuDNN error: CUDNN_STATUS_NOT_INITIALIZED": "LD_LIBRARY_PATH",
+    "CUDA driver error: device not ready": "CUDA_LAUNCH_BLOCKING=1",
     "CUDA error: an illegal memory access was encountered": "CUDA_LAUNCH_BLOCKING=1",
 }
 
@@ -104,11 +108,11 @@ def test_other_errors_are_not_the_gpus():
 @pytest.mark.parametrize(
     ("limit_file", "use_file", "statistics"),
     [
-        ("memory.max", "memory.current", "inactive_file 300"),
+        ("memory.max", "memory.current", "inactive_file 290\nactive_file 10"),
         (
             "memory/memory.limit_in_bytes",
             "memory/memory.usage_in_bytes",
-            "inactive_file 7\ntotal_inactive_file 300",
+            "inactive_file 7\ntotal_inactive_file 290\ntotal_active_file 10",
         ),
     ],
 )
@@ -121,7 +125,7 @@ def test_a_containers_memory_is_what_it_may_take(
     (tmp_path / "memory").mkdir()
     (tmp_path / limit_file).write_text("100000\n")
     (tmp_path / use_file).write_text("60000\n")
-    (tmp_path / use_file).with_name("memory.stat").write_text(f"active_file 9\n{statistics}\n")
+    (tmp_path / use_file).with_name("memory.stat").write_text(f"anon 9\n{statistics}\n")
     assert images.available_memory() == 40_300
     (tmp_path / limit_file).write_text("max\n" if limit_file == "memory.max" else f"{2**62}\n")
     assert images.available_memory() > 1_000_000

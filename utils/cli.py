@@ -32,17 +32,20 @@ _PEER_GONE = re.compile(
     "closed by peer|reset by peer|remote process exited|Broken pipe|[Tt]imed out"
 )
 _OUT_OF_MEMORY = (
-    "out of GPU memory; relabel with a smaller --views-per-forward, train a smaller --model, or "
-    "free the GPU of other jobs"
+    "out of GPU memory; relabel with a smaller --views-per-forward, train with --no-graph or a "
+    "smaller --model, or free the GPU of other jobs"
 )
 
 
-# Of torch, CUDA and its libraries, and what to do; the first that fits is told.
+_OF_THE_GPU = re.compile(r"(CUDA|CUDA driver|cuDNN) error|Triton Error \[CUDA\]")
+# What CUDA and its libraries say, and what to do; the first that fits is told.
 _GPU_FAILURES = {
     "no kernel image": "this build of torch has no code for this GPU: install the build for it",
     "ALLOC_FAILED": _OUT_OF_MEMORY,
+    "out of memory": _OUT_OF_MEMORY,
+    "busy or unavailable": "another job has it for itself",
     "NOT_INITIALIZED": "its memory may be full, or LD_LIBRARY_PATH names libraries of another CUDA",
-    "error": "with CUDA_LAUNCH_BLOCKING=1 the same command names the line; --device cpu does "
+    "": "with CUDA_LAUNCH_BLOCKING=1 the same command names the line; --device cpu does "
     "without the GPU",
 }
 
@@ -189,7 +192,7 @@ def kill_children() -> None:
 def gpu_failure(error: Exception) -> str | None:
     """What a failure of the GPU or its libraries is, in one line; None for all other errors."""
     text = str(error)
-    if not isinstance(error, RuntimeError) or not ("CUDA error" in text or "cuDNN error" in text):
+    if not isinstance(error, RuntimeError) or not _OF_THE_GPU.search(text):
         return None
     advice = next(advice for words, advice in _GPU_FAILURES.items() if words in text)
     return f"the GPU failed ({text.splitlines()[0]}): {advice}"

@@ -10,6 +10,7 @@ import importlib.metadata
 import inspect
 import itertools
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from torch import nn
 from utils.cli import UserError, bounded, gpu_failure, world_size
 from utils.data.datasets import Dataset
 
-_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+_CGROUP = Path("/sys/fs/cgroup")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt(3)
 AMP_CHOICES = ("auto", "fp16", "bf16", "off")
 _NVIDIA_DEVICES = Path("/dev"), "nvidia[0-9]*"
@@ -216,10 +217,13 @@ def add_arguments(parser: argparse.ArgumentParser, decodes: bool = True) -> None
 def usable_cores() -> int:
     """CPU cores that this process may use: a container's quota and the affinity counted."""
     cores = len(os.sched_getaffinity(0))
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = _QUOTA.read_text().split()
-        cores = min(cores, -(-int(quota) // int(period)))
-    return max(cores, 1)
+    # Version 2 says "max" and version 1 -1 where there is no quota.
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = " ".join((_CGROUP / name).read_text() for name in names).split()
+            if int(quota) > 0:
+                cores = min(cores, -(-int(quota) // int(period)))
+    return cores
 
 
 def describe(machine: Runtime) -> str:
@@ -285,7 +289,8 @@ def _check_driver() -> None:
 
     Unsaid, a driver that is older than torch's CUDA would mean days on the CPU.
     """
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    hidden = not re.match(r"\d|GPU-|MIG-", visible)
     folder, names = _NVIDIA_DEVICES
     if torch.cuda.is_available() or hidden or not any(map(_opens, folder.glob(names))):
         return

@@ -164,17 +164,22 @@ class Graphs:
 
     def _captured(self, body: Callable[[Batch], None], buffers: Batch) -> torch.cuda.CUDAGraph:
         """A graph of the body; capturing it computes nothing."""
-        graph = torch.cuda.CUDAGraph()
+        graph, cause = torch.cuda.CUDAGraph(), None
         try:
-            # Other threads, which draw views and pack labels, may allocate memory meanwhile.
+            # Other threads, which draw views and pin memory, may allocate memory meanwhile.
             with torch.cuda.graph(graph, pool=self.memory_pool, capture_error_mode="thread_local"):
-                body(buffers)
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
+                try:
+                    body(buffers)
+                except BaseException as error:  # leaving the capture raises another one
+                    cause = error
+                    raise
+        except BaseException as error:
+            cause = cause or error
+            if isinstance(cause, torch.OutOfMemoryError) or not isinstance(cause, RuntimeError):
+                raise cause from None
             raise UserError(
                 "a training step of this network cannot be captured as a CUDA graph "
-                f"({str(error).splitlines()[0]}); --no-graph trains without"
+                f"({str(cause).splitlines()[0]}); --no-graph trains without"
             ) from None
         return graph
 

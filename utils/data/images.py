@@ -282,13 +282,15 @@ def available_memory() -> int:
     available = int(line[1]) * 1024
     for limit_name, used_name in _MEMORY_LIMITS:
         # Version 2 says "max" and version 1 a huge number where there is no limit.
-        with contextlib.suppress(OSError, ValueError, IndexError):
+        with contextlib.suppress(OSError, ValueError):
             limit = int((_CGROUP / limit_name).read_text())
             used = int((_CGROUP / used_name).read_text())
             statistics = (_CGROUP / used_name).with_name("memory.stat").read_text()
-            # Cached pages of files count as used, and are given up when memory is wanted.
-            cached = re.findall(r"^(?:total_)?inactive_file (\d+)", statistics, re.MULTILINE)
-            available = min(available, limit - used + int(cached[-1]))
+            # Cached pages of files count as used, and are given up when memory is wanted. With
+            # the groups below this one, where version 1 counts those apart.
+            total = "total_" if "total_inactive_file" in statistics else ""
+            cached = re.findall(rf"^{total}(?:in)?active_file (\d+)", statistics, re.MULTILINE)
+            available = min(available, limit - used + sum(map(int, cached)))
     return max(available, 0)
 
 
