@@ -18,13 +18,12 @@ from utils.data.views import ViewSpec
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the network, the images, --compile and the machine's flags."""
+    """Adds the network, the images and the machine's flags."""
     parser.add_argument("--model", default="ResNet18", help="teacher and student")
     parser.add_argument("--size", type=bounded(int, 8), default=224, metavar="S", help="in pixels")
     parser.add_argument("--classes", type=bounded(int, 2), default=16, metavar="N")
     parser.add_argument("--ipc", type=bounded(int, 1), default=10, metavar="N", help="per class")
     parser.add_argument("--batch-size", type=bounded(int, 2), default=16, metavar="N")
-    parser.add_argument("--compile", action="store_true", help="the compiled student, too")
     runtime.add_arguments(parser)
     parser.set_defaults(workers=min(16, runtime.usable_cores()))
 

@@ -4,7 +4,8 @@
 # comes last. Uses the machine's own python3 (or $PYTHON) and installs nothing. Each step's results
 # are in runs/gpu_check when it is done, and all of them in gpu_check.txt there; what is stopped
 # loses the step under way alone.
-#   bash benchmarks/gpu_check.sh
+#   bash benchmarks/gpu_check.sh              all steps
+#   bash benchmarks/gpu_check.sh demo tests   some of them again; the others' results stay
 #   GPU_CHECK_SMALL=1 bash benchmarks/gpu_check.sh    the same steps in miniature, also on a CPU
 set -euo pipefail
 
@@ -38,15 +39,26 @@ if [[ -z "${GPU_CHECK_SMALL:-}" && -z "$gpu" ]]; then
     exit 2
 fi
 
-rm -rf "$out"
+if (($# == 0)); then
+    rm -rf "$out"
+fi
 mkdir -p "$out"
 report="$out/gpu_check.txt"
+asked=("$@")
 failed=0
 
-note() { # NAME RESULT SECONDS: a line of the report, and below it what the step printed
+wanted() { # NAME: whether the step is to be made
+    ((${#asked[@]} == 0)) || [[ " ${asked[*]} " == *" $1 "* ]]
+}
+
+note() { # NAME RESULT SECONDS: a line of the report, and below it what the step found
     printf '== %-20s%-24s%5s s\n' "$@" | tee -a "$report"
-    if [[ -s "$out/$1.log" ]]; then
-        tail -n 40 "$out/$1.log" >> "$report"
+    local results="$out/$1.log"
+    if [[ -s "$out/$1.txt" ]]; then
+        results="$out/$1.txt"
+    fi
+    if [[ -s "$results" ]]; then
+        tail -n 40 "$results" >> "$report"
     fi
 }
 
@@ -55,6 +67,7 @@ step() { # NAME LIMIT COMMAND ...: runs it for at most so long, its output into 
     local left=$((limit > SECONDS ? limit - SECONDS : 1))
     most=$((most < left ? most : left))
     shift 2
+    wanted "$name" || return 0
     timeout --kill-after=5 "$most" "$@" > "$out/$name.log" 2>&1 || status=$?
     if ((status != 0)); then
         failed=1
@@ -71,12 +84,20 @@ check() { # NAME LIMIT [FLAG ...]: a check of gpu_check.py
         "${network[@]}" "$@"
 }
 
+skip() { # NAME REASON: a step that is not made
+    if wanted "$1"; then
+        note "$1" "$2" 0
+    fi
+}
+
 speed() { # NAME LIMIT FLAG ...: a table of speed.py
     local name="$1" most="$2"
     shift 2
     step "$name" "$most" "$python" benchmarks/speed.py --out "$out/$name" "${network[@]}" "$@"
 }
 
+df -h /dev/shm > "$out/shared_memory.log" 2>&1 || true
+skip shared_memory "of /dev/shm"
 check pipeline 150
 check views 40
 check labels 40
@@ -84,33 +105,37 @@ check training 60
 if [[ -n "$gpu" ]]; then
     check launches 40
 else
-    note launches "needs a GPU" 0
+    skip launches "needs a GPU"
 fi
-speed "speed_${workers[1]}" 110 "${images[@]}" --stages train evaluate --workers "${workers[1]}"
-speed "train_${workers[0]}" 80 "${images[@]}" --stages train --workers "${workers[0]}"
-for codec in fp16 klt; do
-    speed "relabel_$codec" 80 "${images[@]}" --stages relabel --codec "$codec" --workers "${workers[1]}"
-done
+speed "speed_${workers[1]}" 140 "${images[@]}" --stages train evaluate --workers "${workers[1]}"
+speed "train_${workers[0]}" 70 "${images[@]}" --stages train --workers "${workers[0]}" \
+    --pipelines straightforward
+speed relabel_fp16 70 "${images[@]}" --stages relabel --workers "${workers[1]}"
+if "$python" -c "import pcodec" 2> /dev/null; then
+    speed relabel_klt 60 "${images[@]}" --stages relabel --codec klt --pipelines ours
+else
+    skip relabel_klt "skipped: no pcodec"
+fi
 if [[ -n "${GPU_CHECK_SMALL:-}" ]]; then
-    note demo "not in miniature" 0
+    skip demo "not in miniature"
 elif reason="$("$python" scripts/check_requirements.py requirements.txt 2>&1)"; then
     # The demo takes the python3 that comes first.
     step demo 120 env PATH="$(dirname "$(command -v "$python")"):$PATH" DEMO_DIR="$out/demo" \
         bash scripts/run_demo.sh
 else
-    note demo "skipped: $reason" 0
+    skip demo "skipped: $reason"
 fi
 if [[ -z "$gpu" ]]; then
-    note tests "needs a GPU" 0
+    skip tests "needs a GPU"
 elif "$python" -c "import pytest" 2> /dev/null; then
-    step tests 120 "$python" -m pytest -m gpu -rs
+    step tests 100 "$python" -m pytest -m gpu -rs
 else
-    note tests "skipped: no pytest" 0
+    skip tests "skipped: no pytest"
 fi
 if [[ -n "$gpu" ]]; then
-    speed compiled_speed 120 "${images[@]}" --stages train --compile --workers "${workers[1]}"
+    speed compiled_speed 150 "${images[@]}" --stages train --pipelines ours compiled
     check compiled 120
 else
-    note compiled "needs a GPU" 0
+    skip compiled "needs a GPU"
 fi
 exit "$failed"

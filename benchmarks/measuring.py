@@ -21,7 +21,7 @@ from utils import runtime
 from utils.cli import UserError
 
 
-def by_turns(pipelines: dict[str, Callable], bench: Bench) -> list[dict]:
+def by_turns(pipelines: dict[str, Callable], bench: Bench) -> Iterator[dict]:
     """Times pipelines by turns, each in a process of its own; a first round is not counted.
 
     So neither memory nor settings of one are another's, and a machine that slows down slows all.
@@ -31,14 +31,14 @@ def by_turns(pipelines: dict[str, Callable], bench: Bench) -> list[dict]:
             images it went through.
         bench: its arguments say how often (`repeats`) and over how many passes each time.
 
-    Returns:
-        A row for each timing. `peak_mb` is what the process, without its workers, had held at most
-        by then, on a GPU what torch had allocated there.
+    Yields:
+        A row for each timing, once it is taken. `peak_mb` is what the process, without its workers,
+        had held at most by then, on a GPU what torch had allocated there.
 
     Raises:
         UserError: a process was ended from outside; or what a pipeline raises.
     """
-    rows, device, passes = [], bench.machine.device, bench.args.passes
+    device, passes = bench.machine.device, bench.args.passes
     with contextlib.ExitStack() as ending:
         samples = ending.enter_context(gpu_samples(device))
         processes = {}
@@ -51,7 +51,8 @@ def by_turns(pipelines: dict[str, Callable], bench: Bench) -> list[dict]:
             for name, process in processes.items():
                 started = time.perf_counter()
                 images, seconds, peak = _result(process.submit(_run, todo))
-                used = [percent for moment, percent in samples if moment > started]
+                # The driver's numbers are means over the last part of a second.
+                used = [percent for moment, percent in samples if moment > started + 0.5]
                 row = {
                     "pipeline": name,
                     "repeat": repeat,
@@ -62,8 +63,7 @@ def by_turns(pipelines: dict[str, Callable], bench: Bench) -> list[dict]:
                     "gpu_percent": round(statistics.mean(used), 1) if used else None,
                 }
                 if repeat > 0:
-                    rows.append(row)
-    return rows
+                    yield row
 
 
 def _result(future: Future):
