@@ -15,7 +15,6 @@ if not __package__:  # run as a plain script: imports start at the repository ro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-import dataclasses
 import hashlib
 import math
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ import torch
 from relabel.published import TEMPERATURE, PublishedLabels
 from utils import cli
 from utils.cli import UserError, bounded
-from utils.data import datasets, folders, images
+from utils.data import custom, datasets, folders, images
 from utils.data.views import Mixture, ViewSpec
 from utils.labels import LabelWriter, codecs, make_settings
 from utils.metrics import near_chance
@@ -204,10 +203,10 @@ def describe(published: PublishedLabels, seed: int) -> str:
 
 def main() -> None:
     args = parse_arguments()
-    dataset = datasets.from_arguments(args)
+    dataset = datasets.from_arguments(args, inferred=True)
     folder = folders.scan(args.data_dir, dataset.num_classes)
-    dataset = dataclasses.replace(dataset, num_classes=len(folder.classes))
     sizes, fingerprint = images.inspect(folder)
+    dataset = custom.complete(dataset, folder, sizes)
     published = PublishedLabels(
         args.fkd_dir,
         sizes=sizes,
