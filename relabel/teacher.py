@@ -70,26 +70,27 @@ def find_subset(dataset: Dataset, classes: list[str], listing: Path | None) -> S
 
     Args:
         dataset: imagenette and imagewoof are parts of ImageNet.
-        classes: names of the class folders.
+        classes: names of the class folders: WordNet ids, or numbers in the order of these.
         listing: a text file, a class of the teacher per line, which begins with its WordNet id or
             whatever else the class folder is called.
 
     Raises:
         UserError: a class that the list or the data set does not have.
     """
-    if listing is None and dataset.name not in _SUBSETS:
-        return None
-    total, rows, source = _IMAGENET_CLASSES, _SUBSETS.get(dataset.name), dataset.name
     if listing is not None:
         lines = listing.read_text(errors="replace").splitlines()
         names = [line.split()[0] for line in lines if line.strip()]
         total, source = len(names), f"--teacher-classes {listing}"
-        rows = {name: row for row, name in enumerate(names)}
-    elif all(name.isdecimal() for name in classes):  # in the order of their WordNet ids
-        return Subset(total, list(rows.values()), listed=False)
-    if unknown := [name for name in classes if name not in rows]:
+        row_of = {name: row for row, name in enumerate(names)}
+    elif dataset.name in _SUBSETS:
+        total, source, row_of = _IMAGENET_CLASSES, dataset.name, _SUBSETS[dataset.name]
+        if all(re.fullmatch(r"(new)?\d+", name) for name in classes):
+            return Subset(total, [*row_of.values()], listed=False)
+    else:
+        return None
+    if unknown := [name for name in classes if name not in row_of]:
         raise UserError(f"class folder {unknown[0]} is none of the classes of {source}")
-    return Subset(total, [rows[name] for name in classes], listed=listing is not None)
+    return Subset(total, [row_of[name] for name in classes], listed=listing is not None)
 
 
 class SomeClasses(nn.Module):
@@ -122,6 +123,7 @@ def load_teacher(
     Raises:
         UserError: unknown name, no weights to be had, or weights that do not fit.
     """
+    subset = subset or find_subset(dataset, [], None)
     listed = subset is not None and subset.listed
     try:
         outputs = subset.total if listed else dataset.num_classes
