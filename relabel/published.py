@@ -30,7 +30,6 @@ from utils.labels import centre
 
 TEMPERATURE = 20.0
 HALD_ORDER = "sampler_indices_dict.pt"
-_ORDERS = ("sampler_indices_epoch.json", "sampler_indices_batch.json")
 _FILE = "published label file"
 _ROUNDING = 0.01  # of a sum of half-precision probabilities
 # What k logits leave to all other classes at T = 20. Less would take these further down, and in
@@ -39,10 +38,9 @@ _REST = 1 / 1024
 
 
 class _Place(NamedTuple):
-    """Where a batch is: its file, its position in a file of many, its pass, its number there."""
+    """Where a batch is: its file, its pass (in LPQLD's layout, its order), its number there."""
 
     file: Path
-    position: int | None
     pass_index: int
     number: int
 
@@ -64,7 +62,9 @@ class PublishedLabels:
         mix: "cutmix", "mixup" or "none".
     """
 
-    def __init__(self, folder: Path, sizes: np.ndarray, num_classes: int, input_size: int, boxes):
+    def __init__(
+        self, folder: Path, sizes: np.ndarray, num_classes: int, input_size: int, boxes: str
+    ):
         """Finds out what a folder holds.
 
         Args:
@@ -80,56 +80,49 @@ class PublishedLabels:
             raise UserError(f"published label folder not found: {folder}")
         self.folder, self.sizes, self.boxes = folder, sizes, boxes
         self.num_classes, self.input_size = num_classes, input_size
-        self.kind = self.mix = None
+        self.kind = self.topk = self.mix = None
         self._find()
-        first = self._content(self.places[0].file)
-        first = first[0] if self.layout == "HALD" else first
-        self.batch_size = len(_entries(first, str(self.places[0].file))[0])
+        self.batch_size = len(self._entries(self.places[0])[0])
         self.per_pass = math.ceil(len(sizes) / self.batch_size)
-        if self.layout == "HALD" or self.derived:
-            self._check_whole()
-        views, _ = self.read(self.places[0])
-        self.mix = _mix(views)
         self.passes = math.ceil(len(self.places) / self.per_pass)
+        whole = self.per_pass * (1 + self.places[-1].pass_index)
+        if (self.layout == "HALD" or self.derived) and len(self.places) != whole:
+            raise UserError(
+                f"{folder} has {len(self.places)} batches of {self.batch_size} views where "
+                f"{len(sizes)} images fill {whole}; are files missing, or are these other images?"
+            )
+        self.mix = _mix(self.read(self.places[0])[0])
 
     def _find(self) -> None:
-        """Sets layout, places, orders and derived."""
-        folder = self.folder
-        whole, single = _numbered(folder, "epoch_*.tar"), _numbered(folder, "batch_*.tar")
-        folders = [path for path in _numbered(folder, "epoch_*") if path.is_dir()]
-        self.derived, self.orders = False, []
-        if whole or (folder / HALD_ORDER).exists():
+        """Sets layout, order_file, derived, orders, and the places of all batches."""
+        folder, self.derived, self.orders = self.folder, False, []
+        if (folder / HALD_ORDER).exists():
             self.layout, self.order_file = "HALD", folder / HALD_ORDER
             self.orders = self._listed(load_tensors(self.order_file, _FILE))
-            whole = [folder / f"epoch_{number}.tar" for number in range(len(self.orders))]
-            if not isinstance(self._content(whole[0]), list) or not self._content(whole[0]):
-                raise UserError(f"{whole[0]} is not a list of label batches")
+            batches = range(len(self._batches(folder / "epoch_0.tar")))
             self.places = [
-                _Place(file, position, number, position)
-                for number, file in enumerate(whole)
-                for position in range(len(self._content(whole[0])))
+                _Place(folder / f"epoch_{pass_index}.tar", pass_index, number)
+                for pass_index in range(len(self.orders))
+                for number in batches
             ]
-        elif single:
-            self.layout, self.order_file = "LPQLD", folder / _ORDERS[1]
+        elif files := _numbered(folder, "batch_*.tar"):
+            self.layout, self.order_file = "LPQLD", folder / "sampler_indices_batch.json"
             self.orders = self._listed(read_json(self.order_file))
-            self.places = [_Place(file, None, number, 0) for number, file in enumerate(single)]
-        elif folders:
-            batches = [_numbered(path, "batch_*.tar") for path in folders]
-            self.order_file = folder / _ORDERS[0]
-            self.derived = not self.order_file.exists()
-            self.layout = "SRe2L, FADRM or CV-DD" if self.derived else "LPLD"
-            if not self.derived:
+            self.places = [_Place(file, order, 0) for order, file in enumerate(files)]
+        elif passes := _numbered(folder, "epoch_*"):
+            self.layout, self.order_file = "LPLD", folder / "sampler_indices_epoch.json"
+            if self.order_file.exists():
                 self.orders = self._listed(read_json(self.order_file))
+            else:
+                self.layout, self.derived = "SRe2L, FADRM or CV-DD", True
             self.places = [
-                _Place(file, None, pass_index, number)
-                for pass_index, files in enumerate(batches)
-                for number, file in enumerate(files)
+                _Place(file, pass_index, number)
+                for pass_index, path in enumerate(passes)
+                for number, file in enumerate(_numbered(path, "batch_*.tar"))
             ]
-            for path, files in zip(folders[:-1], batches, strict=False):
-                if len(files) != len(batches[0]):
-                    raise UserError(
-                        f"{path} has {len(files)} batches where epoch_0 has {len(batches[0])}"
-                    )
+            counts = np.bincount([place.pass_index for place in self.places])
+            if len(counts) < len(passes) or (counts[:-1] != counts[0]).any():
+                raise UserError(f"{folder}: batches are missing; there are {counts.tolist()}")
         else:
             raise UserError(
                 f"{folder} has none of the field's layouts: epoch_0.tar with {HALD_ORDER}, "
@@ -137,7 +130,7 @@ class PublishedLabels:
             )
         if not self.derived and self.places[-1].pass_index >= len(self.orders):
             raise UserError(
-                f"{self.order_file} lists {len(self.orders)} image orders, too few for "
+                f"{self.order_file} ends with entry {len(self.orders) - 1}, before that of "
                 f"{self.places[-1].file}"
             )
 
@@ -159,16 +152,6 @@ class PublishedLabels:
                 )
             orders.append(order.astype(np.int32))
         return orders
-
-    def _check_whole(self) -> None:
-        """Raises UserError unless every pass has all batches, which only pruned folders lack."""
-        found = len(self.places) / (1 + self.places[-1].pass_index)
-        if found != self.per_pass:
-            raise UserError(
-                f"{self.folder}: {len(self.places)} batches of {self.batch_size} views in "
-                f"{1 + self.places[-1].pass_index} passes, where {len(self.sizes)} images fill "
-                f"{self.per_pass} in each; are files missing, or are these other images?"
-            )
 
     def derived_orders(self, seed: int) -> Iterator[list[np.ndarray]]:
         """The orders that torch's sampler draws for SRe2L: that of today, and that of old versions.
@@ -199,21 +182,30 @@ class PublishedLabels:
             )
         return Views.joined(views), torch.cat(logits)
 
-    @functools.lru_cache(maxsize=1)  # noqa: B019 - one folder is read in a process
-    def _content(self, file: Path) -> Any:
-        return load_tensors(file, _FILE)
+    @functools.lru_cache(maxsize=1)  # noqa: B019 - a process reads one folder
+    def _batches(self, file: Path) -> list:
+        """The batches of a file of HALD's."""
+        batches = load_tensors(file, _FILE)
+        if not isinstance(batches, list) or not batches:
+            raise UserError(f"{file} is not a list of label batches")
+        return batches
+
+    def _entries(self, place: _Place) -> tuple:
+        """The entries of a batch, checked to be some."""
+        if self.layout != "HALD":
+            return _entries(load_tensors(place.file, _FILE), str(place.file))
+        batches = self._batches(place.file)
+        if len(batches) != self.places[-1].number + 1:
+            belong = self.places[-1].number + 1
+            raise UserError(f"{place.file} has {len(batches)} batches where {belong} belong")
+        return _entries(batches[place.number], f"{place.file}, batch {place.number}")
 
     def read(self, place: _Place) -> tuple[Views, torch.Tensor]:
         """Views and centred logits of one batch, checked; raises UserError."""
-        content, where = self._content(place.file), str(place.file)
-        if place.position is not None:
-            belong = self.places[-1].position + 1
-            if not isinstance(content, list) or len(content) != belong:
-                raise UserError(f"{where} is not a list of {belong} label batches")
-            content, where = content[place.position], f"{where}, batch {place.position}"
-        coords, flips, mix_index, lam, bbox, labels = _entries(content, where)
+        coords, flips, mix_index, lam, bbox, labels = self._entries(place)
+        where = f"{place.file}, batch {place.number}" if self.layout == "HALD" else str(place.file)
         start = place.number * self.batch_size
-        index = torch.arange(len(coords))
+        index = torch.arange(min(len(coords), len(self.sizes)))
         if self.orders:
             order = self.orders[place.pass_index][start : start + self.batch_size]
             index = torch.from_numpy(order.astype(np.int64))

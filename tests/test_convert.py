@@ -288,7 +288,7 @@ REFUSED = {
     ),
     "views missing": (
         lambda fkd: change(fkd, lambda b: b.pop()),
-        "is not a list of 3 label batches",
+        "epoch_1.tar has 2 batches where 3 belong",
     ),
     "crop outside": (
         lambda fkd: change(fkd, lambda b: b[0][0].__setitem__((0, 0), 0.99)),
@@ -317,6 +317,70 @@ def test_convert_refuses(world, tmp_path, command, case):
     assert done.code == 2 and len(lines) == 1 and message in lines[0], done.err
     assert not (tmp_path / "labels" / "manifest.json").exists()
     assert "executed\n" not in done.out
+
+
+def change_batch(file, edit):
+    torch.save(edit(torch.load(file, weights_only=False)), file)
+
+
+LAYOUTS_REFUSED = {
+    "batch missing": ("SRe2L", lambda f: (f / "epoch_0/batch_1.tar").unlink(), "no batch_1.tar"),
+    "last batch missing": (
+        "SRe2L",
+        lambda f: [(f / f"epoch_{p}/batch_2.tar").unlink() for p in range(2)],
+        "has 4 batches of 5 views where 12 images fill 6",
+    ),
+    "pass missing": ("SRe2L", lambda f: shutil.rmtree(f / "epoch_0"), "no epoch_0"),
+    "pass without batches": (
+        "SRe2L",
+        lambda f: [file.unlink() for file in (f / "epoch_1").iterdir()],
+        "batches are missing; there are [3]",
+    ),
+    "cutout boxes": (
+        "SRe2L",
+        lambda f: change_batch(
+            f / "epoch_0/batch_0.tar", lambda b: [b[0], torch.zeros(5, 4), *b[2:]]
+        ),
+        "the ImageNet-21K variants",
+    ),
+    "parameters of augmentations": (
+        "SRe2L",
+        lambda f: change_batch(f / "epoch_1/batch_1.tar", lambda b: [*b, [1], [2]]),
+        "the ImageNet-21K variants",
+    ),
+    "order of other batches": (
+        "LPQLD",
+        lambda f: (f / "sampler_indices_batch.json").write_text('{"0": [1, 2, 3, 4, 5]}'),
+        "ends with entry 0, before that of",
+    ),
+    "no order": ("LPQLD", lambda f: (f / "sampler_indices_batch.json").unlink(), "_batch.json"),
+    "order of other images": (
+        "LPLD",
+        lambda f: (f / "sampler_indices_epoch.json").write_text('{"0": [1, 2, 12], "1": []}'),
+        "not those of the 12 in the image folder",
+    ),
+    "other number of logits": (
+        "LPQLD k",
+        lambda f: change_batch(f / "batch_2.tar", lambda b: [*b[:5], b[5][:, :1], b[6][:, :1]]),
+        "soft labels are no k logits, as in the first batch",
+    ),
+    "classes that are none": (
+        "LPQLD k",
+        lambda f: change_batch(f / "batch_2.tar", lambda b: [*b[:6], b[6] + 3]),
+        "class indices do not fit 4 classes",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LAYOUTS_REFUSED)
+def test_a_damaged_folder_of_any_layout_is_refused(world, tmp_path, command, case):
+    code, spoil, message = LAYOUTS_REFUSED[case]
+    write_published(tmp_path / "fkd", code)
+    spoil(tmp_path / "fkd")
+    done = command(convert.main, *arguments(world, tmp_path / "fkd", tmp_path / "labels"))
+    lines = [line for line in done.err.splitlines() if line and not line.startswith("convert:")]
+    assert done.code == 2 and len(lines) == 1 and message in lines[0], done.err
+    assert not (tmp_path / "labels" / "manifest.json").exists()
 
 
 @pytest.mark.parametrize("mix", ["cutmix", "mixup", "none"])
