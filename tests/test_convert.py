@@ -423,7 +423,7 @@ def test_an_exported_set_is_as_published_and_comes_back_equal(world, tmp_path, c
                 assert bbox is None
     for boxes in ("rounded", "published"):
         back = tmp_path / boxes
-        flags = [*arguments(own, tmp_path / "fkd", back), "--boxes", boxes, "--force"]
+        flags = [*arguments(own, tmp_path / "fkd", back), "--boxes", boxes]
         assert command(convert.main, *flags).code == 0
         for number, (views, logits) in enumerate(LabelSet.open(back)):
             assert views.checksum() == labels.views(number).checksum()
