@@ -26,7 +26,7 @@ from relabel.published import TEMPERATURE, PublishedLabels
 from utils import cli
 from utils.cli import UserError, bounded
 from utils.data import custom, datasets, folders, images
-from utils.data.views import Mixture, ViewSpec
+from utils.data.views import Mixture, Views, ViewSpec
 from utils.labels import LabelWriter, codecs, make_settings
 from utils.metrics import near_chance
 
@@ -132,16 +132,14 @@ def check_fit(published: PublishedLabels, labels: torch.Tensor, seed: int, force
     enough = max(2, math.ceil(_CHECKED_VIEWS / len(labels)))
     first_passes = range(min(published.passes, enough))
     tried = []
-    orders = published.derived_orders(seed) if published.derived else [published.orders]
-    for published.orders in orders:
+    for orders in published.derived_orders(seed) if published.derived else [published.orders]:
+        published.orders = orders
         fits = [fit_of_pass(published, pass_index, labels) for pass_index in first_passes]
-        tried.append((Fit.joined(fits), fits, published.orders))
+        tried.append((Fit.joined(fits), fits, orders))
     fit, fits, published.orders = max(tried, key=lambda each: each[0].score)
     late = any(each.falls_behind(fits[0]) for each in fits)
     if (fit.convinces() and not late) or force:
         return fit
-    where = f"{published.folder}: only {100 * fit.named:.1f} % of the labels name the class of "
-    where += "their image"
     if published.derived and fits[0].convinces():
         reason = (
             "the image order derived for the first pass fits, those of later passes do not: they "
@@ -153,7 +151,10 @@ def check_fit(published: PublishedLabels, labels: torch.Tensor, seed: int, force
         reason = (
             f"the image order is not that of --fkd-seed {seed}, or these are labels of other images"
         )
-    raise UserError(f"{where}: {reason}; --force goes on")
+    raise UserError(
+        f"{published.folder}: only {100 * fit.named:.1f} % of the labels name the class of their "
+        f"image: {reason}; --force goes on"
+    )
 
 
 def names_other_classes(published: PublishedLabels, labels: torch.Tensor) -> bool:
@@ -201,6 +202,37 @@ def describe(published: PublishedLabels, seed: int) -> str:
     return text
 
 
+def write_labels(
+    published: PublishedLabels, writer: LabelWriter, hard_labels: torch.Tensor, least: Fit | None
+) -> None:
+    """Fits the codec where that is needed, and writes the missing passes, one in memory at a time.
+
+    Raises UserError where a pass fits the images far less than `least`.
+    """
+
+    def read(pass_index: int) -> tuple[Views, torch.Tensor, Mixture]:
+        views, logits = published.read_pass(pass_index)
+        return views, logits, views.mixture(hard_labels, published.input_size)
+
+    if needed := writer.passes_to_fit():
+        print(f"fitting codec {writer.settings['codec']['name']}", flush=True)
+        writer.fit([read(pass_index)[1:] for pass_index in range(needed)])
+    for pass_index in cli.progress(range(published.passes), desc="convert", unit="pass"):
+        if writer.verified(pass_index):
+            continue
+        views, logits, mixture = read(pass_index)
+        fit = Fit.of(logits, mixture)
+        if least and fit.falls_behind(least):
+            raise UserError(
+                f"{published.folder}: only {100 * fit.named:.1f} % of the labels of pass "
+                f"{pass_index} name the class of their image, {100 * least.named:.1f} % of those "
+                "of the first ones: its image order does not fit; --force goes on"
+            )
+        # A pass of a pruned folder has a few views more than there are images.
+        correct = round(fit.named * len(hard_labels))
+        writer.write_pass(pass_index, logits, views, hard_labels, correct)
+
+
 def main() -> None:
     args = parse_arguments()
     dataset = datasets.from_arguments(args, inferred=True)
@@ -239,29 +271,7 @@ def main() -> None:
         print(f"{args.out_dir} is complete and verified: nothing to do")
         return
     with writer.begun():
-        if needed := writer.passes_to_fit():
-            print(f"fitting codec {args.codec}", flush=True)
-            samples = [published.read_pass(pass_index) for pass_index in range(needed)]
-            writer.fit(
-                [
-                    (logits, views.mixture(folder.labels, dataset.input_size))
-                    for views, logits in samples
-                ]
-            )
-        for pass_index in cli.progress(range(published.passes), desc="convert", unit="pass"):
-            if writer.verified(pass_index):
-                continue
-            views, logits = published.read_pass(pass_index)
-            here = Fit.of(logits, views.mixture(folder.labels, dataset.input_size))
-            if here.falls_behind(fit) and not args.force:
-                raise UserError(
-                    f"{args.fkd_dir}: only {100 * here.named:.1f} % of the labels of pass "
-                    f"{pass_index} name the class of their image, {100 * fit.named:.1f} % of those "
-                    "before: its image order does not fit; --force goes on"
-                )
-            # A pass of a pruned folder has a few views more than there are images.
-            correct = round(here.named * len(folder.files))
-            writer.write_pass(pass_index, logits, views, folder.labels, correct)
+        write_labels(published, writer, folder.labels, None if args.force else fit)
         manifest = writer.finish()
     print(
         f"{args.out_dir}: {published.passes} passes of {len(folder.files)} soft labels; teacher "

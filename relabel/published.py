@@ -124,9 +124,11 @@ class PublishedLabels:
             if len(counts) < len(passes) or (counts[:-1] != counts[0]).any():
                 raise UserError(f"{folder}: batches are missing; there are {counts.tolist()}")
         else:
+            inside = [str(path.parent) for path in folder.glob("*/epoch_0*")]
             raise UserError(
                 f"{folder} has none of the field's layouts: epoch_0.tar with {HALD_ORDER}, "
-                "epoch_0/batch_0.tar, or batch_0.tar; relabel/generate.py labels the images anew"
+                "epoch_0/batch_0.tar, or batch_0.tar; "
+                + (f"is it {inside[0]}?" if inside else "relabel/generate.py labels images anew")
             )
         if not self.derived and self.places[-1].pass_index >= len(self.orders):
             raise UserError(

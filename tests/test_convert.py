@@ -179,7 +179,7 @@ def test_any_codec_stores_imported_labels(world, tmp_path, command, codec):
         assert torch.allclose(found, expected[5], atol=5e-3)
 
 
-def test_an_order_that_does_not_fit_is_told_as_what_it_is(world, tmp_path, command):
+def test_an_order_that_does_not_fit_is_told_as_what_it_is(world, tmp_path, command, monkeypatch):
     fkd, out = tmp_path / "fkd", tmp_path / "labels"
     truth = write_published(fkd, "SRe2L", passes=4, seed=7)
     done = command(convert.main, *arguments(world, fkd, out))
@@ -193,6 +193,11 @@ def test_an_order_that_does_not_fit_is_told_as_what_it_is(world, tmp_path, comma
     done = command(convert.main, *arguments(world, fkd, out), "--fkd-seed", 7)
     assert done.code == 2 and "those of later passes do not" in done.err, done.err
     assert not out.exists()
+    with monkeypatch.context() as patched:  # the first two passes alone are looked at before
+        patched.setattr(convert, "_CHECKED_VIEWS", 1)
+        done = command(convert.main, *arguments(world, fkd, out), "--fkd-seed", 7)
+    assert done.code == 2 and "of the labels of pass 2 name the class" in done.err, done.err
+    assert not (out / "manifest.json").exists()
     for file in fkd.glob("epoch_*/*"):
         content = torch.load(file, weights_only=False)
         torch.save([*content[:5], content[5].roll(1, dims=1)], file)
