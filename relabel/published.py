@@ -54,8 +54,10 @@ class PublishedLabels:
 
     Attributes:
         layout: which codes have it.
-        derived: whether the image order is not stored; `orders` then is torch's of today.
-        orders: images of each pass, or of each batch in LPQLD's layout.
+        places: where the batches are, in order.
+        passes, per_pass: how many a label set of them has, and batches in each.
+        derived: whether the image order is not stored: `orders` is to be set to a derived one.
+        orders: images of each pass, or of each batch in LPQLD's layout; `order_file` holds them.
         batch_size: views of a batch.
         kind: "probabilities", "logits" or "k logits".
         topk: k, or None.
