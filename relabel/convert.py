@@ -1,10 +1,9 @@
-"""Imports a published FKD label folder as a label set that trains without a teacher.
+"""Imports a published label folder as a label set that trains without a teacher.
 
-The folder holds `sampler_indices_dict.pt` ({"0": [image indices of pass 0], ...}) and, for every
-pass p, `epoch_<p>.tar`: a list of batches [coords, flips, mix_index, lam, bbox, soft_labels].
-Crops are stored there as half-precision fractions of the image; imported are the pixels that the
-published training code cuts (truncated). soft_labels are softmax(logits / 20); stored are the
-centred logits 20 log p.
+The layouts are those of HALD, SRe2L, FADRM, CV-DD, LPLD and LPQLD (relabel/published.py); the
+folder tells which. Published boxes are half-precision fractions, which those codes truncate to
+pixels: another box than the teacher saw in most views. Rounding gives the teacher's, and is done
+here; --boxes published keeps the truncated ones.
 
 python relabel/convert.py --fkd-dir F --data-dir D --out-dir L --dataset imagenet1k
 """
@@ -16,33 +15,45 @@ if not __package__:  # run as a plain script: imports start at the repository ro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-import dataclasses
+import hashlib
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
+from relabel.published import TEMPERATURE, PublishedLabels
 from utils import cli
 from utils.cli import UserError, bounded
-from utils.data import datasets, folders, images
-from utils.data.views import Views, ViewSpec
-from utils.files import load_tensors, sha256_file
-from utils.labels import LabelWriter, centre, make_settings
+from utils.data import custom, datasets, folders, images
+from utils.data.views import Mixture, Views, ViewSpec
+from utils.labels import LabelWriter, codecs, make_settings
 from utils.metrics import near_chance
 
-TEMPERATURE = 20.0
-_INDICES = "sampler_indices_dict.pt"
-_FILE = "published label file"
-_ROUNDING = 0.01  # of a sum of half-precision probabilities
+_CHECKED_VIEWS = 1000  # at least, and two passes, before anything is written
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = cli.Parser(description="Import a published FKD label folder as a label set.")
+    parser = cli.Parser(description="Import a published label folder as a label set.")
     parser.add_argument("--fkd-dir", type=Path, required=True, help="the published label folder")
     parser.add_argument("--data-dir", type=Path, required=True, help="the images it was made for")
     parser.add_argument("--out-dir", type=Path, required=True, help="the label set to make")
     datasets.add_arguments(parser)
+    parser.add_argument(
+        "--boxes",
+        choices=("rounded", "published"),
+        default="rounded",
+        help="crops in whole pixels: rounded, as the teacher saw them, or truncated, as published "
+        "code trains on them",
+    )
+    parser.add_argument(
+        "--fkd-seed",
+        type=bounded(int, 0),
+        default=42,
+        metavar="N",
+        help="of the image order, where the folder does not hold it",
+    )
     parser.add_argument(
         "--force", action="store_true", help="go on although the labels hardly fit the images"
     )
@@ -50,209 +61,221 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--min-scale", type=bounded(float, 0.0001, 1), default=0.08, metavar="X", help=crop
     )
+    codecs.add_arguments(parser, default="fp16")
+    # What is right depends on the folder.
+    parser.set_defaults(codec=None)
     return parser.parse_args()
 
 
-class PublishedPass(NamedTuple):
-    """One pass as published, checked: its views, and float32 [images, C] probabilities."""
+class Fit(NamedTuple):
+    """How well labels fit the classes of their images.
 
-    views: Views
-    probabilities: torch.Tensor
-
-
-def read_pass(
-    path: Path, order: list[int], sizes: np.ndarray, num_classes: int, input_size: int
-) -> PublishedPass:
-    """Reads and checks `epoch_<p>.tar`.
-
-    `order` holds the image index of every view, `sizes` [images, 2] heights and widths. Raises
-    UserError, naming the batch and what does not fit.
+    Attributes:
+        views: how many.
+        score: mean standardised logit of the classes in a view, weighted by their shares. Of
+            labels in another order it is 0, with a standard deviation of at most 1 / sqrt(views).
+        highest: mean of the largest standardised logit.
+        named: share of labels whose first class is the main one of the view.
     """
-    batches = load_tensors(path, _FILE)
-    if not isinstance(batches, list) or not batches:
-        raise UserError(f"{path} is not a list of label batches")
-    batch_size, start = len(batches[0][1]), 0
-    parts: dict[str, list[torch.Tensor]] = {
-        name: [] for name in ("box", "flip", "mix_index", "mix_box", "mix_lam", "probabilities")
-    }
-    for position, batch in enumerate(batches):
-        where = f"{path}, batch {position}"
-        if not isinstance(batch, (list, tuple)) or len(batch) != 6:
-            raise UserError(f"{where}: expected coords, flips, mix_index, lam, bbox, soft_labels")
-        coords, flips, mix_index, lam, bbox, probabilities = batch
-        coords, flips = torch.as_tensor(coords).float(), torch.as_tensor(flips).bool()
-        count = len(flips)
-        belong = min(batch_size, len(order) - start)
-        if count != belong or coords.shape != (count, 4):
-            raise UserError(f"{where}: {count} views where {belong} belong")
-        if probabilities.shape != (count, num_classes):
-            raise UserError(
-                f"{where}: soft labels are {tuple(probabilities.shape)}, expected "
-                f"({count}, {num_classes})"
-            )
-        if not torch.isfinite(probabilities).all():
-            raise UserError(f"{where}: soft labels are not finite")
-        sums = probabilities.float().sum(dim=1)
-        if (probabilities < 0).any() or (sums - 1).abs().max() > _ROUNDING:
-            raise UserError(
-                f"{where}: soft labels are no probabilities, whose sum is 1, but perhaps logits, "
-                "as other codes store them; only softmax(logits / 20) can be imported"
-            )
-        parts["box"].append(_boxes(coords, sizes[order[start : start + count]], where))
-        parts["flip"].append(flips)
-        parts["probabilities"].append(probabilities.float())
-        if mix_index is not None:
-            mix_index = torch.as_tensor(mix_index).long()
-            if mix_index.shape != (count,) or not ((mix_index >= 0) & (mix_index < count)).all():
-                raise UserError(f"{where}: mix_index does not name views of the batch")
-            parts["mix_index"].append(mix_index)
-        if bbox is not None:
-            box = torch.tensor([int(value) for value in bbox], dtype=torch.int32)
-            if len(box) != 4 or not ((box >= 0) & (box <= input_size)).all():
-                raise UserError(f"{where}: CutMix box {bbox} does not fit {input_size} pixels")
-            parts["mix_box"].append(torch.cat([box[:2], (box[2:] - box[:2]).clamp(min=0)]))
-        elif lam is not None:
-            parts["mix_lam"].append(torch.tensor(float(lam)))
-        start += count
-    if start != len(order):
-        raise UserError(f"{path} has {start} views, {_INDICES} lists {len(order)}")
-    return _assemble(parts, order, batch_size, len(batches), path)
+
+    views: int
+    score: float
+    highest: float
+    named: float
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, mixture: Mixture) -> "Fit":
+        """Of centred logits [N, C] and the classes in their views."""
+        standard = logits / logits.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-12)
+        own, partner = (
+            standard.gather(1, classes[:, None])[:, 0] for classes in (mixture.own, mixture.partner)
+        )
+        score = mixture.lam * own + (1 - mixture.lam) * partner
+        named = logits.argmax(dim=1) == mixture.main_class()
+        measured = (score, standard.amax(dim=1), named.float())
+        return cls(len(logits), *(float(each.mean()) for each in measured))
+
+    @classmethod
+    def joined(cls, parts: Sequence["Fit"]) -> "Fit":
+        """Of the views of all parts."""
+        views = sum(part.views for part in parts)
+        means = (
+            sum(p.views * p[field] for p in parts) / views for field in range(1, len(parts[0]))
+        )
+        return cls(views, *means)
+
+    def noise(self) -> float:
+        """Three standard deviations of the score of labels in another order."""
+        return 3 / math.sqrt(self.views)
+
+    def convinces(self) -> bool:
+        """Whether the score is far above that of labels in another order."""
+        return self.score > self.noise() and self.score > self.highest / 10
+
+    def falls_behind(self, other: "Fit") -> bool:
+        """Whether these labels certainly fit less than half as well as others."""
+        return self.score < min(other.score / 2, other.score - self.noise())
 
 
-def _boxes(coords: torch.Tensor, sizes: np.ndarray, where: str) -> torch.Tensor:
-    """int32 [B, 4] pixels of fractional crops (top, left, height, width), truncated."""
-    scale = torch.from_numpy(np.asarray(sizes, dtype=np.float64)).repeat(1, 2)
-    box = (coords.double() * scale).trunc().int()
-    box[:, 2:].clamp_(min=1)
-    limit = torch.from_numpy(np.asarray(sizes, dtype=np.int32))
-    if (box[:, :2] < 0).any() or (box[:, :2] + box[:, 2:] > limit).any():
-        raise UserError(f"{where}: a crop lies outside its image; are these the right images?")
-    return box
+def fit_of_pass(published: PublishedLabels, pass_index: int, labels: torch.Tensor) -> Fit:
+    """How well the labels of a pass fit int64 [images] hard labels."""
+    views, logits = published.read_pass(pass_index)
+    return Fit.of(logits, views.mixture(labels, published.input_size))
 
 
-def _assemble(
-    parts: dict[str, list[torch.Tensor]], order: list[int], batch_size: int, batches: int, path
-) -> PublishedPass:
-    cutmix, mixup = len(parts["mix_box"]) == batches, len(parts["mix_lam"]) == batches
-    if parts["mix_box"] and not cutmix:
-        raise UserError(f"{path} mixes batches with and without a CutMix box")
-    mixed = cutmix or (mixup and bool((torch.stack(parts["mix_lam"]) < 1).any()))
-    if mixed and len(parts["mix_index"]) != batches:
-        raise UserError(f"{path} has mixed batches without mix_index")
-    views = Views(
-        index=torch.tensor(order),
-        box=torch.cat(parts["box"]),
-        flip=torch.cat(parts["flip"]),
-        batch_size=batch_size,
-        mix_index=torch.cat(parts["mix_index"]) if mixed else None,
-        mix_box=torch.stack(parts["mix_box"]) if cutmix else None,
-        mix_lam=torch.stack(parts["mix_lam"]) if mixed and not cutmix else None,
+def check_fit(published: PublishedLabels, labels: torch.Tensor, seed: int, force: bool) -> Fit:
+    """Takes the image order that fits the first passes best; returns how well it fits.
+
+    Raises:
+        UserError: the labels do not fit the images in any order there is; says what does not.
+    """
+    enough = max(2, math.ceil(_CHECKED_VIEWS / len(labels)))
+    first_passes = range(min(published.passes, enough))
+    tried = []
+    for orders in published.derived_orders(seed) if published.derived else [published.orders]:
+        published.orders = orders
+        fits = [fit_of_pass(published, pass_index, labels) for pass_index in first_passes]
+        tried.append((Fit.joined(fits), fits, orders))
+    fit, fits, published.orders = max(tried, key=lambda each: each[0].score)
+    late = any(each.falls_behind(fits[0]) for each in fits)
+    if (fit.convinces() and not late) or force:
+        return fit
+    if published.derived and fits[0].convinces():
+        reason = (
+            "the image order derived for the first pass fits, those of later passes do not: they "
+            "were not drawn one after the other by torch's sampler"
+        )
+    elif names_other_classes(published, labels) or not published.derived:
+        reason = "probably other images, or another class order"
+    else:
+        reason = (
+            f"the image order is not that of --fkd-seed {seed}, or these are labels of other images"
+        )
+    raise UserError(
+        f"{published.folder}: only {100 * fit.named:.1f} % of the labels name the class of their "
+        f"image: {reason}; --force goes on"
     )
-    return PublishedPass(views, torch.cat(parts["probabilities"]))
 
 
-def to_logits(probabilities: torch.Tensor) -> torch.Tensor:
-    """Centred logits 20 log p; a probability that half precision lost becomes its smallest one."""
-    smallest = torch.finfo(torch.float16).smallest_normal / 1024
-    return centre(TEMPERATURE * probabilities.clamp(min=smallest).log())
+def names_other_classes(published: PublishedLabels, labels: torch.Tensor) -> bool:
+    """Whether views of one class are labelled alike: the image order fits, the classes do not."""
+    views, logits = published.read_pass(0)
+    main = views.mixture(labels, published.input_size).main_class()
+    order = main.argsort(stable=True)
+    main, named = main[order], logits.argmax(dim=1)[order]
+    pairs = main[1:] == main[:-1]
+    alike = (named[1:] == named[:-1]) & pairs
+    count = int(pairs.sum())
+    return count > 0 and not near_chance(int(alike.sum()), count, published.num_classes)
 
 
-def read_order(path: Path, images_count: int) -> list[list[int]]:
-    """Image indices of every pass; raises UserError unless each pass holds every image once."""
-    if not path.exists():
-        raise UserError(
-            f"{path.parent} has no {path.name}: only the layout of HALD's published labels can be "
-            "imported; relabel/generate.py labels the images anew"
-        )
-    content = load_tensors(path, _FILE)
-    if not isinstance(content, dict) or not content:
-        raise UserError(f"{path} is not a dictionary of image indices")
-    passes = []
-    for pass_index in range(len(content)):
-        order = content.get(str(pass_index), content.get(pass_index))
-        if order is None:
-            raise UserError(f"{path} has no entry for pass {pass_index}")
-        order = [int(index) for index in order]
-        if sorted(order) != list(range(images_count)):
-            raise UserError(
-                f"{path}: pass {pass_index} lists {len(order)} images, which are not the "
-                f"{images_count} of the image folder once each"
-            )
-        passes.append(order)
-    return passes
+def origin_of(published: PublishedLabels, seed: int) -> dict:
+    """What the manifest says of where the labels come from."""
+    digest = hashlib.sha256()
+    for order in published.orders:
+        digest.update(order.astype("<i4").tobytes())
+    imported = {
+        "layout": published.layout,
+        "labels": published.kind,
+        "temperature": TEMPERATURE if published.kind == "probabilities" else None,
+        "boxes": published.boxes,
+        "order_seed": seed if published.derived else None,
+        "order_sha256": digest.hexdigest(),
+    }
+    return {"teachers": [], "imported": imported}
 
 
-def check_fit(
-    args: argparse.Namespace,
-    one: PublishedPass,
-    hard_labels: torch.Tensor,
-    dataset: datasets.Dataset,
+def describe(published: PublishedLabels, seed: int) -> str:
+    """What was found, in a line."""
+    kind = f"the {published.topk} largest logits" if published.topk else published.kind
+    order = (
+        f"derived from seed {seed}" if published.derived else f"from {published.order_file.name}"
+    )
+    text = (
+        f"{published.folder}: layout of {published.layout}, {len(published.places)} batches of "
+        f"{published.batch_size} views, {kind}; image order {order}; boxes {published.boxes}"
+    )
+    if published.boxes == "rounded":
+        text += " to the pixels that the teacher saw (--boxes published truncates)"
+    if repeated := published.passes * published.per_pass - len(published.places):
+        text += f"; the last pass is filled up with the first {repeated} batches"
+    return text
+
+
+def write_labels(
+    published: PublishedLabels, writer: LabelWriter, hard_labels: torch.Tensor, least: Fit | None
 ) -> None:
-    """Stops when the labels hardly ever name the class of the image: other images or order."""
-    main_class = one.views.mixture(hard_labels, dataset.input_size).main_class()
-    hits, count = int((one.probabilities.argmax(1) == main_class).sum()), len(main_class)
-    if near_chance(hits, count, dataset.num_classes) and not args.force:
-        raise UserError(
-            f"only {100 * hits / count:.1f} % of the labels in {args.fkd_dir} name the class of "
-            f"their image in {args.data_dir}: probably other images, or another class order; "
-            "--force goes on"
-        )
+    """Fits the codec where that is needed, and writes the missing passes, one in memory at a time.
+
+    Raises UserError where a pass fits the images far less than `least`.
+    """
+
+    def read(pass_index: int) -> tuple[Views, torch.Tensor, Mixture]:
+        views, logits = published.read_pass(pass_index)
+        return views, logits, views.mixture(hard_labels, published.input_size)
+
+    if needed := writer.passes_to_fit():
+        print(f"fitting codec {writer.settings['codec']['name']}", flush=True)
+        writer.fit([read(pass_index)[1:] for pass_index in range(needed)])
+    for pass_index in cli.progress(range(published.passes), desc="convert", unit="pass"):
+        if writer.verified(pass_index):
+            continue
+        views, logits, mixture = read(pass_index)
+        fit = Fit.of(logits, mixture)
+        if least and fit.falls_behind(least):
+            raise UserError(
+                f"{published.folder}: only {100 * fit.named:.1f} % of the labels of pass "
+                f"{pass_index} name the class of their image, {100 * least.named:.1f} % of those "
+                "of the first ones: its image order does not fit; --force goes on"
+            )
+        # A pass of a pruned folder has a few views more than there are images.
+        correct = round(fit.named * len(hard_labels))
+        writer.write_pass(pass_index, logits, views, hard_labels, correct)
 
 
 def main() -> None:
     args = parse_arguments()
-    dataset = datasets.from_arguments(args)
+    dataset = datasets.from_arguments(args, inferred=True)
     folder = folders.scan(args.data_dir, dataset.num_classes)
-    dataset = dataclasses.replace(dataset, num_classes=len(folder.classes))
-    if not args.fkd_dir.is_dir():
-        raise UserError(f"published label folder not found: {args.fkd_dir}")
     sizes, fingerprint = images.inspect(folder)
-    orders = read_order(args.fkd_dir / _INDICES, len(folder.files))
-
-    def published(pass_index: int) -> PublishedPass:
-        path = args.fkd_dir / f"epoch_{pass_index}.tar"
-        return read_pass(path, orders[pass_index], sizes, dataset.num_classes, dataset.input_size)
-
-    beginning = published(0)
-    check_fit(args, beginning, folder.labels, dataset)
-    first = beginning.views
-    mix = "none" if first.mix_index is None else "mixup" if first.mix_box is None else "cutmix"
+    dataset = custom.complete(dataset, folder, sizes)
+    published = PublishedLabels(
+        args.fkd_dir,
+        sizes=sizes,
+        num_classes=dataset.num_classes,
+        input_size=dataset.input_size,
+        boxes=args.boxes,
+    )
+    if published.topk and args.codec in (None, "topk"):
+        args.codec, args.topk = "topk", args.topk or published.topk
+    args.codec = args.codec or "fp16"
+    fit = check_fit(published, folder.labels, args.fkd_seed, args.force)
+    print(describe(published, args.fkd_seed))
+    spec = ViewSpec(
+        dataset.input_size, published.batch_size, min_scale=args.min_scale, mix=published.mix
+    )
     settings = make_settings(
         dataset=dataset,
         folder=folder,
         sizes=sizes,
         images_sha256=fingerprint,
         ipc=folder.ipc(),
-        passes=len(orders),
-        spec=ViewSpec(dataset.input_size, first.batch_size, min_scale=args.min_scale, mix=mix),
+        passes=published.passes,
+        spec=spec,
         seed=None,
-        origin={
-            "teachers": [],
-            "imported": {
-                "layout": "FKD",
-                "temperature": TEMPERATURE,
-                "sampler_indices_sha256": sha256_file(args.fkd_dir / _INDICES),
-            },
-        },
-        codec={"name": "fp16"},
+        origin=origin_of(published, args.fkd_seed),
+        codec=codecs.from_arguments(args),
     )
     writer = LabelWriter(args.out_dir, settings, sizes, "--out-dir")
     if writer.complete():
         print(f"{args.out_dir} is complete and verified: nothing to do")
         return
     with writer.begun():
-        for pass_index in cli.progress(range(len(orders)), desc="convert", unit="pass"):
-            if writer.verified(pass_index):
-                continue
-            one = published(pass_index)
-            boxes_differ = (one.views.mix_box is None) != (first.mix_box is None)
-            if one.views.batch_size != first.batch_size or boxes_differ:
-                raise UserError(f"pass {pass_index} has another batch size or mixing than pass 0")
-            writer.write_pass(pass_index, to_logits(one.probabilities), one.views, folder.labels)
+        write_labels(published, writer, folder.labels, None if args.force else fit)
         manifest = writer.finish()
     print(
-        f"{args.out_dir}: {len(orders)} passes of {len(folder.files)} soft labels; teacher top-1 "
-        f"on the views {manifest['teacher_top1']:.1f} %"
+        f"{args.out_dir}: {published.passes} passes of {len(folder.files)} soft labels; teacher "
+        f"top-1 on the views {manifest['teacher_top1']:.1f} %"
     )
 
 

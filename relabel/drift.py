@@ -77,10 +77,12 @@ def measure(labels: LabelSet) -> Drift:
     """Reads a label set once, two passes in memory.
 
     Tr(Sigma) of an image is estimated by half the mean squared distance between its soft labels of
-    successive passes, which has the right expectation and needs no sums over the whole set.
+    successive passes, which has the right expectation and needs no sums over the whole set. Passes
+    imported from pruned folders do not show every image once.
     """
-    spread = torch.zeros(labels.manifest["images"]["count"], dtype=torch.float64)
-    passes, before = [], None
+    images, classes = labels.manifest["images"]["count"], labels.manifest["num_classes"]
+    spread, pairs = torch.zeros(2, images, dtype=torch.float64)
+    passes, before = [], torch.full((images, classes), float("nan"))
     for pass_index in cli.progress(range(labels.passes), desc="report", unit="pass"):
         whole = labels.whole_pass(pass_index)
         soft = whole.logits.softmax(1)
@@ -99,12 +101,11 @@ def measure(labels: LabelSet) -> Drift:
                 "none": astray & (first != other),
             }
         )
-        by_image = soft[whole.views.index.argsort()]
-        if before is not None:
-            parts = zip(*(each.split(1024) for each in (spread, by_image, before)), strict=True)
-            for total, now, last in parts:
-                total += (now - last).double().square().sum(1)
-        before = by_image
-    spread = spread / (2 * (labels.passes - 1)) if labels.passes > 1 else spread * float("nan")
+        for rows, now in zip(whole.views.index.split(1024), soft.split(1024), strict=True):
+            distance = (now - before[rows]).double().square().sum(1)
+            spread.index_add_(0, rows, distance.nan_to_num())
+            pairs.index_add_(0, rows, distance.isfinite().double())
+        before[whole.views.index] = soft
+    spread = spread / (2 * pairs)
     columns = {name: torch.cat([each[name] for each in passes]).numpy() for name in passes[0]}
     return Drift(spread=spread.numpy(), **columns)

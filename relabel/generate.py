@@ -12,7 +12,6 @@ if not __package__:  # run as a plain script: imports start at the repository ro
 
 import argparse
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -20,15 +19,23 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from relabel.teacher import Ensemble, load_teacher, use_batch_statistics
+from relabel.teacher import (
+    Ensemble,
+    SomeClasses,
+    find_subset,
+    load_teacher,
+    training_facts,
+    use_batch_statistics,
+)
 from utils import cli, runtime
 from utils.cli import UserError, bounded
-from utils.data import datasets, folders, images
-from utils.data.views import MIXES, Mixture, Views, ViewSpec, centre_views
+from utils.data import custom, datasets, folders, images
+from utils.data.views import MIXES, ORDER, Mixture, Views, ViewSpec, centre_views, shuffle
 from utils.labels import LabelSet, LabelWriter, codecs, make_settings
 from utils.labels.codecs.base import labels_to_fit
 from utils.metrics import near_chance
 
+_FEWEST_CHECKED, _MOST_CHECKED = 64, 1024  # images that tell whether the class order is right
 ImageSource = images.ResidentImages | images.StreamingImages
 
 
@@ -58,6 +65,14 @@ def parse_arguments() -> argparse.Namespace:
         "--teacher-ema",
         action="store_true",
         help="take the averaged weights of files that hold both (state_dict_ema, model_ema)",
+    )
+    teacher.add_argument(
+        "--teacher-classes",
+        type=Path,
+        metavar="FILE",
+        help="label by those of a teacher's classes that the class folders name: a text file of "
+        "all of them in the teacher's order, a line each that begins with the WordNet id "
+        "(default: all; of ImageNet's, those of imagenette and imagewoof)",
     )
     share = "weight of each teacher's logits in the mean (default: equal)"
     teacher.add_argument(
@@ -139,9 +154,12 @@ def views_per_forward(args: argparse.Namespace, device: torch.device) -> int:
 
 
 def load_teachers(
-    args: argparse.Namespace, dataset: datasets.Dataset, machine: runtime.Runtime
+    args: argparse.Namespace,
+    dataset: datasets.Dataset,
+    classes: list[str],
+    machine: runtime.Runtime,
 ) -> Ensemble:
-    """The teachers that the flags name."""
+    """The teachers that the flags name, for these class folders."""
     for flag, values in (("weights", args.teacher_weights), ("shares", args.teacher_shares)):
         if values is not None and len(values) != len(args.teacher):
             raise UserError(
@@ -151,8 +169,9 @@ def load_teachers(
     if args.teacher_shares is not None and sum(args.teacher_shares) == 0:
         raise UserError("--teacher-shares: at least one must be above 0")
     files = args.teacher_weights or [None] * len(args.teacher)
+    subset = find_subset(dataset, classes, args.teacher_classes)
     teachers = [
-        load_teacher(name, file, dataset, machine, args.teacher_ema)
+        load_teacher(name, file, dataset, machine, args.teacher_ema, subset)
         for name, file in zip(args.teacher, files, strict=True)
     ]
     return Ensemble(teachers, args.teacher_shares, machine)
@@ -164,29 +183,38 @@ def check_class_order(
     source: ImageSource,
     sizes: np.ndarray,
     labels: torch.Tensor,
+    passes: int,
 ) -> None:
     """Stops when the teacher hardly recognises the images: their classes are in another order.
 
-    Looks at unmixed central views of at most 1,024 images with running statistics.
+    Looks at unmixed central views with running statistics: of random images, until a quarter of
+    them are recognised and that is no chance, and of a tenth of the labels to be made at most.
     """
     device = teachers.runtime.device
-    chosen = np.linspace(0, len(sizes) - 1, min(len(sizes), 1024)).astype(int)
+    most = min(len(sizes), _MOST_CHECKED, max(passes * len(sizes) // 10, _FEWEST_CHECKED))
+    chosen = shuffle(0, ORDER, 0, len(sizes))[:most]
     views = centre_views(sizes[chosen], views_per_forward(args, device))
     views.index = torch.from_numpy(chosen)[views.index]
     batches = list(views.to(device))
-    labels = labels.to(device)
-    hits = torch.zeros((), dtype=torch.int64, device=device)
+    num_classes, labels = int(labels.max()) + 1, labels.to(device)
+    hits = count = 0
     bar = cli.progress(
         source.render(batches), desc="class order", total=len(batches), leave=False, delay=2
     )
     for batch, pixels in zip(batches, bar, strict=True):
-        hits += (teachers.logits(pixels).argmax(1) == labels[batch.index]).sum()
-    hits, count, num_classes = int(hits), len(chosen), int(labels.max()) + 1
+        hits += int((teachers.logits(pixels).argmax(1) == labels[batch.index]).sum())
+        count += len(pixels)
+        doubtful = near_chance(hits, count, num_classes)
+        if count >= _FEWEST_CHECKED and hits >= count / 4 and not doubtful:
+            break
     top1 = 100 * hits / count
     print(f"teacher top-1 on central views of {count} images: {top1:.1f} %")
-    if near_chance(hits, count, num_classes) and not args.force:
+    if doubtful and not args.force:
+        chance = f"guessing among {num_classes} classes"
+        if isinstance(network := teachers.teachers[0].model, SomeClasses):
+            chance += f" of its {network.total}"
         raise UserError(
-            f"the teacher recognises only {top1:.1f} % of the images in {args.data_dir} (guessing "
+            f"the teacher recognises only {top1:.1f} % of the images in {args.data_dir} ({chance} "
             f"gives {100 / num_classes:.1f} %): the class order is probably scrambled, or the "
             "weights are another data set's; --force goes on"
         )
@@ -291,15 +319,18 @@ def make_passes(
 
 def main() -> None:
     args = parse_arguments()
-    dataset = datasets.from_arguments(args)
+    dataset = datasets.from_arguments(args, inferred=True)
     machine = runtime.from_arguments(args)
     print(runtime.describe(machine))
     folder = folders.scan(args.data_dir, dataset.num_classes)
-    dataset = dataclasses.replace(dataset, num_classes=len(folder.classes))
     passes, ipc = count_passes(args, folder)
     sizes, fingerprint = images.inspect(folder)
+    trained_with = None
+    if None in (dataset.input_size, dataset.mean, dataset.std):
+        trained_with = training_facts(args.teacher_weights or [])
+    dataset = custom.complete(dataset, folder, sizes, trained_with, "the teacher's checkpoint")
     with machine.first_rank_first():  # so that only one downloads
-        teachers = load_teachers(args, dataset, machine)
+        teachers = load_teachers(args, dataset, folder.classes, machine)
     settings = make_settings(
         dataset=dataset,
         folder=folder,
@@ -326,7 +357,7 @@ def main() -> None:
         return
     source = images.open_images(folder, sizes, dataset, machine.device, args.workers)
     if machine.rank == 0:
-        check_class_order(args, teachers, source, sizes, folder.labels)
+        check_class_order(args, teachers, source, sizes, folder.labels, passes)
     if args.bssl and not sum(use_batch_statistics(one.model) for one in teachers.teachers):
         print("no teacher has BatchNorm: BSSL changes nothing")
     if machine.rank > 0:

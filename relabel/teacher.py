@@ -7,6 +7,7 @@ import textwrap
 import urllib.error
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,17 @@ from utils.data.datasets import Dataset
 from utils.files import load_tensors, sha256_state
 from utils.runtime import Runtime, check_outputs
 
+# Index of each class among ImageNet's 1000, which are in the order of their WordNet ids.
+_IMAGENETTE = {
+    **{"n01440764": 0, "n02102040": 217, "n02979186": 482, "n03000684": 491, "n03028079": 497},
+    **{"n03394916": 566, "n03417042": 569, "n03425413": 571, "n03445777": 574, "n03888257": 701},
+}
+_IMAGEWOOF = {
+    **{"n02086240": 155, "n02087394": 159, "n02088364": 162, "n02089973": 167, "n02093754": 182},
+    **{"n02096294": 193, "n02099601": 207, "n02105641": 229, "n02111889": 258, "n02115641": 273},
+}
+_SUBSETS = {"imagenette": _IMAGENETTE, "imagewoof": _IMAGEWOOF}
+_IMAGENET_CLASSES = 1000
 _USUAL_KEYS = ("state_dict", "model", "net", "network", "model_state_dict", "model_state")
 _PREFIXES = ("module.", "_orig_mod.")
 
@@ -38,28 +50,115 @@ class Teacher:
     sha256: str
 
 
+class Subset(NamedTuple):
+    """Classes of a data set among a teacher's.
+
+    Attributes:
+        total: number of the teacher's classes.
+        rows: the position of each class of the data set among them.
+        listed: by the user, so that every teacher has all of them; else weights of either number
+            will do.
+    """
+
+    total: int
+    rows: list[int]
+    listed: bool
+
+
+def find_subset(dataset: Dataset, classes: list[str], listing: Path | None) -> Subset | None:
+    """Where a data set's classes are among a teacher's, or None where they are all of them.
+
+    Args:
+        dataset: imagenette and imagewoof are parts of ImageNet.
+        classes: names of the class folders: WordNet ids, or numbers in the order of these.
+        listing: a text file, a class of the teacher per line, which begins with its WordNet id or
+            whatever else the class folder is called.
+
+    Raises:
+        UserError: a class that the list or the data set does not have.
+    """
+    if listing is not None:
+        lines = listing.read_text(errors="replace").splitlines()
+        names = [line.split()[0] for line in lines if line.strip()]
+        total, source = len(names), f"--teacher-classes {listing}"
+        row_of = {name: row for row, name in enumerate(names)}
+    elif dataset.name in _SUBSETS:
+        total, source, row_of = _IMAGENET_CLASSES, dataset.name, _SUBSETS[dataset.name]
+        if all(re.fullmatch(r"(new)?\d+", name) for name in classes):
+            return Subset(total, [*row_of.values()], listed=False)
+    else:
+        return None
+    if unknown := [name for name in classes if name not in row_of]:
+        raise UserError(f"class folder {unknown[0]} is none of the classes of {source}")
+    return Subset(total, [row_of[name] for name in classes], listed=listing is not None)
+
+
+class SomeClasses(nn.Module):
+    """A network with only a subset of its outputs."""
+
+    def __init__(self, network: nn.Module, subset: Subset):
+        super().__init__()
+        self.network, self.total = network, subset.total
+        self.register_buffer("rows", torch.tensor(subset.rows))
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[B, 3, S, S] -> [B, rows]."""
+        return self.network(pixels)[:, self.rows]
+
+
 def load_teacher(
-    name: str, weights: Path | None, dataset: Dataset, runtime: Runtime, ema: bool = False
+    name: str,
+    weights: Path | None,
+    dataset: Dataset,
+    runtime: Runtime,
+    ema: bool = False,
+    subset: Subset | None = None,
 ) -> Teacher:
     """Builds a network and loads its weights, the averaged ones of a file where `ema` asks for it.
 
     Weights come from `weights`; else from $Main_Data_Path/<name>.pth; else, for a
-    `package.module:factory`, from the factory itself; else, for ImageNet-1K, from torchvision.
+    `package.module:factory`, from the factory itself; else, for ImageNet-1K and its subsets, from
+    torchvision. Weights with an output for each of a subset's `total` classes label by its rows.
 
     Raises:
         UserError: unknown name, no weights to be had, or weights that do not fit.
     """
+    subset = subset or find_subset(dataset, [], None)
+    listed = subset is not None and subset.listed
     try:
-        model = models.build(name, dataset.num_classes, dataset.input_size)
+        outputs = subset.total if listed else dataset.num_classes
+        model = models.build(name, outputs, dataset.input_size)
+        state = _find_weights(name, weights, dataset, ema)
+        if subset and not listed and state and _needs_outputs(model, state[0], subset.total):
+            outputs = subset.total
+            model = models.build(name, outputs, dataset.input_size)
     except ValueError as error:
         raise UserError(f"--teacher: {error}") from None
-    state = _find_weights(name, weights, dataset, ema)
     if state is not None:
         load_state(model, state[0], f"teacher weights {state[1]}", name)
+    if subset and outputs == subset.total:
+        model = SomeClasses(model, subset)
+        print(f"teacher {name}: {len(subset.rows)} of its {outputs} classes")
     model.requires_grad_(False).eval()
     model.to(runtime.device, memory_format=torch.channels_last)
     check_outputs(model, dataset, runtime.device, f"teacher {name}")
     return Teacher(name, model, sha256_state(model.state_dict()))
+
+
+def training_facts(files: list[Path]) -> dict | None:
+    """The data set, as a dict, of the first checkpoint that validate/train.py wrote."""
+    for path in files:
+        content = load_tensors(path, "teacher weights")
+        if isinstance(content, dict) and content.get("format") == "hald-student":
+            return content.get("dataset")
+    return None
+
+
+def _needs_outputs(model: nn.Module, state: dict[str, torch.Tensor], total: int) -> bool:
+    """Whether a state dict is that of a network with `total` outputs, and this one has others."""
+    own = model.state_dict()
+    shapes = [(own[key].shape, value.shape) for key, value in state.items() if key in own]
+    return any(mine != theirs and theirs[:1] == (total,) for mine, theirs in shapes)
 
 
 def _find_weights(
@@ -75,7 +174,7 @@ def _find_weights(
     if ":" in name and not name.startswith("timm:"):
         return None
     reason = f"there are no public weights for {dataset.name}"
-    if dataset.name == "imagenet1k":
+    if dataset.name == "imagenet1k" or dataset.name in _SUBSETS:
         try:
             return models.torchvision_weights(name), "torchvision"
         except ValueError as error:

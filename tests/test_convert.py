@@ -1,91 +1,220 @@
 """Published FKD label folders: imported batch for batch as an independent decoding reads them."""
 
+import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import CUSTOM, TINY, train_arguments, tree
+from conftest import CUSTOM, TINY, generate_arguments, train_arguments, tree, write_images
+from torch.utils.data import DataLoader, RandomSampler
 from torchvision.transforms import functional as transforms
 
-from relabel import convert
+from relabel import convert, export, generate
 from utils.data import folders, images
 from utils.data.images import ResidentImages
 from utils.labels import LabelSet
 from validate import train
 
+CODES = ("HALD", "SRe2L", "LPLD", "LPLD pruned", "LPQLD", "LPQLD k")
 
-def write_published(folder, passes=2, batch=5, mixed=True) -> None:
-    """12 images of 32 pixels, 4 classes, in the published layout: half-precision boxes and all."""
+
+def write_published(folder, code="HALD", passes=2, batch=5, mixed=True, seed=42, side=32) -> list:
+    """12 images of `side` pixels, 4 classes, in the layout of a code; views of 32 pixels.
+
+    Returns of every batch [images, boxes in pixels, flips, mix_index, bbox, target at T = 20].
+    """
     folder.mkdir()
     numbers = np.random.default_rng(3)
-    order = {str(number): numbers.permutation(12).tolist() for number in range(passes)}
-    torch.save(order, folder / "sampler_indices_dict.pt")
-    for number in range(passes):
-        batches = []
-        for start in range(0, 12, batch):
-            count = min(batch, 12 - start)
-            size = numbers.uniform(0.3, 0.9, (count, 2))
-            place = numbers.uniform(0, 1, (count, 2)) * (1 - size)
-            coords = torch.from_numpy(np.concatenate([place, size], axis=1)).half()
+    sampler = RandomSampler(range(12), generator=torch.Generator().manual_seed(seed))
+    loader = DataLoader(range(12), batch, sampler=sampler)
+    record, truth, written = [], [], []
+    for pass_index in range(passes):
+        (folder / f"epoch_{pass_index}").mkdir()
+        for number, members in enumerate(loader):
+            count = len(members)
+            if "pruned" in code and (count < batch or (pass_index == passes - 1 and number > 0)):
+                continue
+            size = numbers.integers(side // 4, side, (count, 2))
+            boxes = np.concatenate([numbers.integers(0, side + 1 - size), size], axis=1)
+            coords = torch.from_numpy(boxes / side).half()
+            coords = coords if code.startswith(("HALD", "LPQLD")) else coords.float()
             corner = np.int64(numbers.integers(0, 20))
             bbox = [corner, np.int64(4), corner + 9, np.int64(22)] if mixed else None
-            logits = torch.from_numpy(numbers.normal(0, 4, (count, 4)))
-            members = order[str(number)][start : start + count]
-            logits[range(count), [image // 3 for image in members]] += 20
-            batches.append(
-                [
-                    coords,
-                    torch.from_numpy(numbers.random(count) < 0.5),
-                    torch.from_numpy(numbers.permutation(count)) if mixed else None,
-                    np.float64(0.7) if mixed else None,
-                    bbox,
-                    torch.softmax(logits / 20, dim=1).half(),
-                ]
-            )
-        torch.save(batches, folder / f"epoch_{number}.tar")
+            logits = torch.from_numpy(numbers.normal(0, 4, (count, 4))).half()
+            logits[range(count), members // 3] += 20
+            target = torch.softmax(logits.float() / 20, dim=1)
+            labels = [logits.float() if code == "SRe2L" else logits]
+            if code == "HALD":
+                labels = [target.half()]
+            elif code == "LPQLD k":
+                values, indices = logits.topk(2)
+                shares = torch.softmax(values.float() / 20, dim=1)
+                target = torch.zeros(count, 4).scatter_(1, indices, shares)
+                labels = [values, indices.short()]
+            mix_index = torch.from_numpy(numbers.permutation(count)) if mixed else None
+            flips = torch.from_numpy(numbers.random(count) < 0.5)
+            stored = [mix_index, np.float64(0.7) if mixed else None, bbox]
+            if code.startswith("LPQLD"):
+                stored = [mix_index.byte(), 0.7, [torch.tensor(side).byte() for side in bbox]]
+            written.append((pass_index, number, [coords, flips, *stored, *labels]))
+            truth.append([members, boxes, flips, mix_index, bbox, target])
+            record.append((pass_index, members.tolist()))
+    by_pass = {
+        str(p): [image for q, each in record if p == q for image in each] for p in range(passes)
+    }
+    if code == "HALD":
+        torch.save(by_pass, folder / "sampler_indices_dict.pt")
+    elif code.startswith("LPLD"):
+        (folder / "sampler_indices_epoch.json").write_text(json.dumps(by_pass))
+    elif code.startswith("LPQLD"):
+        orders = {str(n): members for n, (_, members) in enumerate(record)}
+        (folder / "sampler_indices_batch.json").write_text(json.dumps(orders))
+    for place, (pass_index, number, content) in enumerate(written):
+        if code.startswith("LPQLD"):
+            torch.save(content, folder / f"batch_{place}.tar")
+        elif code != "HALD":
+            torch.save(content, folder / f"epoch_{pass_index}" / f"batch_{number}.tar")
+    for pass_index in range(passes):
+        if code == "HALD":
+            batches = [content for p, _, content in written if p == pass_index]
+            torch.save(batches, folder / f"epoch_{pass_index}.tar")
+        if code in ("HALD", "LPQLD", "LPQLD k"):
+            (folder / f"epoch_{pass_index}").rmdir()
+    return truth
 
 
 def arguments(world, fkd, out) -> list:
     return ["--fkd-dir", fkd, "--data-dir", world.data, "--out-dir", out, *CUSTOM]
 
 
-def published_files(fkd, number):
-    order = torch.load(fkd / "sampler_indices_dict.pt", weights_only=False)[str(number)]
-    return order, torch.load(fkd / f"epoch_{number}.tar", weights_only=False)
-
-
-def test_images_and_targets_equal_an_independent_decoding(world, tmp_path, command):
-    fkd, out = tmp_path / "fkd", tmp_path / "labels"
-    write_published(fkd)
-    done = command(convert.main, *arguments(world, fkd, out))
-    assert done.code == 0, done.err
-    pixels = images.load_evaluation(folders.scan(world.data), TINY)
+def check_labels(data, out, truth) -> None:
+    """The stored batches against an independent decoding."""
+    pixels = torch.stack([images.pixels_of(images.decode(f)) for f in folders.scan(data).files])
     labels = LabelSet.open(out)
     source = ResidentImages(pixels, TINY, torch.device("cpu"))
-    rendered = list(source.render([labels.views(number) for number in range(len(labels))]))
-    position = 0
+    batches = [labels.views(number) for number in range(len(truth))]
+    rendered = source.render(batches)
+    for number, (members, boxes, flips, mix_index, bbox, target) in enumerate(truth):
+        views = []
+        for image, box, flip in zip(members, boxes, flips, strict=True):
+            view = transforms.resized_crop(
+                pixels[image].float(), *box.tolist(), [32, 32], antialias=True
+            )
+            views.append(transforms.hflip(view) if flip else view)
+        views = torch.stack(views)
+        mixed = views.clone()
+        rows, columns = slice(bbox[0], bbox[2]), slice(bbox[1], bbox[3])
+        mixed[:, :, rows, columns] = views[mix_index][:, :, rows, columns]
+        expected = transforms.normalize(mixed / 255, TINY.mean, TINY.std)
+        assert torch.allclose(next(rendered), expected, atol=1e-3)
+        found = torch.softmax(labels[number].logits / 20, dim=1)
+        assert torch.allclose(found, target, atol=2e-4 if target.all() else 2e-3)
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_every_layout_is_imported_as_an_independent_decoding_reads_it(
+    world, tmp_path, command, code
+):
+    fkd, out = tmp_path / "fkd", tmp_path / "labels"
+    truth = write_published(fkd, code, passes=3)
+    done = command(convert.main, *arguments(world, fkd, out))
+    assert done.code == 0, done.err
+    assert f"layout of {code.split()[0]}" in done.out and "boxes rounded" in done.out
+    labels = LabelSet.open(out)
+    assert labels.manifest["codec"]["name"] == ("topk" if code == "LPQLD k" else "fp16")
+    # Pruned: five batches of five are one pass of three and two of another, filled up with a first.
+    missing = len(labels) - len(truth)
+    assert missing == (1 if "pruned" in code else 0)
+    assert 90 < labels.manifest["teacher_top1"] <= 100
+    check_labels(world.data, out, truth + truth[:missing])
+
+
+def test_boxes_are_the_teachers_or_truncated_as_published(tmp_path, command):
+    """Half-precision fractions of 50 pixels do not fall on pixels."""
+    fkd, world = (
+        tmp_path / "fkd",
+        SimpleNamespace(data=write_images(tmp_path / "data", 3, 0, size=50)),
+    )
+    truth = write_published(fkd, side=50)
+    command(convert.main, *arguments(world, fkd, tmp_path / "rounded"))
+    check_labels(world.data, tmp_path / "rounded", truth)
+    stored = [torch.load(fkd / f"epoch_{number}.tar", weights_only=False) for number in range(2)]
+    rounded = [expected[1] for expected in truth]
+    for expected, content in zip(truth, stored[0] + stored[1], strict=True):
+        expected[1] = np.array([[int(each.item() * 50) for each in view] for view in content[0]])
+    assert not np.array_equal(np.concatenate(rounded), np.concatenate([e[1] for e in truth]))
+    command(convert.main, *arguments(world, fkd, tmp_path / "truncated"), "--boxes", "published")
+    check_labels(world.data, tmp_path / "truncated", truth)
+
+
+def test_labels_in_halds_layout_that_are_logits_are_taken_as_such(world, tmp_path, command):
+    fkd = tmp_path / "fkd"
+    truth = write_published(fkd)
     for number in range(2):
-        order, batches = published_files(fkd, number)
-        for coords, flips, mix_index, _, bbox, soft in batches:
-            members = [order.pop(0) for _ in range(len(flips))]
-            views = []
-            for image, fractions, flip in zip(members, coords, flips, strict=True):
-                top, left, height, width = (int(value.item() * 32) for value in fractions)
-                view = transforms.resized_crop(
-                    pixels[image].float(), top, left, height, width, [32, 32], antialias=True
-                )
-                views.append(transforms.hflip(view) if flip else view)
-            views = torch.stack(views)
-            mixed = views.clone()
-            rows, columns = slice(bbox[0], bbox[2]), slice(bbox[1], bbox[3])
-            mixed[:, :, rows, columns] = views[mix_index][:, :, rows, columns]
-            expected = transforms.normalize(mixed / 255, TINY.mean, TINY.std)
-            assert torch.allclose(rendered[position], expected, atol=1e-3)
-            found = torch.softmax(labels[position].logits / 20, dim=1)
-            assert torch.allclose(found, soft.float(), atol=2e-4)
-            position += 1
-    assert position == len(labels) == 6
+        batches = torch.load(fkd / f"epoch_{number}.tar", weights_only=False)
+        for batch in batches:
+            batch[5] = (20 * batch[5].float().log() + 30).half()
+        torch.save(batches, fkd / f"epoch_{number}.tar")
+    done = command(convert.main, *arguments(world, fkd, tmp_path / "labels"))
+    assert done.code == 0 and "views, logits;" in done.out, done.err
+    labels = LabelSet.open(tmp_path / "labels")
+    for number, expected in enumerate(truth):
+        found = torch.softmax(labels[number].logits / 20, dim=1)
+        assert torch.allclose(found, expected[5], atol=2e-3)
+
+
+@pytest.mark.parametrize("codec", [("quant", "--bits", 8), ("klt", "--distortion", 0.0001)])
+def test_any_codec_stores_imported_labels(world, tmp_path, command, codec):
+    truth = write_published(tmp_path / "fkd", "LPLD")
+    done = command(
+        convert.main, *arguments(world, tmp_path / "fkd", tmp_path / "labels"), "--codec", *codec
+    )
+    assert done.code == 0, done.err
+    labels = LabelSet.open(tmp_path / "labels")
+    assert labels.manifest["codec"]["name"] == codec[0]
+    for number, expected in enumerate(truth):
+        found = torch.softmax(labels[number].logits / 20, dim=1)
+        assert torch.allclose(found, expected[5], atol=5e-3)
+
+
+def test_an_order_that_does_not_fit_is_told_as_what_it_is(world, tmp_path, command, monkeypatch):
+    fkd, out = tmp_path / "fkd", tmp_path / "labels"
+    truth = write_published(fkd, "SRe2L", passes=4, seed=7)
+    done = command(convert.main, *arguments(world, fkd, out))
+    assert done.code == 2 and "image order is not that of --fkd-seed 42" in done.err, done.err
+    assert command(convert.main, *arguments(world, fkd, out), "--fkd-seed", 7).code == 0
+    check_labels(world.data, out, truth)
+    # A folder of two runs: the order of its third pass is that of the first one again.
+    for batch in range(3):
+        shutil.copy(fkd / f"epoch_0/batch_{batch}.tar", fkd / f"epoch_2/batch_{batch}.tar")
+    shutil.rmtree(out)
+    done = command(convert.main, *arguments(world, fkd, out), "--fkd-seed", 7)
+    assert done.code == 2 and "those of later passes do not" in done.err, done.err
+    assert not out.exists()
+    with monkeypatch.context() as patched:  # the first two passes alone are looked at before
+        patched.setattr(convert, "_CHECKED_VIEWS", 1)
+        done = command(convert.main, *arguments(world, fkd, out), "--fkd-seed", 7)
+    assert done.code == 2 and "of the labels of pass 2 name the class" in done.err, done.err
+    assert not (out / "manifest.json").exists()
+    for file in fkd.glob("epoch_*/*"):
+        content = torch.load(file, weights_only=False)
+        torch.save([*content[:5], content[5].roll(1, dims=1)], file)
+    done = command(convert.main, *arguments(world, fkd, out), "--fkd-seed", 7)
+    assert done.code == 2 and "another class order" in done.err, done.err
+
+
+def test_orders_of_older_versions_of_torch_are_found(world, tmp_path, command, monkeypatch):
+    def one_permutation(sampler):
+        yield from torch.randperm(12, generator=sampler.generator).tolist()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RandomSampler, "__iter__", one_permutation)
+        truth = write_published(tmp_path / "fkd", "SRe2L")
+    done = command(convert.main, *arguments(world, tmp_path / "fkd", tmp_path / "labels"))
+    assert done.code == 0, done.err
+    check_labels(world.data, tmp_path / "labels", truth)
 
 
 def test_an_imported_set_trains_and_importing_again_does_nothing(world, tmp_path, command):
@@ -159,10 +288,13 @@ REFUSED = {
         "batch 0: soft labels are no probabilities",
     ),
     "another layout": (
-        lambda fkd: (fkd / "sampler_indices_dict.pt").unlink(),
-        "only the layout of HALD's published labels can be imported; relabel/generate.py",
+        lambda fkd: [file.unlink() for file in fkd.iterdir()],
+        "none of the field's layouts",
     ),
-    "views missing": (lambda fkd: change(fkd, lambda b: b.pop()), "has 10 views"),
+    "views missing": (
+        lambda fkd: change(fkd, lambda b: b.pop()),
+        "epoch_1.tar has 2 batches where 3 belong",
+    ),
     "crop outside": (
         lambda fkd: change(fkd, lambda b: b[0][0].__setitem__((0, 0), 0.99)),
         "a crop lies outside its image",
@@ -190,6 +322,117 @@ def test_convert_refuses(world, tmp_path, command, case):
     assert done.code == 2 and len(lines) == 1 and message in lines[0], done.err
     assert not (tmp_path / "labels" / "manifest.json").exists()
     assert "executed\n" not in done.out
+
+
+def change_batch(file, edit):
+    torch.save(edit(torch.load(file, weights_only=False)), file)
+
+
+LAYOUTS_REFUSED = {
+    "batch missing": ("SRe2L", lambda f: (f / "epoch_0/batch_1.tar").unlink(), "no batch_1.tar"),
+    "last batch missing": (
+        "SRe2L",
+        lambda f: [(f / f"epoch_{p}/batch_2.tar").unlink() for p in range(2)],
+        "has 4 batches of 5 views where 12 images fill 6",
+    ),
+    "pass missing": ("SRe2L", lambda f: shutil.rmtree(f / "epoch_0"), "no epoch_0"),
+    "pass without batches": (
+        "SRe2L",
+        lambda f: [file.unlink() for file in (f / "epoch_1").iterdir()],
+        "batches are missing; there are [3]",
+    ),
+    "cutout boxes": (
+        "SRe2L",
+        lambda f: change_batch(
+            f / "epoch_0/batch_0.tar", lambda b: [b[0], torch.zeros(5, 4), *b[2:]]
+        ),
+        "the ImageNet-21K variants",
+    ),
+    "parameters of augmentations": (
+        "SRe2L",
+        lambda f: change_batch(f / "epoch_1/batch_1.tar", lambda b: [*b, [1], [2]]),
+        "the ImageNet-21K variants",
+    ),
+    "order of other batches": (
+        "LPQLD",
+        lambda f: (f / "sampler_indices_batch.json").write_text('{"0": [1, 2, 3, 4, 5]}'),
+        "ends with entry 0, before that of",
+    ),
+    "no order": ("LPQLD", lambda f: (f / "sampler_indices_batch.json").unlink(), "_batch.json"),
+    "order of other images": (
+        "LPLD",
+        lambda f: (f / "sampler_indices_epoch.json").write_text('{"0": [1, 2, 12], "1": []}'),
+        "not those of the 12 in the image folder",
+    ),
+    "other number of logits": (
+        "LPQLD k",
+        lambda f: change_batch(f / "batch_2.tar", lambda b: [*b[:5], b[5][:, :1], b[6][:, :1]]),
+        "soft labels are no k logits, as in the first batch",
+    ),
+    "classes that are none": (
+        "LPQLD k",
+        lambda f: change_batch(f / "batch_2.tar", lambda b: [*b[:6], b[6] + 3]),
+        "class indices do not fit 4 classes",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LAYOUTS_REFUSED)
+def test_a_damaged_folder_of_any_layout_is_refused(world, tmp_path, command, case):
+    code, spoil, message = LAYOUTS_REFUSED[case]
+    write_published(tmp_path / "fkd", code)
+    spoil(tmp_path / "fkd")
+    done = command(convert.main, *arguments(world, tmp_path / "fkd", tmp_path / "labels"))
+    lines = [line for line in done.err.splitlines() if line and not line.startswith("convert:")]
+    assert done.code == 2 and len(lines) == 1 and message in lines[0], done.err
+    assert not (tmp_path / "labels" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("mix", ["cutmix", "mixup", "none"])
+def test_an_exported_set_is_as_published_and_comes_back_equal(world, tmp_path, command, mix):
+    """Of 48 pixels, whose fractions are not those of half precision."""
+    own = SimpleNamespace(data=write_images(tmp_path / "data", 3, 0, size=48))
+    made = generate_arguments(own.data, tmp_path / "own", world.weights, "--slc", 6, "--mix", mix)
+    assert command(generate.main, *made).code == 0
+    done = command(export.main, "--label-dir", tmp_path / "own", "--out-dir", tmp_path / "fkd")
+    assert done.code == 0 and "too large" not in done.out, done.err
+    labels = LabelSet.open(tmp_path / "own")
+    order = torch.load(tmp_path / "fkd" / "sampler_indices_dict.pt", weights_only=True)
+    assert [*order] == ["0", "1"] and order["1"] == labels.whole_pass(1).views.index.tolist()
+    assert {file.name for file in (tmp_path / "fkd").iterdir()} == {
+        *("epoch_0.tar", "epoch_1.tar", "sampler_indices_dict.pt")
+    }
+    for pass_index in range(2):
+        batches = torch.load(tmp_path / "fkd" / f"epoch_{pass_index}.tar", weights_only=True)
+        assert [len(batch[0]) for batch in batches] == [5, 5, 2]
+        for number, (coords, flips, partner, lam, bbox, soft) in enumerate(batches):
+            count, views = len(coords), labels.views(3 * pass_index + number)
+            assert coords.dtype == torch.float16 and coords.shape == (count, 4)
+            assert flips.dtype == torch.bool and flips.shape == (count,)
+            assert soft.dtype == torch.float16 and soft.shape == (count, 4)
+            logits = labels[3 * pass_index + number].logits
+            assert torch.equal(soft, torch.softmax(logits / 20, dim=1).half())
+            # As the published code reads them: truncated.
+            assert [[int(each * 48) for each in view] for view in coords.tolist()] == (
+                views.box.tolist()
+            )
+            if mix == "none":
+                assert (partner, lam, bbox) == (None, None, None)
+                continue
+            assert partner.dtype == torch.int64 and partner.shape == (count,)
+            assert type(lam) is float and lam == float(views.lam(32)[0])
+            if mix == "cutmix":
+                x1, y1, x2, y2 = bbox
+                assert views.mix_box[0].tolist() == [x1, y1, x2 - x1, y2 - y1]
+            else:
+                assert bbox is None
+    for boxes in ("rounded", "published"):
+        back = tmp_path / boxes
+        flags = [*arguments(own, tmp_path / "fkd", back), "--boxes", boxes]
+        assert command(convert.main, *flags).code == 0
+        for number, (views, logits) in enumerate(LabelSet.open(back)):
+            assert views.checksum() == labels.views(number).checksum()
+            assert torch.allclose(logits, labels[number].logits, atol=0.03)
 
 
 def test_stored_views_take_at_most_ten_bytes_each_at_224_pixels():

@@ -10,7 +10,7 @@ import yaml
 
 from utils import cli, loggers, runtime
 from utils.cli import UserError, bounded
-from utils.data import datasets, evaluation, folders, images
+from utils.data import custom, datasets, evaluation, folders, images
 from utils.data.views import MIXES, ViewSpec
 from utils.files import sha256_file
 from utils.labels import LabelSet, first_difference
@@ -225,13 +225,13 @@ class Materials:
     ) -> "Materials":
         """Opens them; raises UserError for what is missing, damaged or does not belong together."""
         folder = folders.scan(data_dir, dataset.num_classes)
-        dataset = dataclasses.replace(dataset, num_classes=len(folder.classes))
         validation = folders.scan(val_dir)
         folders.check_same_classes(validation, folder.classes, str(data_dir))
         sizes, fingerprint = images.inspect(folder)
-        labels = None
-        if label_dir is not None:
-            labels = LabelSet.open(label_dir)
+        labels = None if label_dir is None else LabelSet.open(label_dir)
+        recorded = labels.manifest if labels is not None else None
+        dataset = custom.complete(dataset, folder, sizes, recorded, f"the labels in {label_dir}")
+        if labels is not None:
             labels.check(dataset, folder.classes, fingerprint)
         return cls(dataset, folder, sizes, fingerprint, validation, labels)
 

@@ -32,7 +32,8 @@ _STEPS_TO_AGREE = 8  # between the moments at which ranks ask each other for a s
 
 def main() -> None:
     args = parse_arguments()
-    dataset, machine = datasets.from_arguments(args), runtime.from_arguments(args)
+    dataset = datasets.from_arguments(args, inferred=True)
+    machine = runtime.from_arguments(args)
     print(runtime.describe(machine))
     materials = Materials.open(dataset, args.data_dir, args.val_dir, args.label_dir)
     if args.val_dir.resolve() == args.data_dir.resolve():

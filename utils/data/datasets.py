@@ -19,14 +19,15 @@ class Dataset:
         name: a name of datasets.yaml, or "custom".
         num_classes: number of classes; None for a custom data set until its folders are counted.
         input_size: side of the network's input in pixels.
-        mean, std: three floats each, of pixel values in 0..1.
+        mean, std: three floats each, of pixel values in 0..1. Like the input size, None for a
+            custom data set whose flags leave it out, until utils.data.custom completes it.
     """
 
     name: str
     num_classes: int | None
-    input_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    input_size: int | None
+    mean: tuple[float, float, float] | None
+    std: tuple[float, float, float] | None
 
     @property
     def evaluation_resize(self) -> int:
@@ -50,7 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="custom only; counted from the class folders when left out",
     )
     group.add_argument(
-        "--input-size", type=bounded(int, 8), metavar="S", help="custom only: pixels a side"
+        "--input-size",
+        type=bounded(int, 8),
+        metavar="S",
+        help="custom only: pixels a side; left out, the images' own where all are equal squares",
     )
     for flag in ("--mean", "--std"):
         group.add_argument(
@@ -58,23 +62,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             type=float,
             nargs=3,
             metavar=("R", "G", "B"),
-            help="custom only: of pixel values between 0 and 1",
+            help="custom only: of pixel values between 0 and 1; left out, of all pixels",
         )
 
 
-def from_arguments(args: argparse.Namespace) -> Dataset:
-    """The data set that the flags of add_arguments name; raises UserError when they clash."""
+def from_arguments(args: argparse.Namespace, inferred: bool = False) -> Dataset:
+    """The data set that the flags of add_arguments name.
+
+    Args:
+        args: the flags.
+        inferred: whether what a custom data set leaves out is inferred from its images later.
+
+    Raises:
+        UserError: flags that clash, or are missing.
+    """
     given = {name: getattr(args, name) for name in ("num_classes", "input_size", "mean", "std")}
     if args.dataset == "custom":
         missing = [name for name in ("input_size", "mean", "std") if given[name] is None]
-        if missing:
+        if missing and not inferred:
             flags = ", ".join("--" + name.replace("_", "-") for name in missing)
             raise UserError(f"--dataset custom also needs {flags}")
-        if min(args.std) <= 0:
+        if args.std and min(args.std) <= 0:
             raise UserError(f"--std must be positive, not {' '.join(map(str, args.std))}")
-        return Dataset(
-            "custom", args.num_classes, args.input_size, tuple(args.mean), tuple(args.std)
-        )
+        mean, std = (tuple(each) if each else None for each in (args.mean, args.std))
+        return Dataset("custom", args.num_classes, args.input_size, mean, std)
     dataset = named(args.dataset)
     for name, value in given.items():
         if value is not None:

@@ -1,0 +1,96 @@
+"""Writes a label set in the layout of HALD's published labels, for other training code.
+
+Every pass becomes `epoch_<p>.tar`, a list of batches [coords float16 [B, 4], flips bool [B],
+mix_index int64 [B], lam, bbox, softmax(logits / 20) float16 [B, C]], and the images of all passes
+`sampler_indices_dict.pt`. relabel/convert.py reads such folders.
+
+python relabel/export.py --label-dir L --out-dir F
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a plain script: imports start at the repository root
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import io
+from typing import Any
+
+import numpy as np
+import torch
+
+from relabel.published import HALD_ORDER, TEMPERATURE
+from utils import cli
+from utils.data.views import Views
+from utils.files import atomic_write, whole_folder
+from utils.labels import LabelSet
+
+
+def fractions(box: torch.Tensor, sizes: np.ndarray) -> torch.Tensor:
+    """float16 [B, 4] crops as fractions that give the same pixels truncated as rounded.
+
+    Published code truncates, so that half precision must not round down.
+
+    Args:
+        box: int32 [B, 4], top, left, height and width in pixels.
+        sizes: int [B, 2], heights and widths of the images.
+    """
+    pixels, scale = box.numpy().astype(np.float64), np.tile(sizes, 2).astype(np.float64)
+    half = (pixels / scale).astype(np.float16)
+    half = np.where(half * scale < pixels, np.nextafter(half, np.float16(2)), half)
+    return torch.from_numpy(half)
+
+
+def published_batch(views: Views, logits: torch.Tensor, sizes: np.ndarray, size: int) -> list[Any]:
+    """A batch as published: `sizes` int [images, 2], `size` the side of a view in pixels."""
+    lam = bbox = None
+    if views.mix_index is not None:
+        lam = float(views.lam(size)[0])
+    if views.mix_box is not None:
+        top, left, height, width = views.mix_box[0].tolist()
+        bbox = [top, left, top + height, left + width]
+    labels = (logits / TEMPERATURE).softmax(dim=1).half()
+    coords = fractions(views.box, sizes[views.index.numpy()])
+    # Clones, as torch.save writes the whole of what a tensor is a part of.
+    flips, partner = views.flip.clone(), views.mix_index
+    return [coords, flips, None if partner is None else partner.clone(), lam, bbox, labels]
+
+
+def save(path: Path, content: Any) -> None:
+    """torch.save by way of memory: it hides a full disk behind an error of its own."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    atomic_write(path, buffer.getvalue())
+
+
+def main() -> None:
+    parser = cli.Parser(description="Write a label set in the layout of HALD's published labels.")
+    parser.add_argument("--label-dir", type=Path, required=True, help="a finished label set")
+    parser.add_argument("--out-dir", type=Path, required=True, help="the published folder to make")
+    args = parser.parse_args()
+    labels, order, moved = LabelSet.open(args.label_dir), {}, 0
+    with whole_folder(args.out_dir) as folder:
+        for pass_index in cli.progress(range(labels.passes), desc="export", unit="pass"):
+            views, logits = labels.whole_pass(pass_index)
+            parts = logits.split(views.batch_size)
+            batches = [
+                published_batch(one, part, labels.sizes, labels.spec.input_size)
+                for one, part in zip(views, parts, strict=True)
+            ]
+            save(folder / f"epoch_{pass_index}.tar", batches)
+            order[str(pass_index)] = views.index.tolist()
+            scale = torch.from_numpy(labels.sizes[views.index.numpy()]).repeat(1, 2)
+            read = torch.cat([batch[0] for batch in batches]).double() * scale
+            moved += int((read.round().int() != views.box).any(dim=1).sum())
+        save(folder / HALD_ORDER, order)
+    count = labels.passes * len(labels.hard_labels)
+    print(f"{args.out_dir}: {count} soft labels of {labels.passes} passes")
+    if moved:
+        print(
+            f"{moved} crops are of images too large for half-precision fractions: the published "
+            "layout moves them by a pixel"
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main)

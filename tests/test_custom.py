@@ -1,0 +1,128 @@
+"""Custom data sets, whose facts come from their images, and teachers of more classes than one's."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, generate_arguments, train_arguments, write_images
+from PIL import Image
+
+import models
+from relabel import generate
+from relabel.teacher import find_subset, load_teacher
+from utils.cli import UserError
+from utils.data import datasets
+from utils.data.datasets import Dataset
+from utils.labels import LabelSet
+from validate import train
+
+
+def bare(arguments: list) -> list:
+    """Without --input-size, --mean and --std, which come together."""
+    arguments = list(map(str, arguments))
+    start = arguments.index("--input-size")
+    return arguments[:start] + arguments[start + 10 :]
+
+
+def test_facts_come_from_the_images_and_labels_pass_them_on(world, tmp_path, command):
+    arguments = generate_arguments(world.data, tmp_path / "labels", world.weights, "--slc", 3)
+    done = command(generate.main, *bare(arguments), "--force")
+    assert done.code == 0, done.err
+    files = sorted(world.data.rglob("*.png"))
+    pixels = np.stack([np.asarray(Image.open(file)) for file in files]).astype(np.float64) / 255
+    manifest = LabelSet.open(tmp_path / "labels").manifest
+    assert manifest["input_size"] == 32
+    assert manifest["mean"] == pytest.approx(pixels.mean((0, 1, 2)), rel=1e-12)
+    assert manifest["std"] == pytest.approx(pixels.std((0, 1, 2)), rel=1e-9)
+    told = " ".join(f"{value:.4g}" for value in manifest["mean"])
+    assert f"4 classes, input size 32, mean {told}" in done.out
+    assert f"input size, mean, std from the images in {world.data}" in done.out
+    own, world.labels = world.labels, tmp_path / "labels"
+    done = command(train.main, *bare(train_arguments(world, tmp_path / "run")))
+    world.labels = own
+    assert done.code == 0 and "std from the labels in" in done.out, done.err
+    # A teacher is shown what it was trained with, whatever it labels.
+    write_images(tmp_path / "darker", 3, seed=5, size=40)
+    checkpoint = tmp_path / "run" / "checkpoint.pt"
+    arguments = generate_arguments(tmp_path / "darker", tmp_path / "l", checkpoint, "--slc", 3)
+    done = command(generate.main, *bare(arguments), "--force")
+    assert done.code == 0 and "from the teacher's checkpoint" in done.out, done.err
+    made = LabelSet.open(tmp_path / "l").manifest
+    assert (made["input_size"], made["mean"]) == (32, manifest["mean"])
+
+
+@pytest.mark.parametrize(
+    ("picture", "told"),
+    [
+        (Image.new("RGB", (40, 32)), "needs --input-size: the images in"),
+        (Image.new("RGB", (40, 40)), "(heights 32 to 40, widths 32 to 40)"),
+    ],
+)
+def test_images_of_several_sizes_need_an_input_size(copied, tmp_path, command, picture, told):
+    picture.save(copied.data / "00000" / "0.png")
+    arguments = generate_arguments(copied.data, tmp_path / "new", copied.weights, "--slc", 3)
+    done = command(generate.main, *bare(arguments))
+    assert done.code == 2 and told in done.err and not (tmp_path / "new").exists()
+
+
+def test_images_of_one_colour_need_a_standard_deviation(tmp_path, world, command):
+    for label in range(4):
+        (tmp_path / "d" / str(label)).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "d" / str(label) / "0.png")
+    arguments = generate_arguments(tmp_path / "d", tmp_path / "new", world.weights, "--slc", 1)
+    done = command(generate.main, *bare(arguments))
+    assert done.code == 2 and "give --mean and --std" in done.err
+
+
+DOGS = [155, 159, 162, 167, 182, 193, 207, 229, 258, 273]  # torchvision's order of ImageNet
+
+
+@pytest.mark.parametrize("named", ["numbers", "WordNet ids"])
+def test_an_imagenet_teacher_labels_imagewoof_by_its_ten_rows(tmp_path, named, capsys):
+    torch.manual_seed(0)
+    teacher = models.build("ConvNetW32", 1000, 224).eval()
+    torch.save(teacher.state_dict(), tmp_path / "t.pth")
+    classes = [f"{number:05d}" for number in range(10)]
+    if named == "WordNet ids":
+        text = "n02086240 n02087394 n02088364 n02089973 n02093754 n02096294 n02099601 n02105641"
+        classes = [*text.split(), "n02111889", "n02115641"]
+    woof = datasets.named("imagewoof")
+    subset = find_subset(woof, classes, None)
+    loaded = load_teacher("ConvNetW32", tmp_path / "t.pth", woof, CPU, subset=subset)
+    pixels = torch.randn(2, 3, 224, 224)
+    assert torch.allclose(loaded.model(pixels), teacher(pixels)[:, DOGS], atol=1e-5)
+    assert "10 of its 1000 classes" in capsys.readouterr().out
+    # One of ten classes labels by all of them.
+    torch.save(models.build("ConvNetW32", 10, 224).state_dict(), tmp_path / "ten.pth")
+    ten = load_teacher("ConvNetW32", tmp_path / "ten.pth", woof, CPU, subset=subset)
+    assert ten.model(pixels).shape == (2, 10) and "rows" not in ten.model.state_dict()
+
+
+def test_a_list_of_the_teachers_classes_gives_the_rows(tmp_path):
+    listing = tmp_path / "classes.txt"
+    listing.write_text("n03 cup\nn01 dog, hound\n\nn07 tree\nn02 car\n")
+    data = Dataset("custom", 2, 32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    subset = find_subset(data, ["n01", "n02"], listing)
+    assert (subset.total, subset.rows) == (4, [1, 3])
+    teacher = models.build("ConvNetW32", 4, 32).eval()
+    torch.save(teacher.state_dict(), tmp_path / "t.pth")
+    loaded = load_teacher("ConvNetW32", tmp_path / "t.pth", data, CPU, subset=subset)
+    pixels = torch.randn(2, 3, 32, 32)
+    assert torch.allclose(loaded.model(pixels), teacher(pixels)[:, [1, 3]], atol=1e-6)
+    with pytest.raises(UserError, match="class folder n05 is none of the classes of --teacher-cl"):
+        find_subset(data, ["n01", "n05"], listing)
+    assert find_subset(data, ["n01", "n02"], None) is None
+
+
+def test_the_class_order_check_looks_at_as_many_images_as_decide_it(world, tmp_path, command):
+    """Of 700 labels to be made: 64 images of all classes, or a tenth where none are recognised."""
+    data = write_images(tmp_path / "data", 175, seed=6)
+    arguments = generate_arguments(data, tmp_path / "labels", world.weights, "--passes", 1)
+    done = command(generate.main, *arguments)
+    assert done.code == 0 and "central views of 65 images" in done.out, done.out + done.err
+    state = torch.load(world.weights, weights_only=True)
+    turned = {name: v.roll(1, 0) if 4 in v.shape[:1] else v for name, v in state.items()}
+    torch.save(turned, tmp_path / "turned.pt")
+    arguments = generate_arguments(data, tmp_path / "other", tmp_path / "turned.pt", "--passes", 1)
+    done = command(generate.main, *arguments)
+    assert done.code == 2 and "central views of 70 images" in done.out
+    assert "class order is probably scrambled" in done.err

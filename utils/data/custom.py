@@ -1,0 +1,99 @@
+"""The facts of a custom data set that no flag gives, from its images."""
+
+import dataclasses
+import itertools
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from utils import cli
+from utils.cli import UserError
+from utils.data.datasets import Dataset
+from utils.data.folders import ImageFolder
+from utils.data.images import decode
+from utils.runtime import usable_cores
+
+_GREY_LEVELS = 256
+_TOGETHER = 1024  # images handed to the threads at once
+
+
+def complete(
+    dataset: Dataset,
+    folder: ImageFolder,
+    sizes: np.ndarray,
+    recorded: dict | None = None,
+    recorded_by: str = "",
+) -> Dataset:
+    """A data set with nothing left open; says what was taken for facts that no flag gives.
+
+    Args:
+        dataset: as the flags give it.
+        folder: its images.
+        sizes: int [images, 2], their heights and widths.
+        recorded: facts that count more than the images': those of their label set, or those that
+            the teacher was trained with.
+        recorded_by: what holds these, for the message.
+
+    Raises:
+        UserError: no input size, and images that are no squares of one size; a channel that is
+            the same in all pixels.
+    """
+    dataset = dataclasses.replace(dataset, num_classes=len(folder.classes))
+    missing = [name for name in ("input_size", "mean", "std") if getattr(dataset, name) is None]
+    if not missing:
+        return dataset
+    if not recorded:
+        recorded, recorded_by = {}, f"the images in {folder.root}"
+        if "input_size" in missing:
+            recorded["input_size"] = common_size(folder, sizes)
+        if {"mean", "std"} & {*missing}:
+            recorded["mean"], recorded["std"] = mean_and_std(folder)
+    facts = {name: recorded[name] for name in missing}
+    facts |= {name: tuple(facts[name]) for name in ("mean", "std") if name in facts}
+    dataset = dataclasses.replace(dataset, **facts)
+    mean, std = (" ".join(f"{value:.4g}" for value in each) for each in (dataset.mean, dataset.std))
+    print(
+        f"custom data set: {dataset.num_classes} classes, input size {dataset.input_size}, mean "
+        f"{mean}, std {std}; {', '.join(missing).replace('_', ' ')} from {recorded_by}"
+    )
+    return dataset
+
+
+def common_size(folder: ImageFolder, sizes: np.ndarray) -> int:
+    """The side of all images; raises UserError where they are no squares of one size."""
+    if sizes.min() != sizes.max():
+        (low, narrow), (high, wide) = sizes.min(axis=0), sizes.max(axis=0)
+        raise UserError(
+            f"--dataset custom also needs --input-size: the images in {folder.root} are not all "
+            f"squares of one size (heights {low} to {high}, widths {narrow} to {wide})"
+        )
+    return int(sizes.max())
+
+
+def mean_and_std(folder: ImageFolder) -> tuple[list[float], list[float]]:
+    """Exact mean and standard deviation of each channel over all pixels, of values in 0..1.
+
+    Raises UserError where a channel is the same everywhere.
+    """
+    counts = np.zeros(3 * _GREY_LEVELS, dtype=np.int64)
+    bar = cli.progress(
+        desc="mean and std", total=len(folder.files), unit="img", leave=False, delay=1
+    )
+    files = iter(folder.files)
+    with bar, ThreadPoolExecutor(usable_cores()) as threads:
+        while together := list(itertools.islice(files, _TOGETHER)):
+            for histogram in threads.map(lambda path: decode(path).histogram(), together):
+                counts += histogram
+                bar.update()
+    means, stds = [], []
+    for channel in counts.reshape(3, _GREY_LEVELS).tolist():
+        total = sum(channel)
+        first = sum(count * level for level, count in enumerate(channel))
+        second = sum(count * level**2 for level, count in enumerate(channel))
+        means.append(first / total / 255)
+        # In whole numbers, which lose nothing however many pixels there are.
+        stds.append(math.sqrt(total * second - first**2) / total / 255)
+    if min(stds) == 0:
+        raise UserError(f"all pixels in {folder.root} have a channel alike: give --mean and --std")
+    return means, stds
