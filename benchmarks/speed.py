@@ -26,7 +26,8 @@ from analysis.tables import column, grouped
 from benchmarks import straightforward
 from benchmarks.bench import Bench, add_arguments
 from benchmarks.measuring import by_turns, processor
-from relabel.generate import fit_codec, label_pass, pass_writer, views_per_forward
+from relabel.generate import fit_codec, label_pass, views_per_forward
+from relabel.packers import default_packers, pass_writer
 from relabel.teacher import Ensemble, Teacher
 from utils import cli, runtime
 from utils.cli import bounded
@@ -83,7 +84,7 @@ class Relabelling:
 
     def run(self, passes: range) -> None:
         """Labels, packs and writes some passes."""
-        writing = pass_writer(self.writer, self.ensemble.runtime.device)
+        writing = pass_writer(self.writer, default_packers(self.ensemble.runtime.device))
         with self.writer.begun(), cli.progress(disable=True) as bar, writing as write_pass:
             for pass_index in passes:
                 views, logits = label_pass(pass_index, self.writer, self.ensemble, self.source, bar)
