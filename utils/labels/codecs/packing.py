@@ -22,10 +22,10 @@ def pack_integers(values: np.ndarray) -> bytes:
     # Neighbours have nothing in common that a difference or a common factor would show, but rows
     # differ in spread: each part of a stream has frequencies of its own.
     packing = pcodec.ChunkConfig(
-        compression_level=8,
+        compression_level=12,
         mode_spec=pcodec.ModeSpec.classic(),
         delta_spec=pcodec.DeltaSpec.no_op(),
-        paging_spec=pcodec.PagingSpec.equal_pages_up_to(1 << 15),
+        paging_spec=pcodec.PagingSpec.equal_pages_up_to(1 << 16),
     )
     return bytes(pcodec.standalone.simple_compress(values.astype(np.int16).reshape(-1), packing))
 
