@@ -119,7 +119,7 @@ def unpack_numbers(packed: bytes, components: int, labels: int) -> np.ndarray:
     odd, of_second = np.empty((2, components, labels), dtype=bool)
     for component, row in enumerate(numbers):
         serves = of_second[component] = _second_serves(component, of_second, odd)
-        from_first, from_second = np.flatnonzero(~serves), np.flatnonzero(serves)
+        (from_first,), (from_second,) = (~serves).nonzero(), serves.nonzero()
         if len(from_first) > len(first) or len(from_second) > len(second):
             raise UserError(DAMAGED)
         row[from_first], first = first[: len(from_first)], first[len(from_first) :]
