@@ -225,7 +225,7 @@ def _dearest(
     By secants from a position to start at, and by halves where these lead astray. The dearest of
     the positions tried that cost less, where cost jumps; None where all cost more.
     """
-    (cheap, dear), best, last, slope = bounds, None, None, 1.5
+    (cheap, dear), best, last, slope = bounds, None, None, 2.0
     position = min(max(position, cheap), dear)
     for _ in range(24):
         excess = math.log(max(cost(position), 1e-12) / wanted)
@@ -258,12 +258,13 @@ class _Fit:
         self.mean = logits[train].mean(0)
         centred = logits[train] - self.mean
         self.directions = _principal(centred)
-        values = centred @ self.directions.T
-        self.deviation = values.square().mean(0).sqrt().clamp(min=1e-6)
-        self.class_means = _class_means(values, mixture.rows(train), num_classes)
+        # Of all the labels, but few multiplications: means of projections are projected means.
+        class_means = _class_means(centred, mixture.rows(train), num_classes)
+        self.class_means = class_means @ self.directions.T
         centred = self.probe - self.mean
         self.values = centred @ self.directions.T
         self.energy = self.values.double().square().sum(0)
+        self.deviation = (self.energy / len(probe)).sqrt().float().clamp(min=1e-6)
         self.unpredicted = self.values - _blend(self.class_means, self.probe_mixture)
         self.unpredicted_energy = self.unpredicted.double().square().sum(0)
         self.outside = float(centred.double().square().sum() - self.energy.sum())
@@ -289,7 +290,9 @@ class _Fit:
             codecs[position] = self.codec(math.exp(rising * position), target)
             return measure(codecs[position])
 
-        start = rising * math.log(float(self.deviation.median()) + finest)
+        # Where rounding's error, step^2 / 12, is the default's share of the labels' energy.
+        energy = float(self.probe.square().mean())
+        start = rising * math.log(math.sqrt(12 * DEFAULT_DISTORTION * energy) + finest)
         position = _dearest(estimated, wanted, start, bounds, tolerance=0.03)
         if position is not None:
             position = _dearest(measured, wanted, position, bounds, tolerance=0.005)
