@@ -9,8 +9,9 @@ python benchmarks/label_size.py --photos photos
 Every photo plays the part of a class. Labels are of two kinds: "plain" (unmixed crops, running
 BatchNorm statistics) and "recipe" (CutMix and BSSL, as relabel/generate.py makes them). Sizes are
 payloads really packed, plus the fitted part as it weighs in a set of 150,000 labels; the class
-means in it are those of the photos, so a set of 1000 classes holds some more. Rates are of one
-thread, the fastest of three: from logits to bytes, from bytes to codes, from codes to logits.
+means in it are those of the photos, so a set of 1000 classes holds some more. Seconds
+are of CPU time in one thread, which other work on the machine changes little, and rates of the
+fastest of three: from logits to bytes, from bytes to codes, from codes to logits.
 """
 
 import sys
@@ -104,12 +105,12 @@ def photos_that_show_something(logits: torch.Tensor, mixture: Mixture) -> torch.
 
 
 def timed(action: Callable[[], Any], repeats: int = 3) -> tuple[Any, float]:
-    """What an action gives, and the seconds of its fastest repeat."""
+    """What an action gives, and the CPU seconds of its fastest repeat."""
     seconds = []
     for _ in range(repeats):
-        started = time.perf_counter()
+        started = time.process_time()
         result = action()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.process_time() - started)
     return result, min(seconds)
 
 
