@@ -14,9 +14,11 @@ if not __package__:  # run as a plain script: imports start at the repository ro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import contextlib
 import shlex
 import statistics
 import tempfile
+import time
 from collections.abc import Iterator
 from functools import partial
 
@@ -35,6 +37,7 @@ from utils.data import evaluation
 from utils.data.views import draw
 from utils.files import atomic_write
 from utils.labels import LabelWriter, codecs, make_settings
+from utils.labels.manifest import pass_name
 from utils.results import provenance, write_csv
 from validate.evaluate import accuracy
 from validate.kinds import Batch, hard_loss
@@ -81,14 +84,19 @@ class Relabelling:
         if self.writer.codec is None:
             with self.writer.begun():
                 fit_codec(self.writer, self.ensemble, self.source, self.labels)
+        # For all timings, as processes take seconds to start; the first timing does not count.
+        self.beside = contextlib.ExitStack()
+        writing = pass_writer(self.writer, default_packers(machine.device))
+        self.write_pass = self.beside.enter_context(writing)
 
     def run(self, passes: range) -> None:
         """Labels, packs and writes some passes."""
-        writing = pass_writer(self.writer, default_packers(self.ensemble.runtime.device))
-        with self.writer.begun(), cli.progress(disable=True) as bar, writing as write_pass:
+        with self.writer.begun(), cli.progress(disable=True) as bar:
             for pass_index in passes:
                 views, logits = label_pass(pass_index, self.writer, self.ensemble, self.source, bar)
-                write_pass(pass_index, logits, views, self.labels)
+                self.write_pass(pass_index, logits, views, self.labels)
+            while not all((self.writer.path / pass_name(one)).exists() for one in passes):
+                time.sleep(0.005)
 
 
 class Training:
