@@ -16,7 +16,6 @@ import torch
 from utils.cli import UserError
 from utils.labels.codecs.packing import DAMAGED, pack_integers, unpack_integers
 
-LARGEST = (1 << 15) - 1  # of the absolute values of numbers
 # What it costs to be 0 under the second quantiser, where 0 is rare, in squared spacings of numbers.
 _RARE_ZERO = 0.7
 # What a number is modulo 4, by quantiser, where its index is even and where it is odd.
@@ -77,7 +76,7 @@ def quantise(values: torch.Tensor) -> torch.Tensor:
     # Only the second quantiser's even indices have a remainder of 3; index 0 is number 0 there.
     is_zero = size.square() + _RARE_ZERO < (size - numbers).square()
     numbers[(start == 3) & is_zero] = 0
-    return (numbers * values.sign()).short()
+    return torch.where(values < 0, -numbers, numbers).short()
 
 
 def _second_serves(component: int, second: np.ndarray, odd: np.ndarray) -> np.ndarray:
