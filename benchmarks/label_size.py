@@ -9,7 +9,9 @@ python benchmarks/label_size.py --photos photos
 Every photo plays the part of a class. Labels are of two kinds: "plain" (unmixed crops, running
 BatchNorm statistics) and "recipe" (CutMix and BSSL, as relabel/generate.py makes them). Sizes are
 payloads really packed, plus the fitted part as it weighs in a set of 150,000 labels; the class
-means in it are those of the photos, so a set of 1000 classes holds some more.
+means in it are those of the photos, so a set of 1000 classes holds some more. Seconds
+are of CPU time in one thread, which other work on the machine changes little, and rates of the
+fastest of three: from logits to bytes, from bytes to codes, from codes to logits.
 """
 
 import sys
@@ -19,6 +21,9 @@ if not __package__:  # run as a plain script: imports start at the repository ro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import re
+import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,6 +104,16 @@ def photos_that_show_something(logits: torch.Tensor, mixture: Mixture) -> torch.
     return photos[torch.stack(spread) > 1e-3]
 
 
+def timed(action: Callable[[], Any], repeats: int = 3) -> tuple[Any, float]:
+    """What an action gives, and the CPU seconds of its fastest repeat."""
+    seconds = []
+    for _ in range(repeats):
+        started = time.process_time()
+        result = action()
+        seconds.append(time.process_time() - started)
+    return result, min(seconds)
+
+
 def measure(parameters: dict, logits: torch.Tensor, mixture: Mixture, kind: str) -> dict:
     """A line of the result file: fits a codec, and packs, unpacks and expands the labels.
 
@@ -112,11 +127,13 @@ def measure(parameters: dict, logits: torch.Tensor, mixture: Mixture, kind: str)
     kind_of_codec, options = codecs.find(parameters)
     if kind_of_codec.fitted:
         options |= {"labels": SET_LABELS, "pass_labels": count}
-        codec = kind_of_codec.fit([(logits, mixture)], CLASSES, **options)
+        sample = [(logits, mixture)]
+        codec, fit = timed(lambda: kind_of_codec.fit(sample, CLASSES, **options), repeats=1)
     else:
-        codec = kind_of_codec(CLASSES, **options)
-    payload = codec.pack(logits, mixture)
-    decoded = codec.expand(codec.unpack(payload), mixture)
+        codec, fit = kind_of_codec(CLASSES, **options), 0.0
+    payload, pack = timed(lambda: codec.pack(logits, mixture))
+    codes, unpack = timed(lambda: codec.unpack(payload))
+    decoded, expand = timed(lambda: codec.expand(codes, mixture))
     size = len(payload) / count
     fitted = sum(array.nbytes for array in codec.arrays().values()) / SET_LABELS
     agreement = (decoded.argmax(1) == logits.argmax(1)).double().mean().item()
@@ -132,6 +149,10 @@ def measure(parameters: dict, logits: torch.Tensor, mixture: Mixture, kind: str)
         "distortion_t4": round(distortion(logits, decoded, 4.0), 5),
         "distortion_t1": round(distortion(logits, decoded, 1.0), 5),
         "top1_agreement": round(agreement, 4),
+        "fit_seconds": round(fit, 2),
+        "packed_per_s": round(count / pack),
+        "unpacked_per_s": round(count / unpack),
+        "expanded_per_s": round(count / expand),
     }
 
 
@@ -162,6 +183,7 @@ def main() -> None:
     parser.add_argument("--crops", type=cli.bounded(int, 1), default=72, help="labels per photo")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
+    torch.set_num_threads(1)
     photos = [load(path) for path in cli.progress(find_photos(args.photos), desc="photos")]
     labelled = {kind: label(photos, args.crops, kind == "recipe") for kind in ("plain", "recipe")}
     shown, rows = photos_that_show_something(*labelled["plain"]), []

@@ -14,10 +14,12 @@ if not __package__:  # run as a plain script: imports start at the repository ro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import contextlib
 import dataclasses
 import shlex
 import statistics
 import tempfile
+import time
 from collections.abc import Iterator
 from functools import partial
 
@@ -27,13 +29,15 @@ from analysis.tables import column, grouped
 from benchmarks import straightforward
 from benchmarks.bench import Bench, add_arguments
 from benchmarks.measuring import by_turns, processor
-from relabel.generate import fit_codec, label_pass, pass_writer, views_per_forward
+from relabel.generate import fit_codec, label_pass, views_per_forward
+from relabel.packers import default_packers, pass_writer
 from relabel.teacher import Ensemble, Teacher
 from utils import cli, runtime
 from utils.cli import bounded
 from utils.data import evaluation
 from utils.files import atomic_write
 from utils.labels import LabelWriter, codecs, make_settings
+from utils.labels.manifest import pass_name
 from utils.results import provenance, write_csv
 from validate import train
 from validate.evaluate import accuracy
@@ -94,14 +98,19 @@ class Relabelling:
         if self.writer.codec is None:
             with self.writer.begun():
                 fit_codec(self.writer, self.ensemble, self.source, self.labels)
+        # For all timings, as processes take seconds to start; the first timing does not count.
+        self.beside = contextlib.ExitStack()
+        writing = pass_writer(self.writer, default_packers(machine.device))
+        self.write_pass = self.beside.enter_context(writing)
 
     def run(self, passes: range) -> int:
         """Labels, packs and writes some passes; returns the number of views."""
-        writing = pass_writer(self.writer, self.ensemble.runtime.device)
-        with self.writer.begun(), cli.progress(disable=True) as bar, writing as write_pass:
+        with self.writer.begun(), cli.progress(disable=True) as bar:
             for pass_index in passes:
                 views, logits = label_pass(pass_index, self.writer, self.ensemble, self.source, bar)
-                write_pass(pass_index, logits, views, self.labels)
+                self.write_pass(pass_index, logits, views, self.labels)
+            while not all((self.writer.path / pass_name(one)).exists() for one in passes):
+                time.sleep(0.005)
         return len(passes) * len(self.labels)
 
 

@@ -11,14 +11,12 @@ if not __package__:  # run as a plain script: imports start at the repository ro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-import contextlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from relabel.packers import default_packers, pass_writer
 from relabel.teacher import (
     Ensemble,
     SomeClasses,
@@ -121,6 +119,9 @@ def parse_arguments() -> argparse.Namespace:
         help="views that the teacher labels in one forward pass, in whole batches; BSSL's "
         "statistics stay those of single batches (default: 256 on a GPU, one batch on a CPU)",
     )
+    packing = "processes that pack labels, as many as keep up (default: up to 4 beside a GPU; 0, "
+    packing += "the labelling process itself, on a CPU)"
+    parser.add_argument("--packers", type=bounded(int, 0), metavar="N", help=packing)
     return parser.parse_args()
 
 
@@ -242,31 +243,6 @@ def label_pass(
     return views, logits
 
 
-@contextlib.contextmanager
-def pass_writer(writer: LabelWriter, device: torch.device) -> Iterator[Callable[..., None]]:
-    """Gives a function like `writer.write_pass`; on leaving, what it was given is on disk.
-
-    Beside a GPU it returns at once and a thread packs and writes, one pass at a time, while the
-    next is labelled; an error of the thread is raised by the next call, or on leaving. On a CPU
-    another thread takes a core from the teacher's, which wait for each other at every layer: a
-    small network then labelled half as fast (measured).
-    """
-    if device.type != "cuda":
-        yield writer.write_pass
-        return
-    with ThreadPoolExecutor(1) as thread:
-        in_flight: list[Future] = []
-
-        def write_pass(*arguments) -> None:
-            if in_flight:
-                in_flight.pop().result()
-            in_flight.append(thread.submit(writer.write_pass, *arguments))
-
-        yield write_pass
-        if in_flight:
-            in_flight.pop().result()
-
-
 def fit_codec(
     writer: LabelWriter, teachers: Ensemble, source: ImageSource, hard_labels: torch.Tensor
 ) -> dict[int, torch.Tensor]:
@@ -286,7 +262,11 @@ def fit_codec(
 
 
 def make_passes(
-    writer: LabelWriter, teachers: Ensemble, source: ImageSource, hard_labels: torch.Tensor
+    writer: LabelWriter,
+    teachers: Ensemble,
+    source: ImageSource,
+    hard_labels: torch.Tensor,
+    packers: int,
 ) -> None:
     """Fits the codec where that is needed, and makes the missing passes, shared among ranks."""
     machine, count = teachers.runtime, len(hard_labels)
@@ -306,7 +286,7 @@ def make_passes(
     # What rank 0 labelled for the fit is not labelled again.
     mine = [pass_index for pass_index in missing if pass_index in labelled] + mine
     bar = cli.progress(total=len(mine) * count, desc="relabel", unit="view")
-    with bar, pass_writer(writer, machine.device) as write_pass:
+    with bar, pass_writer(writer, packers) as write_pass:
         for pass_index in mine:
             if pass_index in labelled:
                 views, logits = writer.draw(pass_index), labelled.pop(pass_index)
@@ -360,11 +340,12 @@ def main() -> None:
         check_class_order(args, teachers, source, sizes, folder.labels, passes)
     if args.bssl and not sum(use_batch_statistics(one.model) for one in teachers.teachers):
         print("no teacher has BatchNorm: BSSL changes nothing")
+    packers = default_packers(machine.device) if args.packers is None else args.packers
     if machine.rank > 0:
-        make_passes(writer, teachers, source, folder.labels)
+        make_passes(writer, teachers, source, folder.labels, packers)
         return
     with writer.begun():
-        make_passes(writer, teachers, source, folder.labels)
+        make_passes(writer, teachers, source, folder.labels, packers)
         manifest = writer.finish()
     total = passes * len(folder.files)
     size = LabelSet.open(args.label_dir).bytes_on_disk()

@@ -1,6 +1,4 @@
-"""Several batches in one forward pass, and writing beside labelling: the labels stay the same."""
-
-import threading
+"""Several batches in one forward pass: the labels stay the same."""
 
 import pytest
 import torch
@@ -112,72 +110,3 @@ def test_a_grouped_label_set_holds_the_same_labels_and_survives_interruption(
     done = command(generate.main, *interrupted)
     assert done.code == 0 and "1 of 2 passes are there and verified: skipped" in done.out
     assert tree(tmp_path / "i") == files
-
-
-class Recorder:
-    """In place of a LabelWriter: keeps what it is given, may fail, may wait."""
-
-    def __init__(self, fails_at: int | None = None):
-        self.written, self.fails_at, self.threads = [], fails_at, set()
-        self.may_write = threading.Event()
-        self.may_write.set()
-
-    def write_pass(self, pass_index, logits):
-        assert self.may_write.wait(60)
-        if pass_index == self.fails_at:
-            raise OSError("disk full")
-        self.threads.add(threading.get_ident())
-        self.written.append((pass_index, logits))
-
-
-CUDA = torch.device("cuda")
-
-
-def test_passes_are_written_in_order_by_one_other_thread_beside_a_gpu():
-    recorder = Recorder()
-    with generate.pass_writer(recorder, CUDA) as write_pass:
-        for pass_index in range(5):
-            write_pass(pass_index, 10 * pass_index)
-    assert recorder.written == [(0, 0), (1, 10), (2, 20), (3, 30), (4, 40)]
-    assert len(recorder.threads) == 1 and threading.get_ident() not in recorder.threads
-
-
-def test_passes_are_written_in_line_on_a_cpu():
-    recorder = Recorder()
-    with generate.pass_writer(recorder, torch.device("cpu")) as write_pass:
-        write_pass(0, 7)
-        assert recorder.written == [(0, 7)]
-    assert recorder.threads == {threading.get_ident()}
-
-
-def test_the_next_pass_is_labelled_while_one_is_written_and_no_more_than_one_waits():
-    recorder = Recorder()
-    recorder.may_write.clear()
-    with generate.pass_writer(recorder, CUDA) as write_pass:
-        write_pass(0, None)
-        assert recorder.written == []  # and here the next one is labelled
-        second = threading.Thread(target=write_pass, args=(1, None))
-        second.start()
-        second.join(0.2)
-        assert second.is_alive()
-        recorder.may_write.set()
-        second.join()
-    assert [pass_index for pass_index, _ in recorder.written] == [0, 1]
-
-
-@pytest.mark.parametrize("fails_at", [0, 1])
-def test_an_error_of_the_writing_thread_surfaces(fails_at):
-    with (
-        pytest.raises(OSError, match="disk full"),
-        generate.pass_writer(Recorder(fails_at), CUDA) as write_pass,
-    ):
-        for pass_index in range(fails_at + 1):
-            write_pass(pass_index, None)
-
-
-def test_what_was_handed_over_is_written_when_labelling_stops():
-    recorder = Recorder()
-    with pytest.raises(KeyboardInterrupt), generate.pass_writer(recorder, CUDA) as write_pass:
-        write_pass(0, None)
-        raise KeyboardInterrupt
-    assert [pass_index for pass_index, _ in recorder.written] == [0]

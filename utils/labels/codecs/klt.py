@@ -1,8 +1,7 @@
 """The codec klt: a basis and class means fitted to the labels, one quantiser step."""
 
-import bisect
-import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,48 +10,16 @@ import torch
 from utils.cli import UserError, bounded
 from utils.data.views import Mixture
 from utils.labels.codecs.base import BLOCK, Codec, Codes, distortion, flag, labels_to_fit
+from utils.labels.codecs.packing import DAMAGED, pack_integers, unpack_integers
+from utils.labels.codecs.trellis import pack_numbers, quantise, unpack_numbers
 
 # What klt aims at without a target: near-lossless. Settled by the study of accuracy per byte.
 DEFAULT_DISTORTION = 0.002
-LARGEST = (1 << 15) - 1  # of the absolute values of codes
-
-
-def _pcodec():
-    """The package pcodec, which this codec alone needs."""
-    try:
-        import pcodec
-    except ImportError:
-        raise UserError("codec klt needs the package pcodec: pip install 'pcodec<2'") from None
-    return pcodec
-
-
-def pack_integers(values: torch.Tensor) -> bytes:
-    """A pcodec stream (standalone format) of int16 [K, N], row after row."""
-    pcodec = _pcodec()
-    # Neighbours have nothing in common that a difference or a common factor would show, but rows
-    # differ in spread: each part of a stream has frequencies of its own.
-    packing = pcodec.ChunkConfig(
-        compression_level=8,
-        mode_spec=pcodec.ModeSpec.classic(),
-        delta_spec=pcodec.DeltaSpec.no_op(),
-        paging_spec=pcodec.PagingSpec.equal_pages_up_to(1 << 15),
-    )
-    whole = values.to(torch.int16).cpu().contiguous().numpy()
-    return bytes(pcodec.standalone.simple_compress(whole.reshape(-1), packing))
-
-
-def unpack_integers(stream: bytes, rows: int, columns: int) -> torch.Tensor:
-    """int16 [rows, columns]: the inverse of pack_integers; raises UserError on damage."""
-    standalone = _pcodec().standalone
-    try:
-        values = np.empty(rows * columns, dtype=np.int16)  # touched only as far as it is filled
-        progress = standalone.simple_decompress_into(stream, values)
-        complete = progress.finished and progress.n_processed == len(values)
-    except (RuntimeError, MemoryError, ValueError):
-        complete = False
-    if not complete:
-        raise UserError("the packed numbers of a label set are damaged")
-    return torch.from_numpy(values).view(rows, columns)
+LARGEST = (1 << 15) - 1  # of the absolute values of numbers of 16 bits
+# The step of a trellis whose squared error is that of rounding to multiples of 1.
+_TRELLIS_STEP = 0.58
+# Squared error, in squared steps of the trellis, that a bit is worth.
+_BIT_WORTH = 0.4
 
 
 def _entropy_bits(values: torch.Tensor) -> torch.Tensor:
@@ -77,8 +44,8 @@ def _principal(centred: torch.Tensor, rank: int = 1024) -> torch.Tensor:
     if classes <= 4 * rank:
         scatter = torch.zeros(classes, classes, dtype=torch.float64, device=device)
         for chunk in centred.split(BLOCK):
-            scatter += chunk.double().T @ chunk.double()
-        return torch.linalg.eigh(scatter).eigenvectors.flip(1).T.float().contiguous()
+            scatter += chunk.T @ chunk
+        return torch.linalg.eigh(scatter.float()).eigenvectors.flip(1).T.contiguous()
     with torch.random.fork_rng(devices=[device] if centred.is_cuda else []):
         torch.manual_seed(0)
         _, _, directions = torch.svd_lowrank(centred, q=min(rank, len(centred)), niter=4)
@@ -113,14 +80,16 @@ class Klt(Codec):
 
     Karhunen-Loeve transform: the basis are the principal directions of centred logits, and one
     quantiser step for all components spends bits where they reduce squared error most, which at
-    high temperature is KL. A coefficient is coded as round((coefficient - prediction) / step);
-    the prediction is the lambda-weighted mean of the classes in the view, in the components where
-    that pays. Payload: uint32 N, then `pack_integers` of the codes [K, N].
+    high temperature is KL. What is coded of a coefficient is (coefficient - prediction) / step, as
+    a number of a trellis (`trellis.quantise`) and scaled down a little before, which saves more
+    bits than it adds error; the prediction is the lambda-weighted mean of the classes in the view,
+    in the components where that pays. Payload: uint32 N, then `pack_numbers` of [K, N].
 
-    codec.npz holds `scales`, float32 [1 + C + K]: the step, the mean label, and a scale for each
-    component; `basis`, uint8, pack_integers of [K, C], whose rows times their scales are the
-    directions; `class_means`, uint8, pack_integers of [K, C], times step / 4 the coefficients of
-    the class means. Three arrays, because each takes some 250 bytes more in an archive.
+    codec.npz holds `scales`, float32 [1 + C + 2 K]: the step, the mean label, a scale for each
+    component, and what each is scaled down by; `basis`, uint8, pack_integers of [K, C], whose rows
+    times their scales are the directions; `class_means`, uint8, pack_integers of [K, C], times
+    step / 2 the coefficients of the class means. Three arrays, because each takes some 250 bytes
+    more in an archive.
     """
 
     name = "klt"
@@ -144,22 +113,27 @@ class Klt(Codec):
         super().__init__(num_classes, **target)
         self._arrays = arrays
         scales = torch.from_numpy(arrays["scales"].astype(np.float32))
-        components = len(scales) - 1 - num_classes
-        step, mean, scale = scales.split([1, num_classes, components])
+        components = (len(scales) - 1 - num_classes) // 2
+        parts = scales.split([1, num_classes, components, components])
+        step, mean, scale, self.shrink = parts
         self.step = step.item()
 
         def matrix(name: str) -> torch.Tensor:
-            return unpack_integers(arrays[name].tobytes(), components, num_classes).float()
+            values = unpack_integers(arrays[name].tobytes(), components * num_classes)
+            if len(values) < components * num_classes:
+                raise UserError(DAMAGED)
+            return torch.from_numpy(values).view(components, num_classes).float()
 
         basis = matrix("basis") * scale[:, None]
         self.basis = basis - basis.mean(1, keepdim=True)
         self.mean = mean - mean.mean()
-        self.class_means = matrix("class_means").T.contiguous() * (self.step / 4)
+        self.class_means = matrix("class_means").T.contiguous() * (self.step / 2)
         # The rounded basis is not quite orthonormal: least squares, not the transpose, inverts it.
         rows = self.basis.double()
         gram = rows @ rows.T
         gram += 1e-9 * gram.trace() * torch.eye(components)
-        self.projection = torch.linalg.solve(gram, rows).T.float().contiguous()
+        inverse = torch.cholesky_solve(rows, torch.linalg.cholesky(gram))
+        self.projection = inverse.T.float().contiguous()
 
     @classmethod
     def options_from(cls, given: dict[str, Any]) -> dict[str, Any]:
@@ -172,28 +146,29 @@ class Klt(Codec):
 
     def to(self, device: torch.device) -> "Klt":
         """Moves the fitted part to a device."""
-        for name in ("basis", "mean", "class_means", "projection"):
+        for name in ("basis", "mean", "class_means", "projection", "shrink"):
             setattr(self, name, getattr(self, name).to(device))
         return self
 
     def encode(self, logits: torch.Tensor, mixture: Mixture) -> Codes:
         self.to(logits.device)
         coefficients = (logits - self.mean) @ self.projection
-        codes = ((coefficients - _blend(self.class_means, mixture)) / self.step).round()
-        if codes.numel() and codes.abs().max() > LARGEST:
+        coefficients = (coefficients - _blend(self.class_means, mixture)) * self.shrink / self.step
+        if coefficients.numel() and coefficients.abs().max() > LARGEST - 4:
             raise UserError(
                 "a teacher's logits are thousands of times larger than those that codec klt was "
                 "fitted on; a coarser --distortion or --codec fp16 can store them"
             )
-        return (codes.short(),)
+        return (quantise(coefficients.T.contiguous()).T,)
 
     def pack_codes(self, codes: Codes) -> bytes:
-        return len(codes[0]).to_bytes(4, "little") + pack_integers(torch.cat(codes, 1).T)
+        numbers = torch.cat([code.short() for code in codes], 1).T.contiguous().cpu().numpy()
+        return numbers.shape[1].to_bytes(4, "little") + pack_numbers(numbers)
 
     def unpack(self, payload: bytes) -> Codes:
         labels = int.from_bytes(payload[:4], "little")
-        codes = unpack_integers(payload[4:], len(self.basis), labels)
-        # In memory, a byte holds a code of all components after the last that needs two.
+        codes = torch.from_numpy(unpack_numbers(payload[4:], len(self.basis), labels))
+        # In memory, a byte holds a number of all components after the last that needs two.
         wide = (codes.abs().amax(1) > 127).nonzero() if codes.numel() else codes.new_zeros(0)
         split = int(wide.max()) + 1 if len(wide) else 0
         return codes[:split].T.contiguous(), codes[split:].to(torch.int8).T.contiguous()
@@ -238,6 +213,37 @@ class Klt(Codec):
         )
 
 
+def _dearest(
+    cost: Callable[[float], float],
+    wanted: float,
+    position: float,
+    bounds: Sequence[float],
+    tolerance: float,
+) -> float | None:
+    """Where within bounds a rising cost is what is wanted, or less by a share of `tolerance`.
+
+    By secants from a position to start at, and by halves where these lead astray. The dearest of
+    the positions tried that cost less, where cost jumps; None where all cost more.
+    """
+    (cheap, dear), best, last, slope = bounds, None, None, 2.0
+    position = min(max(position, cheap), dear)
+    for _ in range(24):
+        excess = math.log(max(cost(position), 1e-12) / wanted)
+        if excess <= 0:
+            cheap = best = position
+        else:
+            dear = position
+        if -tolerance <= excess <= 0 or dear - cheap < tolerance / 10:
+            break
+        if last is not None:
+            slope = min(max((excess - last[1]) / (position - last[0]), 0.3), 5)
+        last = position, excess
+        position -= (excess + tolerance / 2) / slope
+        if not cheap < position < dear:
+            position = (cheap + dear) / 2
+    return best
+
+
 class _Fit:
     """The statistics of a sample of labels, and the klt codec for any step."""
 
@@ -252,56 +258,49 @@ class _Fit:
         self.mean = logits[train].mean(0)
         centred = logits[train] - self.mean
         self.directions = _principal(centred)
-        values = centred @ self.directions.T
-        self.deviation = values.square().mean(0).sqrt().clamp(min=1e-6)
-        self.class_means = _class_means(values, mixture.rows(train), num_classes)
+        # Of all the labels, but few multiplications: means of projections are projected means.
+        class_means = _class_means(centred, mixture.rows(train), num_classes)
+        self.class_means = class_means @ self.directions.T
         centred = self.probe - self.mean
         self.values = centred @ self.directions.T
         self.energy = self.values.double().square().sum(0)
+        self.deviation = (self.energy / len(probe)).sqrt().float().clamp(min=1e-6)
+        self.unpredicted = self.values - _blend(self.class_means, self.probe_mixture)
+        self.unpredicted_energy = self.unpredicted.double().square().sum(0)
         self.outside = float(centred.double().square().sum() - self.energy.sum())
 
     def search(self, target: dict[str, float]) -> Klt:
         """The codec of the coarsest step of a distortion, or of the finest of a budget.
 
-        Steps differ by half a percent. What they cost is estimated, and measured for the step that
-        the estimates name; estimates are then corrected by what was measured.
+        What steps cost is estimated first; from where the estimates lead, it is measured.
         """
         (name, wanted), *_ = target.items()
         measure = {"bytes_per_label": self.bytes_per_label, "distortion": self.distortion}[name]
+        rising = -1 if name == "bytes_per_label" else 1  # of cost, as steps become coarser
         # Labels that are all the same need no components: any step will do.
-        finest = max(float(self.values.abs().max()), 1e-3) * 4 / LARGEST
+        finest = max(float(self.values.abs().max()), 1e-3) * 8 / LARGEST
         coarsest = max(float(self.deviation.max()) * 16, 2 * finest)
-        count = math.ceil(200 * math.log(coarsest / finest))
-        steps = np.geomspace(finest, coarsest, count).tolist()
-        if name == "bytes_per_label":
-            steps = steps[::-1]  # what is measured grows along the steps
+        bounds = sorted(rising * math.log(step) for step in (finest, coarsest))
+        codecs = {}
 
-        @functools.cache
-        def estimate(position: int) -> float:
-            return self.plan(steps[position])[1][name]
+        def estimated(position: float) -> float:
+            return self.plan(math.exp(rising * position))[1][name]
 
-        best, tried, aim = None, set(), wanted
-        while True:
-            position = bisect.bisect_right(range(len(steps)), aim, key=estimate) - 1
-            # An estimate jumps where components come and go, and a further step may meet the aim.
-            for further in range(position + 1, min(position + 5, len(steps))):
-                if estimate(further) <= aim:
-                    position = further
-            if position < 0 or position in tried:
-                break
-            tried.add(position)
-            codec = self.codec(steps[position], target)
-            measured = measure(codec)
-            aim *= wanted / max(measured, 1e-12)
-            if measured > wanted:
-                aim = min(aim, math.nextafter(estimate(position), 0))
-            elif best is None or position > best[0]:
-                best = position, codec
-        if best is None:
+        def measured(position: float) -> float:
+            codecs[position] = self.codec(math.exp(rising * position), target)
+            return measure(codecs[position])
+
+        # Where rounding's error, step^2 / 12, is the default's share of the labels' energy.
+        energy = float(self.probe.square().mean())
+        start = rising * math.log(math.sqrt(12 * DEFAULT_DISTORTION * energy) + finest)
+        position = _dearest(estimated, wanted, start, bounds, tolerance=0.03)
+        if position is not None:
+            position = _dearest(measured, wanted, position, bounds, tolerance=0.005)
+        if position is None:
             raise UserError(
                 f"{flag(name)} {wanted:g} cannot be met by codec klt for {self.labels} labels"
             )
-        return best[1]
+        return codecs[position]
 
     def bytes_per_label(self, codec: Klt) -> float:
         """Bytes per label of the held-back labels, the fitted part included pro rata."""
@@ -321,46 +320,47 @@ class _Fit:
 
         Components are kept only where they pay, and so are class means in them.
 
-        Squared error is weighed against bits at the slope of a uniform quantiser at high rate,
+        Error and bits are estimated by rounding to multiples of the step that has the trellis's
+        error. Squared error is weighed against bits at the slope of such a quantiser at high rate,
         d(error) / d(bit) = 2 ln 2 step^2 / 12. The same slope gives the precision of the basis,
         whose bits serve all labels: with rows scaled to a label's deviation, step / sqrt(labels).
         Bits are those of the entropy, and distortion that of a high temperature: the share of the
         squared logits that is lost.
         """
-        price = 2 * math.log(2) * step**2 / 12
+        rounding = step / _TRELLIS_STEP
+        price = 2 * math.log(2) * rounding**2 / 12
         share = self.labels / len(self.probe)
         scaled = self.directions * self.deviation[:, None]
-        basis_step = max(step / math.sqrt(self.labels), float(scaled.abs().max()) / LARGEST)
+        basis_step = max(rounding / math.sqrt(self.labels), float(scaled.abs().max()) / LARGEST)
         basis = (scaled / basis_step).round()
-        means = (self.class_means / (step / 4)).round().clamp(-LARGEST, LARGEST)
+        means = (self.class_means / (step / 2)).round().clamp(-LARGEST, LARGEST)
 
         def coded(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             """Squared error and bits of each component, in the whole set."""
-            codes = (values / step).round()
-            error = (values - codes * step).double().square().sum(0)
+            codes = (values / rounding).round()
+            error = (values - codes * rounding).double().square().sum(0)
             return share * error, share * _entropy_bits(codes)
 
         error, bits = coded(self.values)
-        helped_error, helped_bits = coded(
-            self.values - _blend(means * (step / 4), self.probe_mixture)
-        )
+        helped_error, helped_bits = coded(self.unpredicted)
         helped_bits += _entropy_bits(means)
         helped = helped_error + price * helped_bits < error + price * bits
-        error, bits = (
-            torch.where(helped, helped_error, error),
-            torch.where(helped, helped_bits, bits),
-        )
-        bits += _entropy_bits(basis.T)
+        error = torch.where(helped, helped_error, error)
+        bits = torch.where(helped, helped_bits, bits) + _entropy_bits(basis.T)
+        energy = torch.where(helped, self.unpredicted_energy, self.energy)
         kept = (error + price * bits < share * self.energy) & basis.any(1)
         lost = torch.where(kept, error / share, self.energy).sum() + self.outside
-        plain_bytes = 4 * (1 + self.num_classes + int(kept.sum())) + 256 * 3
+        plain_bytes = 4 * (1 + self.num_classes + 2 * int(kept.sum())) + 256 * 3
         expected = {
             "bytes_per_label": (float(bits[kept].sum()) / 8 + plain_bytes) / self.labels,
             "distortion": float(lost / self.probe.double().square().sum().clamp(min=1e-30)),
         }
-        scale = basis_step / self.deviation
+        # Of normally distributed coefficients, d(bits) / d(coefficient^2) = 1 / (2 ln 2 variance).
+        worth = _BIT_WORTH * step**2 / (2 * math.log(2)) * len(self.probe)
+        scale, shrink = basis_step / self.deviation, energy / (energy + worth)
         parts = {
             "scale": scale[kept],
+            "shrink": shrink[kept].float(),
             "basis": basis[kept],
             "class_means": (means * helped).T[kept],
         }
@@ -370,12 +370,11 @@ class _Fit:
         """The codec of one step."""
         step = float(np.float32(step))
         parts, _ = self.plan(step)
-        scales = torch.cat([parts["scale"].new_tensor([step]), self.mean, parts["scale"]])
-        arrays = {
-            "scales": scales.cpu().numpy().astype("<f4"),
-            "basis": np.frombuffer(pack_integers(parts["basis"]), np.uint8),
-            "class_means": np.frombuffer(pack_integers(parts["class_means"]), np.uint8),
-        }
+        scales = [parts["scale"].new_tensor([step]), self.mean, parts["scale"], parts["shrink"]]
+        arrays = {"scales": torch.cat(scales).cpu().numpy().astype("<f4")}
+        for name in ("basis", "class_means"):
+            packed = pack_integers(parts[name].cpu().numpy())
+            arrays[name] = np.frombuffer(packed, np.uint8)
         return Klt(self.num_classes, arrays, **target)
 
 

@@ -1,0 +1,131 @@
+"""Passes of a label set packed and written by processes of their own, beside the labelling."""
+
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import signal
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils import runtime
+from utils.cli import ENDING_SIGNALS, UserError, world_size
+from utils.data.views import Views
+from utils.labels import LabelWriter
+
+_MOST = 4  # packers beside a GPU, unless told otherwise
+
+
+def default_packers(device: torch.device) -> int:
+    """How many processes pack beside a device: none on a CPU.
+
+    There, labelling itself needs the cores, and its threads wait for each other at every layer: a
+    small network labelled half as fast beside a second thread (measured).
+    """
+    if device.type != "cuda":
+        return 0
+    return min(_MOST, max(1, runtime.usable_cores() // world_size() - 1))
+
+
+@contextlib.contextmanager
+def pass_writer(writer: LabelWriter, packers: int) -> Iterator[Callable[..., None]]:
+    """Gives a function like `writer.write_pass`; on leaving, what it was given is on disk.
+
+    With packers, it returns when a process has taken the pass, so that the next can be labelled
+    meanwhile. Processes are started one by one, when all others are at work, and each holds one
+    pass. An error of theirs is raised by a later call, or on leaving; a pass is there whole or not
+    at all. Without packers, it is `writer.write_pass`.
+
+    Args:
+        writer: of views that `writer.draw` gives, its codec fitted.
+        packers: how many processes there may be.
+
+    Raises:
+        UserError: a process was ended from outside; or what writing a pass raises.
+    """
+    if packers == 0:
+        yield writer.write_pass
+        return
+    spawn = multiprocessing.get_context("spawn")  # a fork of a process that uses a GPU may hang
+    processes, idle, busy = [], [], []
+
+    def start() -> None:
+        ours, theirs = spawn.Pipe()
+        arguments = (theirs, writer.path, writer.settings, writer.sizes)
+        processes.append(spawn.Process(target=_pack, args=arguments, daemon=True))
+        processes[-1].start()
+        theirs.close()  # so that its end is noticed
+        busy.append(ours)  # until it says that it is there
+
+    def collect(seconds: float | None) -> None:
+        for connection in multiprocessing.connection.wait(busy, seconds):
+            busy.remove(connection)
+            if (error := connection.recv()) is not None:
+                raise error
+            idle.append(connection)
+
+    def write_pass(
+        pass_index: int, logits: torch.Tensor, views: Views, hard_labels: torch.Tensor
+    ) -> None:
+        with _end_noticed():
+            collect(seconds=0)
+            if not idle and len(processes) < packers:
+                start()
+            while not idle:
+                collect(seconds=None)
+            connection = idle.pop()
+            busy.append(connection)
+            # Through the pipe and not through shared memory, of which a container may have little.
+            connection.send((pass_index, hard_labels.numpy()))
+            connection.send_bytes(logits.contiguous().numpy())
+
+    try:
+        try:
+            yield write_pass
+        except SystemExit:  # a signal's, which has ended the processes, too
+            busy.clear()
+            raise
+        finally:
+            with _end_noticed():
+                while busy:
+                    collect(seconds=None)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+@contextlib.contextmanager
+def _end_noticed() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, ConnectionError):
+        raise UserError(
+            "a process that packs labels was ended from outside, perhaps for lack of memory; run "
+            "the same command again (fewer --packers take less)"
+        ) from None
+
+
+def _pack(connection: Connection, path: Path, settings: dict, sizes: np.ndarray) -> None:
+    """In a process of its own: packs and writes the passes that come, until it is ended."""
+    for number in ENDING_SIGNALS:  # the process that labels is told, too, and ends this one
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    runtime.keep_freed_memory()
+    writer = LabelWriter(path, settings, sizes)
+    logits = np.empty((len(sizes), settings["num_classes"]), dtype=np.float32)
+    error = None
+    with contextlib.suppress(EOFError, ConnectionError):  # when the process that labels is gone
+        while True:
+            connection.send(error)
+            pass_index, hard_labels = connection.recv()
+            connection.recv_bytes_into(logits.reshape(-1))
+            labels, views = torch.from_numpy(hard_labels), writer.draw(pass_index)
+            try:
+                writer.write_pass(pass_index, torch.from_numpy(logits), views, labels)
+                error = None
+            except (UserError, OSError) as raised:
+                error = raised

@@ -1,0 +1,44 @@
+"""Whole numbers as pcodec streams: equal numbers, equal bytes."""
+
+import numpy as np
+
+from utils.cli import UserError
+
+DAMAGED = "the packed numbers of a label set are damaged"
+
+
+def _pcodec():
+    """The package pcodec, which codec klt alone needs."""
+    try:
+        import pcodec
+    except ImportError:
+        raise UserError("codec klt needs the package pcodec: pip install 'pcodec<2'") from None
+    return pcodec
+
+
+def pack_integers(values: np.ndarray) -> bytes:
+    """A pcodec stream (standalone format) of int16 numbers, in the order of rows."""
+    pcodec = _pcodec()
+    # Neighbours have nothing in common that a difference or a common factor would show, but rows
+    # differ in spread: each part of a stream has frequencies of its own.
+    packing = pcodec.ChunkConfig(
+        compression_level=12,
+        mode_spec=pcodec.ModeSpec.classic(),
+        delta_spec=pcodec.DeltaSpec.no_op(),
+        paging_spec=pcodec.PagingSpec.equal_pages_up_to(1 << 16),
+    )
+    return bytes(pcodec.standalone.simple_compress(values.astype(np.int16).reshape(-1), packing))
+
+
+def unpack_integers(stream: bytes, most: int) -> np.ndarray:
+    """int16 [M], M at most `most`: the inverse of pack_integers; raises UserError on damage."""
+    standalone = _pcodec().standalone
+    try:
+        values = np.empty(most, dtype=np.int16)  # touched only as far as it is filled
+        progress = standalone.simple_decompress_into(stream, values)
+        complete = progress.finished
+    except (RuntimeError, MemoryError, ValueError):
+        complete = False
+    if not complete:
+        raise UserError(DAMAGED)
+    return values[: progress.n_processed]
