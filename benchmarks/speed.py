@@ -33,7 +33,7 @@ from relabel.generate import fit_codec, label_pass, views_per_forward
 from relabel.packers import default_packers, pass_writer
 from relabel.teacher import Ensemble, Teacher
 from utils import cli, runtime
-from utils.cli import bounded
+from utils.cli import UserError, bounded
 from utils.data import evaluation
 from utils.files import atomic_write
 from utils.labels import LabelWriter, codecs, make_settings
@@ -44,6 +44,7 @@ from validate.evaluate import accuracy
 from validate.settings import Materials, resolve
 from validate.settings import parse_arguments as training_arguments
 
+_PATIENCE = 60  # seconds until passes that are packed are on disk
 PLAIN, OURS, EAGER, COMPILED = "straightforward", "ours", "eager", "compiled"
 
 
@@ -109,8 +110,11 @@ class Relabelling:
             for pass_index in passes:
                 views, logits = label_pass(pass_index, self.writer, self.ensemble, self.source, bar)
                 self.write_pass(pass_index, logits, views, self.labels)
+            given_up = time.monotonic() + _PATIENCE
             while not all((self.writer.path / pass_name(one)).exists() for one in passes):
                 time.sleep(0.005)
+                if time.monotonic() > given_up:
+                    raise UserError("passes were packed, but not written; is the disk full?")
         return len(passes) * len(self.labels)
 
 

@@ -162,20 +162,17 @@ class Klt(Codec):
         return (quantise(coefficients.T.contiguous()).T,)
 
     def pack_codes(self, codes: Codes) -> bytes:
-        numbers = torch.cat([code.short() for code in codes], 1).T.contiguous().cpu().numpy()
+        numbers = codes[0].short().T.contiguous().cpu().numpy()
         return numbers.shape[1].to_bytes(4, "little") + pack_numbers(numbers)
 
     def unpack(self, payload: bytes) -> Codes:
         labels = int.from_bytes(payload[:4], "little")
-        codes = torch.from_numpy(unpack_numbers(payload[4:], len(self.basis), labels))
-        # In memory, a byte holds a number of all components after the last that needs two.
-        wide = (codes.abs().amax(1) > 127).nonzero() if codes.numel() else codes.new_zeros(0)
-        split = int(wide.max()) + 1 if len(wide) else 0
-        return codes[:split].T.contiguous(), codes[split:].to(torch.int8).T.contiguous()
+        numbers = unpack_numbers(payload[4:], len(self.basis), labels)
+        return (torch.from_numpy(numbers).T.contiguous(),)
 
     def expand(self, codes: Codes, mixture: Mixture) -> torch.Tensor:
         self.to(codes[0].device)
-        coefficients = torch.cat([code.float() for code in codes], 1) * self.step
+        coefficients = codes[0].float() * self.step
         return torch.addmm(self.mean, coefficients + _blend(self.class_means, mixture), self.basis)
 
     @classmethod
