@@ -28,7 +28,7 @@ from analysis.runner import Task, machine_slots, run_all
 from analysis.tables import markdown, plot
 from utils import cli, runlog
 from utils.cli import UserError, bounded, did_you_mean
-from utils.files import atomic_write, read_json
+from utils.files import atomic_write, read_json, save_figure
 from utils.results import write_csv
 from validate.kinds import KINDS
 
@@ -334,8 +334,8 @@ def report(tasks: list[Task], rows: list[dict], out: Path) -> None:
     write_csv(rows, out / CSV)
     table = markdown(rows)
     atomic_write(out / TABLE, table.encode())
-    plot(rows, "slc", out / BY_SLC)
-    plot(rows, "label_bytes", out / BY_BYTES)
+    save_figure(plot(rows, "slc"), out / BY_SLC)
+    save_figure(plot(rows, "label_bytes"), out / BY_BYTES)
     print(f"{table}{len(rows)} of {len(tasks)} runs: {out / CSV}, {TABLE}, {BY_SLC}, {BY_BYTES}")
 
 

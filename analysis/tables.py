@@ -10,9 +10,9 @@ from pathlib import Path
 
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, Formatter, LogLocator, NullLocator
+from matplotlib.ticker import EngFormatter, Formatter, LogLocator, MaxNLocator, NullLocator
 
-from utils.files import save_png
+from utils.files import save_figure
 from utils.results import provenance, write_csv
 
 
@@ -25,7 +25,7 @@ def write_study(rows: list[dict], figure: Figure, out: Path) -> None:
     """Writes OUT.csv, which says when, where and by which command it was measured, and OUT.png."""
     command = shlex.join(["python", f"analysis/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     write_csv(rows, out.with_suffix(".csv"), provenance(command))
-    save_png(figure, out.with_suffix(".png"))
+    save_figure(figure, out.with_suffix(".png"))
 
 
 def mean_and_std(values: list[float]) -> tuple[float, float]:
@@ -93,7 +93,7 @@ def markdown(rows: list[dict]) -> str:
     return markdown_table(lines, left=("student", "method", "codec"))
 
 
-def plot(rows: list[dict], against: str, path: Path) -> None:
+def plot(rows: list[dict], against: str) -> Figure:
     """Last top-1 against "slc" or "label_bytes": a panel per student and IPC, a line per method.
 
     Where a method is trained on several codecs, each has a line of its own. Methods whose labels do
@@ -131,8 +131,11 @@ def plot(rows: list[dict], against: str, path: Path) -> None:
             axes.set_xlabel("soft labels per class (SLC; storage of so many fp16 labels)")
         else:
             axes.set_xscale("log")
-            axes.set_xlim(min(amounts, default=1) / 1.3, max(amounts, default=1) * 1.3)
+            least, most = min(amounts, default=1), max(amounts, default=1)
+            axes.set_xlim(least / 1.3, most * 1.3)
             label_round(axes.xaxis, EngFormatter("B"))
+            if most < 4 * least:  # too short for more than one round number
+                axes.xaxis.set_major_locator(MaxNLocator(5))
             axes.set_xlabel("soft labels on disk")
         axes.minorticks_off()
         axes.grid(alpha=0.3)
@@ -142,7 +145,7 @@ def plot(rows: list[dict], against: str, path: Path) -> None:
     note = "points that coincide are drawn side by side"
     figure.suptitle(f"mean ± standard deviation over {seeds} seeds; {note}", fontsize=10)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right", fontsize=8)
-    save_png(figure, path)
+    return figure
 
 
 def label_round(axis: Axis, formatter: Formatter | str) -> None:

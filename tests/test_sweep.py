@@ -292,6 +292,17 @@ def test_results_become_csv_table_and_plots(tmp_path):
         assert Image.open(out / name).size[0] > 800
 
 
+@pytest.mark.parametrize("sizes", [(3100, 3600), (9000, 9000), (2e6, 5e6), (3000, 40_000)])
+def test_an_axis_of_bytes_has_ticks_however_short_it_is(sizes):
+    row = {"student": "S", "ipc": 5, "method": "soft", "seed": 0, "last_top1": 50.0}
+    rows = [{**row, "slc": 5 + size, "label_bytes": size} for size in sizes]
+    axis = tables.plot(rows, "label_bytes").axes[0]
+    low, high = axis.get_xlim()
+    texts = [axis.xaxis.major.formatter(x) for x in axis.get_xticks() if low <= x <= high]
+    assert len(texts) >= 2 and len({*texts}) == len(texts)
+    assert all(text.endswith(("kB", "MB")) and len(text) <= 6 for text in texts)
+
+
 @pytest.mark.slow
 def test_a_sweep_from_flags_makes_labels_trains_and_reports(world, tmp_path, command):
     """On the tiny data set, through the script; the second time there is nothing to do."""

@@ -15,7 +15,7 @@ from utils.files import (
     load_tensors,
     lock,
     read_json,
-    save_png,
+    save_figure,
     save_tensors,
     to_json,
 )
@@ -113,7 +113,7 @@ class RunFolder:
 
     def draw_curves(self, result: dict, colours: dict[str, str]) -> None:
         """Draws the curves of a finished run; see `plot_curves`."""
-        plot_curves(self.log_lines(), result, colours, self.path / CURVES)
+        save_figure(plot_curves(self.log_lines(), result, colours), self.path / CURVES)
 
 
 def _with(fields: Sequence[str], path: Path, read: Callable[[Path], object]) -> dict:
@@ -171,16 +171,16 @@ def shade_phases(axes, kinds: list[str], colours: dict[str, str]) -> None:
     ]
     axes.legend(handles=handles + axes.get_lines(), loc="best", fontsize=8)
     axes.set_xlim(0, len(kinds))
+    axes.xaxis.get_major_locator().set_params(integer=True)
 
 
-def plot_curves(lines: list[dict], result: dict, colours: dict[str, str], path: Path) -> None:
-    """Draws accuracy and training loss over epochs, phases shaded, as PNG.
+def plot_curves(lines: list[dict], result: dict, colours: dict[str, str]):
+    """A matplotlib Figure: accuracy and training loss over epochs, phases shaded.
 
     Args:
         lines: of the log.
         result: of the run.
         colours: see `shade_phases`.
-        path: the PNG.
     """
     from matplotlib.figure import Figure
 
@@ -191,7 +191,9 @@ def plot_curves(lines: list[dict], result: dict, colours: dict[str, str], path: 
     upper, lower = figure.subplots(2, sharex=True)
     validated = [line["epoch"] for line in evaluated]
     upper.plot(validated, [line["val_top1"] for line in evaluated], "k.-", label="validation")
-    upper.plot(epochs, [line["train_top1"] for line in lines], "C7", lw=0.8, label="training views")
+    # Markers, as a line alone does not show a phase of one epoch.
+    seen = [line["train_top1"] for line in lines]
+    upper.plot(epochs, seen, "C7.-", lw=0.8, ms=3, label="training views")
     upper.set_ylabel("top-1 accuracy (%)")
     upper.set_title(
         f"{result['model']} on {result['dataset']}: best {result['best']['top1']:.2f} %, "
@@ -200,10 +202,10 @@ def plot_curves(lines: list[dict], result: dict, colours: dict[str, str], path: 
     for kind in dict.fromkeys(kinds):
         values = [line["loss"] if line["kind"] == kind else float("nan") for line in lines]
         colour = colours.get(kind, _OTHER_COLOUR)
-        lower.plot(epochs, values, color=colour, label=f"{kind}-label loss")
+        lower.plot(epochs, values, ".-", color=colour, ms=5, label=f"{kind}-label loss")
     lower.set_yscale("log")
     lower.set_ylabel("training loss")
     lower.set_xlabel("epoch")
     for axes in (upper, lower):
         shade_phases(axes, kinds, colours)
-    save_png(figure, path)
+    return figure
