@@ -13,7 +13,7 @@ if not __package__:  # run as a plain script: imports start at the repository ro
 import argparse
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -32,8 +32,8 @@ from utils.metrics import near_chance
 ImageSource = images.ResidentImages | images.StreamingImages
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, or other arguments."""
     parser = cli.Parser(description="Label random views of distilled images with a teacher.")
     parser.add_argument("--data-dir", type=Path, required=True, help="distilled images")
     parser.add_argument("--label-dir", type=Path, required=True, help="the label set to make")
@@ -106,7 +106,7 @@ def parse_arguments() -> argparse.Namespace:
         help="views that the teacher labels in one forward pass, in whole batches; BSSL's "
         "statistics stay those of single batches (default: 256 on a GPU, one batch on a CPU)",
     )
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def count_passes(args: argparse.Namespace, folder: folders.ImageFolder) -> tuple[int, int | None]:

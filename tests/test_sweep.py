@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import CUSTOM, ROOT, TINY, tree, write_images
+from conftest import CUSTOM, ROOT, TINY, open_run, tree, write_images
 from PIL import Image
 
-from analysis import runner, sweep, tables
+from analysis import checks, estimate, runner, sweep, tables
 from relabel import compress
 from scripts import prepare_split
+from utils import runlog
 from utils.cli import UserError
-from utils.data import folders
+from utils.data import datasets, folders
 from validate import kinds
 from validate.settings import parse_arguments
 
@@ -151,7 +152,7 @@ def test_tables_and_plots_show_the_codec(tmp_path):
         task.done.parent.mkdir(parents=True)
         size = {"fp16": 100, "quant_4": 30}.get(task.facts["codec"], 0)
         task.done.write_text(result(50.0, size))
-    sweep.report(tasks, sweep.collect(tasks), tmp_path / "out")
+    tables.report(sweep.collect(tasks), tmp_path / "out", {})
     assert tables.read_csv(tmp_path / "out" / "results.csv") == sweep.collect(tasks)
     assert (tmp_path / "out" / "table.md").read_text().splitlines()[2:] == [
         "| ConvNetW32 | 5 | hard | – | – | 0 | 51.0 ± 0.0 | 50.0 ± 0.0 | 2 |",
@@ -172,7 +173,7 @@ def test_a_plan_file_is_overridden_by_flags_and_checked(tmp_path):
         return sweep.read_settings(["--plan", str(plan), *flags])
 
     given = read(text, "--slc", "10", "--", "--lr", "2")
-    assert given.slc == [10] and given.flags == "--lr 2" and given.label_slc == 40
+    assert given.slc == [10] and given.flags == "--lr 2" and sweep.stored_slc(given, 5) == 40
     assert given.methods["mine"].flags == "--schedule hald --soft-loss-scale T2 --lr 1"
     assert read(text + "flags: --eta 1\nrelabel:\n").flags == "--eta 1"
     for wrong, message in (
@@ -182,14 +183,21 @@ def test_a_plan_file_is_overridden_by_flags_and_checked(tmp_path):
         (text.replace("slc: [5]", "slc: [7]"), "--slc 7 is not a multiple of IPC 5"),
         (text.replace("val_dir: V\n", ""), "the plan lacks --val-dir"),
         (text.replace("ipc: [5]", "ipc: [1, 5]"), "must contain {ipc}"),
+        (text + "labels_per_image: [1]\n", "give one of them"),
+        (text + "cells: [{ipc: 5}]\n", "cells must be a list of"),
+        (text + "table: {rows: [ipc]}\n", "table must have rows and columns"),
+        (text + "table: {rows: [ipc], columns: [sudent]}\n", "table must have rows and columns"),
+        (text + "input_size: 32\n", "goes with --dataset custom"),
+        (text.replace("digits", "custom"), "custom also needs --input-size, --mean, --std"),
     ):
         with pytest.raises(UserError, match=message):
             read(wrong)
 
 
 def task(tmp_path, name, code) -> runner.Task:
-    done = tmp_path / name
-    return runner.Task(name, ["-c", code.format(done=str(done))], done, tmp_path / "logs", {})
+    done, program = tmp_path / name, tmp_path / f"{name}.py"
+    program.write_text(code.format(done=str(done)))
+    return runner.Task(name, [str(program)], done, tmp_path / "logs", {})
 
 
 WRITE = "open({done!r}, 'a').write('x')"
@@ -211,6 +219,7 @@ def test_a_task_with_other_flags_is_not_done(tmp_path):
     first = task(tmp_path, "a", WRITE)
     assert runner.run_all([first], [{}], "runs") == []
     other = task(tmp_path, "a", "print('other settings'); raise SystemExit(2)")
+    other.command.append("--other")
     assert first.is_done() and not other.is_done()
     failed = runner.run_all([other], [{}], "runs")
     assert failed == ["a: other settings"]
@@ -240,12 +249,13 @@ def test_a_killed_sweep_takes_its_run_along_and_continues(tmp_path):
     forever = (
         f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     )
+    (tmp_path / "forever.py").write_text(forever)
     code = (
         "import sys; sys.path.insert(0, {root!r})\n"
         "from pathlib import Path\nfrom analysis import runner\n"
-        "tasks = [runner.Task('a', ['-c', {code!r}], Path('/nowhere'), Path({logs!r}), {{}})]\n"
+        "tasks = [runner.Task('a', [{program!r}], Path('/nowhere'), Path({logs!r}), {{}})]\n"
         "runner.run_all(tasks, [{{}}], 'runs')\n"
-    ).format(root=str(ROOT), code=forever, logs=str(tmp_path / "logs"))
+    ).format(root=str(ROOT), program=str(tmp_path / "forever.py"), logs=str(tmp_path / "logs"))
     planner = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     while not (started.exists() and started.read_text()):
         time.sleep(0.05)
@@ -281,7 +291,7 @@ def test_results_become_csv_table_and_plots(tmp_path):
         size = 0 if one.facts["method"] == "hard" else 100 * one.facts["slc"]
         one.done.write_text(result(50.0 + position, size))
     out = tmp_path / "out"
-    sweep.report(tasks, sweep.collect(tasks), out)
+    tables.report(sweep.collect(tasks), out, {})
     rows = tables.read_csv(out / "results.csv")
     assert rows == sweep.collect(tasks)
     table = (out / "table.md").read_text().splitlines()
@@ -303,27 +313,191 @@ def test_an_axis_of_bytes_has_ticks_however_short_it_is(sizes):
     assert all(text.endswith(("kB", "MB")) and len(text) <= 6 for text in texts)
 
 
+def test_a_table_in_the_layout_of_a_paper():
+    """Labels that do not depend on the SLC give the same value in every row of their IPC."""
+    row = {"ipc": 2, "student": "S", "codec": ""}
+    rows = [
+        {**row, "method": method, "slc": slc, "seed": seed, "last_top1": top1 + seed}
+        for method, slc, top1 in (("hard", None, 10.0), ("soft", 2, 20.0), ("soft", 6, 30.0))
+        for seed in (0, 1)
+    ]
+    lines = tables.in_layout(rows, rows=["ipc", "labels_per_image"], columns=["student", "method"])
+    assert lines == [
+        {"IPC": 2, "labels per image": 1, "S hard": "10.5 ± 0.7", "S soft": "20.5 ± 0.7"},
+        {"IPC": 2, "labels per image": 3, "S hard": "10.5 ± 0.7", "S soft": "30.5 ± 0.7"},
+    ]
+
+
+def test_a_table_in_latex():
+    rows = [{"method": "a_b & c", "top-1 (%)": "10.5 ± 0.7", "SLC": "–"}]
+    assert tables.latex_table(rows, left=("method",)).splitlines()[1:] == [
+        r"\begin{tabular}{lrr}",
+        r"\toprule",
+        r"method & top-1 (\%) & SLC \\",
+        r"\midrule",
+        r"a\_b \& c & 10.5 $\pm$ 0.7 & -- \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+
+
+def test_the_summary_counts_seeds_and_gives_no_deviation_of_a_single_one(tmp_path):
+    tasks = sweep.run_tasks(settings(tmp_path, methods=["hard"]))
+    for top1, one in zip((50.0, 53.0), tasks, strict=True):
+        one.done.parent.mkdir(parents=True)
+        one.done.write_text(result(top1, 0))
+    (line,) = tables.summary(sweep.collect(tasks))
+    assert (line["n"], line["last_top1_mean"], line["last_top1_std"]) == (2, 51.5, 2.1213)
+    assert (line["best_top1_mean"], line["best_top5_mean"], line["seconds_mean"]) == (
+        52.5,
+        100,
+        1.5,
+    )
+    (line,) = tables.summary(sweep.collect(tasks[:1]))
+    assert (line["n"], line["last_top1_std"]) == (1, None)
+
+
+def test_a_second_plan_adds_to_the_results_of_the_first(tmp_path):
+    """A run whose result is gone is no longer counted."""
+    out = tmp_path / "out"
+    plans = [
+        settings(tmp_path, methods=["hard"]),
+        settings(tmp_path, methods=["soft"], codecs={"fp16": ""}, slc=[5]),
+    ]
+    for plan in plans:
+        tasks = sweep.run_tasks(plan)
+        for one in tasks:
+            one.done.parent.mkdir(parents=True)
+            one.done.write_text(result(50.0, 10))
+        tables.report(sweep.collect(tasks), out, {})
+    methods = ["hard", "hard", "soft", "soft"]
+    assert [row["method"] for row in tables.read_csv(out / "results.csv")] == methods
+    assert len((out / "table.md").read_text().splitlines()) == 4
+    (out / "runs/hard_ipc5_ConvNetW32_seed0/result.json").unlink()
+    tables.report(sweep.collect(tasks), out, {})
+    assert [row["method"] for row in tables.read_csv(out / "results.csv")] == methods[1:]
+    (out / "results.csv").write_text("run,ipc\na,b\n")
+    with pytest.raises(UserError, match=r"results\.csv is damaged"):
+        tables.report(sweep.collect(tasks), out, {})
+
+
+def tiny_plan(world, tmp_path, *flags: object) -> argparse.Namespace:
+    """A plan for the tiny data set, its data-set flags given once."""
+    arguments = [*CUSTOM, "--data-dir", world.data, "--val-dir", world.val, "--out-dir", tmp_path]
+    arguments += ["--label-dir", world.labels, "--methods", "hard", "soft", "--slc", 3, "--ipc", 3]
+    arguments += ["--students", "ConvNetW32", "--seeds", 0, *flags]
+    return sweep.read_settings([*map(str, arguments)])
+
+
+def test_what_would_stop_a_run_is_said_before_the_first_starts(world, tmp_path):
+    def refused(match: str, *flags: object) -> None:
+        with pytest.raises(UserError, match=match):
+            checks.check(sweep.run_tasks(tiny_plan(world, tmp_path, *flags)))
+
+    checks.check(sweep.run_tasks(tiny_plan(world, tmp_path)))
+    refused(r"hard_ipc3_ConvNetW32_seed0: unknown argument --smooth", "--", "--smooth", 1)
+    refused(r"hard_ipc3_ConvNetW32_seed0: argument --lr: 'x' is not", "--", "--lr", "x")
+    refused("soft_slc9_ipc3_ConvNetW32_seed0: --slc 9: .* holds 6", "--slc", 9)
+    refused("--model: unknown model 'ConvNetW23'", "--students", "ConvNetW23")
+    refused("the labels in .* were made for something else: mean", "--mean", 0.1, 0.5, 0.5)
+    refused("nowhere", "--val-dir", tmp_path / "nowhere")
+    refused("--hard-share is for joint epochs", "--", "--hard-share", "0.3")
+    unmade = ("--label-dir", tmp_path / "labels", "--relabel", "--teacher ConvNetW32")
+    no_epochs = ("--methods", "soft", "--", "--soft-epochs", 0, "--hard-epochs", 0)
+    refused("soft_slc3_ipc3_ConvNetW32_seed0: .*no epoch", *unmade, *no_epochs)
+    plan = tiny_plan(world, tmp_path, *unmade[:3], "--teacher ConvNetW32 --teacher-weights W")
+    with pytest.raises(UserError, match="labels_views_ipc3: --teacher-weights: no file W"):
+        checks.check(sweep.label_tasks(plan))
+
+
+def test_a_run_with_other_settings_in_the_folder_of_the_plan_is_refused_early(world, tmp_path):
+    settings, _ = open_run(world, tmp_path / "run", "--schedule", "hard:1")
+    folder = tmp_path / "runs" / "hard_ipc3_ConvNetW32_seed0"
+    folder.mkdir(parents=True)
+    runlog.RunFolder(folder).begin(vars(settings), 0)
+    with pytest.raises(UserError, match="holds a run with other settings"):
+        checks.check(sweep.run_tasks(tiny_plan(world, tmp_path, "--", "--lr", 1)))
+
+
+def test_data_set_flags_are_given_once(world, tmp_path):
+    plan = tiny_plan(world, tmp_path, "--relabel", "--teacher ConvNetW32")
+    labels, *_, run = sweep.label_tasks(plan) + sweep.run_tasks(plan)
+    for task in (labels, run):
+        facts = datasets.from_arguments(checks.parse(task))
+        assert (facts.input_size, facts.mean) == (32, (0.5, 0.5, 0.5))
+
+
+def test_a_path_with_a_variable_that_is_not_set_is_refused(world, tmp_path, monkeypatch):
+    monkeypatch.delenv("Main_Data_Path", raising=False)
+    plan = tiny_plan(world, tmp_path, "--data-dir", "$Main_Data_Path/d{ipc}")
+    with pytest.raises(UserError, match=r"--data-dir \$Main_Data_Path/d\{ipc\}: set the variable"):
+        checks.check_folders(plan, ("data_dir",))
+    monkeypatch.setenv("Main_Data_Path", "/m")
+    plan = tiny_plan(world, tmp_path, "--data-dir", "$Main_Data_Path/d{ipc}")
+    assert sweep.images_dir(plan, 3) == Path("/m/d3")
+
+
+PAPER = sorted((ROOT / "analysis/plans/paper").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_every_run_of_the_plans_of_the_paper_has_flags_that_training_takes(path):
+    plan = sweep.read_settings(["--plan", str(path)])
+    tasks = sweep.run_tasks(plan)
+    assert all(estimate.count_views(task, plan.facts.num_classes) for task in tasks)
+    assert {task.facts["ipc"] for task in tasks} == {*plan.ipc}
+
+
+def test_what_the_plan_of_imagenet_will_take(command):
+    """3 seeds, 3 students, 3 IPC, 3 methods x 5 + hard; 10 labels of 2,000 bytes per image."""
+    arguments = ("--plan", ROOT / "analysis/plans/paper/imagenet1k.yaml", "--estimate")
+    done = command(sweep.main, *arguments, "--images-per-second", 1000, 500, 250, "--jobs", 2)
+    assert done.code == 0, done.err
+    views = 3 * 16 * 300 * (1 + 10 + 50) * 1000
+    hours = [views / rate / 3600 for rate in (1000, 500, 250)]
+    assert "runs: 432, 432 to do\nlabel sets: 3, 3 to make\n" in done.out
+    assert "label sets 1.22 GB" in done.out
+    assert f"ResNet50 {views:.3g} views at 500 images/s = {hours[1]:.1f}" in done.out
+    assert f"hours in all: {sum(hours):.1f}; 2 at a time: {sum(hours) / 2:.1f}" in done.out
+    done = command(sweep.main, *arguments)
+    assert done.code == 0 and "no epoch is measured yet" in done.out
+
+
+def test_cells_have_flags_of_their_own(tmp_path):
+    cells = [{"ipc": 5, "labels_per_image": 2, "flags": "--soft-epochs 3"}]
+    tasks = sweep.run_tasks(settings(tmp_path, cells=cells, seeds=[0], methods=["soft"]))
+    assert [checks.parse(task).soft_epochs for task in tasks] == [None, 3]
+
+
 @pytest.mark.slow
-def test_a_sweep_from_flags_makes_labels_trains_and_reports(world, tmp_path, command):
-    """On the tiny data set, through the script; the second time there is nothing to do."""
-    flags = ["--dataset", "custom", "--data-dir", world.data, "--val-dir", world.val]
-    flags += ["--out-dir", tmp_path, "--methods", "soft", "--slc", 3, "--ipc", 3, "--seeds", 0]
-    flags += ["--students", "ConvNetW32", "--relabel"]
-    relabel = f"--teacher ConvNetW32 --teacher-weights {world.weights} --workers 0 --batch-size 5 "
-    relabel += " ".join(CUSTOM[2:])
-    arguments = [*flags, relabel, "--", "--schedule", "soft:1", "--workers", 0, *CUSTOM[2:]]
+def test_a_cell_of_the_paper_runs_from_labels_to_its_table(world, tmp_path, command):
+    """In miniature, through the script; then one method more, measured speed, nothing to do."""
+    relabel = f"--teacher ConvNetW32 --teacher-weights {world.weights} --workers 0 --batch-size 5"
+    plan = ["--plan", ROOT / "analysis/plans/paper/imagenet1k.yaml", *CUSTOM]
+    plan += ["--data-dir", world.data, "--val-dir", world.val, "--out-dir", tmp_path]
+    plan += ["--ipc", 3, "--labels-per-image", 1, "--students", "ConvNetW32", "--seeds", 0]
+    plan += ["--relabel", relabel, "--methods", "soft"]
+    flags = ["--", "--soft-epochs", 1, "--hard-epochs", 1, "--workers", 0]
     done = subprocess.run(
-        ["bash", str(ROOT / "scripts/run_sweep.sh"), *map(str, arguments)],
+        ["bash", str(ROOT / "scripts/run_sweep.sh"), *map(str, plan + flags)],
         cwd="/",
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert "| ConvNetW32 | 3 | soft | 3 |" in done.stdout and "1 of 1 runs" in done.stdout
+    heading, _, line = (tmp_path / "table.md").read_text().splitlines()
+    assert heading == "| IPC | labels per image | ConvNetW32 soft |"
+    assert line.startswith("| 3 | 1 | ") and r"\toprule" in (tmp_path / "table.tex").read_text()
+    done = command(sweep.main, *plan, "hard", *flags)
+    assert done.code == 0, done.err
+    heading, _, line = (tmp_path / "table.md").read_text().splitlines()
+    assert heading == "| IPC | labels per image | ConvNetW32 soft | ConvNetW32 hard |"
     logs = tree(tmp_path / "logs")
-    assert command(sweep.main, *arguments).code == 0
+    assert command(sweep.main, *plan, "hard", *flags).code == 0
     assert tree(tmp_path / "logs") == logs
+    done = command(sweep.main, *plan, "hard", "hald", "--estimate", *flags)
+    assert "runs: 3, 1 to do" in done.out and "hours in all: 0.0" in done.out
 
 
 def test_a_split_holds_out_the_same_number_of_each_class(tmp_path, command):
