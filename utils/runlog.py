@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from utils import machine
 from utils.cli import UserError
 from utils.files import (
     atomic_write,
@@ -20,6 +21,7 @@ from utils.files import (
     to_json,
 )
 from utils.loggers import Logger, Opener
+from utils.machine import Gpu
 from utils.runtime import versions
 
 ARGUMENTS, LOG, CHECKPOINT, BEST = "args.yaml", "log.jsonl", "checkpoint.pt", "best.pt"
@@ -34,6 +36,7 @@ class RunFolder:
         """The run in a folder; raises UserError where the folder holds something else."""
         self.path = Path(path)
         self.loggers: list[Logger] = []
+        self.gpu: Gpu | None = None
         if self.settings() is None and not is_unused(self.path):
             raise UserError(f"{self.path} is not empty and not a run; choose another --output-dir")
 
@@ -76,7 +79,8 @@ class RunFolder:
 
     def begin(self, settings: dict, epochs_done: int, openers: Sequence[Opener] = ()) -> None:
         """Records a new run's settings, drops log lines after the checkpoint, opens loggers."""
-        record = {"settings": settings, "versions": versions(), "git_commit": git_commit()}
+        self.gpu = Gpu()
+        record = {"settings": settings, "versions": versions(), **git_commit()}
         if self.settings() is None:
             atomic_write(self.path / ARGUMENTS, yaml.safe_dump(record, sort_keys=False).encode())
         kept = [line for line in self.log_lines() if line["epoch"] <= epochs_done]
@@ -85,7 +89,9 @@ class RunFolder:
         self.loggers = [start(self.path, settings, epochs_done) for start in openers]
 
     def log(self, line: dict) -> None:
-        """Appends one epoch to log.jsonl, and tells the loggers."""
+        """Appends one epoch to log.jsonl, with its energy where known, and tells the loggers."""
+        if (energy := self.gpu.watt_hours()) is not None:
+            line = {**line, "energy_wh": round(energy, 4)}
         with (self.path / LOG).open("a") as file:
             file.write(json.dumps(line) + "\n")
         for logger in self.loggers:
@@ -108,8 +114,13 @@ class RunFolder:
         save_tensors(self.path / name, state)
 
     def finish(self, result: dict) -> None:
-        """Writes the result, which marks the run as done."""
-        atomic_write(self.path / RESULT, to_json(result))
+        """Writes the result, which marks the run as done, with hours, energy, machine and code."""
+        about = {"hours": round(result["seconds"] / 3600, 4)}
+        energy = [line.get("energy_wh") for line in self.log_lines()]
+        if energy and None not in energy:
+            about["energy_kwh"] = round(sum(energy) / 1000, 6)
+        about |= {"machine": machine.facts(), **git_commit()}
+        atomic_write(self.path / RESULT, to_json({**result, **about}))
 
     def draw_curves(self, result: dict, colours: dict[str, str]) -> None:
         """Draws the curves of a finished run; see `plot_curves`."""
@@ -134,8 +145,8 @@ def describe(result: dict) -> str:
     )
 
 
-def git_commit() -> str | None:
-    """The commit of this code, with "+" when files differ from it; None outside a git clone."""
+def git_commit() -> dict[str, str | bool | None]:
+    """The commit of this code, and whether files differ from it; None outside a git clone."""
     root = Path(__file__).resolve().parents[1]
     try:
         commit, changes = (
@@ -148,8 +159,8 @@ def git_commit() -> str | None:
             )
         )
     except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit + "+" * bool(changes)
+        return {"git_commit": None, "git_dirty": None}
+    return {"git_commit": commit, "git_dirty": bool(changes)}
 
 
 def shade_phases(axes, kinds: list[str], colours: dict[str, str]) -> None:
