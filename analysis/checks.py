@@ -33,12 +33,14 @@ def check_folders(plan: argparse.Namespace, names: Sequence[str]) -> None:
             raise UserError(f"{flag} {path}: set the variable in config.sh or in the environment")
 
 
-def check(tasks: list[Task]) -> None:
+def check(tasks: list[Task], label_sets_made: bool = False) -> list[Task]:
     """Raises UserError, naming the task, for what would stop one of those that are not done.
 
-    Of runs whose label set is yet to be made, what depends on it is not looked at.
+    Returns the runs whose label set is yet to be made, of which what depends on it has not been
+    looked at; if all sets have been made, that is an error.
     """
     opened: dict[tuple, settings.Materials] = {}
+    later = []
     for task in tasks:
         if task.is_done():
             continue
@@ -48,11 +50,9 @@ def check(tasks: list[Task]) -> None:
                 _check_labelling(args)
                 continue
             facts = datasets.from_arguments(args)
-            if made := args.label_dir is None or (args.label_dir / "manifest.json").exists():
-                labels = args.label_dir
-            else:
-                labels = None
-            folders_of_run = (args.data_dir, args.val_dir, labels)
+            made = label_sets_made or args.label_dir is None
+            made = made or (args.label_dir / "manifest.json").exists()
+            folders_of_run = (args.data_dir, args.val_dir, args.label_dir if made else None)
             if folders_of_run not in opened:
                 opened[folders_of_run] = settings.Materials.open(facts, *folders_of_run)
             materials = opened[folders_of_run]
@@ -61,6 +61,8 @@ def check(tasks: list[Task]) -> None:
                 _check_run(args, materials)
             else:
                 phases_of(args, passes=1, classes=materials.dataset.num_classes)
+                later.append(task)
+    return later
 
 
 def parse(task: Task) -> argparse.Namespace:

@@ -163,6 +163,8 @@ def check(settings: argparse.Namespace) -> None:
         raise UserError(f"the plan lacks {flags}")
     if len(settings.ipc) > 1 and "{ipc}" not in settings.data_dir:
         raise UserError("--data-dir must contain {ipc} where there is more than one --ipc")
+    if settings.images_per_second and not settings.estimate:
+        raise UserError("--images-per-second goes with --estimate")
     if settings.slc and settings.labels_per_image:
         raise UserError("--slc and --labels-per-image: give one of them")
     for ipc, slc in itertools.product(settings.ipc, settings.slc or []):
@@ -395,13 +397,14 @@ def main() -> None:
             print(f"{position} {task.name} ({state}): python {shlex.join(task.command)}")
         return
     slots = machine_slots(settings.jobs)
-    failed = []
+    failed, unchecked = [], []
     if settings.only != "collect":
-        checks.check(labels + chosen)
+        print(f"checking {len(labels)} label sets and {len(chosen)} runs", flush=True)
+        unchecked = checks.check(labels + chosen)
     if settings.only in (None, "labels"):
         failed = run_all(labels, slots[:1], "label sets")
     if not failed and settings.only in (None, "runs"):
-        checks.check(chosen)  # now that all label sets are there
+        checks.check(unchecked, label_sets_made=True)
         failed = run_all(chosen, slots, "runs")
     if settings.only == "collect" or (settings.only is None and settings.task is None):
         rows = collect(runs)

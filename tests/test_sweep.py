@@ -403,9 +403,14 @@ def test_what_would_stop_a_run_is_said_before_the_first_starts(world, tmp_path):
     refused("nowhere", "--val-dir", tmp_path / "nowhere")
     refused("--hard-share is for joint epochs", "--", "--hard-share", "0.3")
     unmade = ("--label-dir", tmp_path / "labels", "--relabel", "--teacher ConvNetW32")
+    assert len(checks.check(sweep.run_tasks(tiny_plan(world, tmp_path, *unmade)))) == 1
+    with pytest.raises(UserError, match="soft_slc3_ipc3_ConvNetW32_seed0: label folder not found"):
+        checks.check(sweep.run_tasks(tiny_plan(world, tmp_path, *unmade)), label_sets_made=True)
     no_epochs = ("--methods", "soft", "--", "--soft-epochs", 0, "--hard-epochs", 0)
     refused("soft_slc3_ipc3_ConvNetW32_seed0: .*no epoch", *unmade, *no_epochs)
     plan = tiny_plan(world, tmp_path, *unmade[:3], "--teacher ConvNetW32 --teacher-weights W")
+    with pytest.raises(UserError, match="goes with --estimate"):
+        tiny_plan(world, tmp_path, "--images-per-second", 5)
     with pytest.raises(UserError, match="labels_views_ipc3: --teacher-weights: no file W"):
         checks.check(sweep.label_tasks(plan))
 
