@@ -114,7 +114,11 @@ def read_settings(arguments: Sequence[str]) -> argparse.Namespace:
     if settings.plan:
         flags_alone = ("plan", "jobs", "only", "task", "estimate", "images_per_second")
         names = [name for name in vars(settings) if name not in flags_alone]
-        parser.set_defaults(**read_plan(settings.plan, names))
+        plan = read_plan(settings.plan, names)
+        for given, other in (("slc", "labels_per_image"), ("labels_per_image", "slc")):
+            if getattr(settings, given):  # as a flag, which overrides the plan
+                plan.pop(other, None)
+        parser.set_defaults(**plan)
         settings = parser.parse_args(arguments[:cut])
     if more := arguments[cut + 1 :]:
         settings.flags = shlex.join(more)
@@ -347,14 +351,15 @@ def run_task(settings: argparse.Namespace, facts: dict, labels: Path | None) -> 
         command += ["--slc", str(slc)]
     if labels:
         command += ["--label-dir", str(labels)]
-    known = tables.with_labels_per_image(facts)
-    cells = [
-        cell["flags"]
-        for cell in settings.cells
-        if all(known.get(name) == value for name, value in cell.items() if name != "flags")
-    ]
+    cells = [cell["flags"] for cell in settings.cells if in_cell(facts, cell)]
     command += shlex.split(" ".join([settings.flags, method.flags, *cells]))
     return Task(name, command, folder / runlog.RESULT, logs(settings), facts)
+
+
+def in_cell(facts: dict, cell: dict) -> bool:
+    """Whether a run with these facts is in a cell of the plan, and gets its flags."""
+    known = tables.with_labels_per_image(facts)
+    return all(known.get(name) == value for name, value in cell.items() if name != "flags")
 
 
 def _slug(name: str) -> str:
@@ -400,6 +405,9 @@ def main() -> None:
     failed, unchecked = [], []
     if settings.only != "collect":
         print(f"checking {len(labels)} label sets and {len(chosen)} runs", flush=True)
+        for cell in settings.cells:
+            if not any(in_cell(task.facts, cell) for task in runs):
+                print(f"no run of the plan is in the cell {cell}")
         unchecked = checks.check(labels + chosen)
     if settings.only in (None, "labels"):
         failed = run_all(labels, slots[:1], "label sets")

@@ -157,7 +157,8 @@ def in_layout(
 ) -> list[dict[str, object]]:
     """Lines of a table in the layout of a paper: last top-1, a cell for each row and column.
 
-    A method whose labels do not depend on the SLC has the same value at every SLC.
+    A method whose labels do not depend on the SLC, or the codec, has the same value at each. Facts
+    that differ and are not named begin the lines, too: no cell is a mean over them.
 
     Args:
         results: of runs; a cell is the mean ± sample standard deviation over seeds.
@@ -170,9 +171,14 @@ def in_layout(
 
     def fits(row: dict, names: Sequence[str], wanted: tuple) -> bool:
         pairs = zip(values(row, names), wanted, strict=True)
-        return all(value in (None, other) for value, other in pairs)
+        return all(value in (None, "", other) for value, other in pairs)
 
     counted = [row for row in known if row["slc"]] or known
+    amount = "slc" if "slc" in (*rows, *columns) else "labels_per_image"
+    for name in (*FACTS[:-1], amount):
+        differ = len({row.get(name, "") for row in (known if name == "method" else counted)}) > 1
+        if differ and name not in (*rows, *columns):
+            rows = [*rows, name]
     result = []
     for begins in dict.fromkeys(values(row, rows) for row in counted):
         line = dict(zip((HEADINGS.get(name, name) for name in rows), begins, strict=True))
@@ -185,17 +191,20 @@ def in_layout(
 
 
 def plot(rows: list[dict], against: str) -> Figure:
-    """Last top-1 against "slc" or "label_bytes": a panel per student and IPC, a line per method.
+    """Last top-1 against "slc" or "label_bytes": a row of panels per student, one per IPC.
 
-    Where a method is trained on several codecs, each has a line of its own. Methods whose labels do
-    not depend on the SLC are level lines with their spread shaded when drawn against SLC; so is,
-    against bytes, what needs none.
+    Each method is a line; where it is trained on several codecs, each has a line of its own.
+    Methods whose labels do not depend on the SLC are level lines with their spread shaded when
+    drawn against SLC; so is, against bytes, what needs none.
     """
     panels = grouped(rows, "student", "ipc")
+    students, ipcs = (list(dict.fromkeys(column(rows, name))) for name in ("student", "ipc"))
     lines = list(grouped(rows, "method", "codec"))
-    figure = Figure(figsize=(max(7.5, 6.2 * len(panels)), 5.2), layout="constrained")
-    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, ((student, ipc), in_panel) in zip(all_axes, panels.items(), strict=True):
+    size = (max(7.5, 6.2 * len(ipcs)), 0.6 + 4.6 * len(students))
+    figure = Figure(figsize=size, layout="constrained")
+    all_axes = figure.subplots(len(students), len(ipcs), sharey=True, squeeze=False)
+    for (student, ipc), in_panel in panels.items():
+        axes = all_axes[students.index(student), ipcs.index(ipc)]
         for line, of_line in grouped(in_panel, "method", "codec").items():
             position, name = lines.index(line), ", ".join(filter(None, line))
             style = {"color": f"C{position % 10}", "marker": "osD^vP*X<>"[position % 10]}
@@ -215,7 +224,7 @@ def plot(rows: list[dict], against: str) -> Figure:
             xs, means, spreads = zip(*sorted(points), strict=True)
             shifted = [x * shift for x in xs]
             axes.errorbar(shifted, means, spreads, capsize=3, lw=1.2, ms=5, label=name, **style)
-        amounts = sorted({row[against] for row in rows if row[against]})
+        amounts = sorted({row[against] for row in in_panel if row[against]})
         if against == "slc":
             axes.set_xscale("log", base=2)
             axes.set_xticks(amounts, [str(amount) for amount in amounts])
@@ -232,7 +241,8 @@ def plot(rows: list[dict], against: str) -> Figure:
         axes.grid(alpha=0.3)
         axes.set_title(f"{student}, {ipc} images per class", fontsize=10)
     seeds = len(grouped(rows, "seed"))
-    figure.axes[0].set_ylabel("last validation top-1 (%)")
+    for axes in all_axes[:, 0]:
+        axes.set_ylabel("last validation top-1 (%)")
     note = "points that coincide are drawn side by side"
     figure.suptitle(f"mean ± standard deviation over {seeds} seeds; {note}", fontsize=10)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right", fontsize=8)

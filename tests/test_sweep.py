@@ -172,6 +172,7 @@ def test_a_plan_file_is_overridden_by_flags_and_checked(tmp_path):
         plan.write_text(text)
         return sweep.read_settings(["--plan", str(plan), *flags])
 
+    assert read(text, "--labels-per-image", "3").slc is None
     given = read(text, "--slc", "10", "--", "--lr", "2")
     assert given.slc == [10] and given.flags == "--lr 2" and sweep.stored_slc(given, 5) == 40
     assert given.methods["mine"].flags == "--schedule hald --soft-loss-scale T2 --lr 1"
@@ -325,6 +326,15 @@ def test_a_table_in_the_layout_of_a_paper():
     assert lines == [
         {"IPC": 2, "labels per image": 1, "S hard": "10.5 ± 0.7", "S soft": "20.5 ± 0.7"},
         {"IPC": 2, "labels per image": 3, "S hard": "10.5 ± 0.7", "S soft": "30.5 ± 0.7"},
+    ]
+
+
+def test_a_table_never_averages_over_what_it_does_not_name():
+    row = {"student": "S", "method": "soft", "slc": 4, "seed": 0, "last_top1": 1.0}
+    rows = [{**row, "ipc": ipc, "codec": codec} for ipc in (2, 4) for codec in ("a", "b")]
+    lines = tables.in_layout(rows, rows=["ipc"], columns=["method"])
+    assert [list(line.values()) for line in lines] == [
+        [ipc, codec, count, "1.0"] for ipc, count in ((2, 2), (4, 1)) for codec in ("a", "b")
     ]
 
 
