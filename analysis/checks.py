@@ -52,10 +52,10 @@ def check(tasks: list[Task], label_sets_made: bool = False) -> list[Task]:
             facts = datasets.from_arguments(args)
             made = label_sets_made or args.label_dir is None
             made = made or (args.label_dir / "manifest.json").exists()
-            folders_of_run = (args.data_dir, args.val_dir, args.label_dir if made else None)
-            if folders_of_run not in opened:
-                opened[folders_of_run] = settings.Materials.open(facts, *folders_of_run)
-            materials = opened[folders_of_run]
+            wanted = (facts, args.data_dir, args.val_dir, args.label_dir if made else None)
+            if wanted not in opened:
+                opened[wanted] = settings.Materials.open(*wanted)
+            materials = opened[wanted]
             _check_network(args.model, materials.dataset)
             if made:
                 _check_run(args, materials)

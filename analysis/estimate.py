@@ -87,7 +87,7 @@ def estimate(plan: argparse.Namespace, classes: int, labels: list[Task], runs: l
     lines = [
         f"runs: {len(runs)}, {len(left)} to do",
         f"label sets: {len(labels)}, {len(left_labels)} to make",
-        f"disk: label sets {_BYTES(on_disk)}, runs {_BYTES(of_runs)}",
+        f"disk: label sets {_BYTES(on_disk)} and headers, runs {_BYTES(of_runs)}",
     ]
     hours = []
     for position, student in enumerate(plan.students):

@@ -6,8 +6,8 @@
 #       --relabel "--teacher ConvNetW32 --teacher-weights W" -- --temperature 4
 #
 #   --plan FILE           YAML with the settings below (data_dir for --data-dir); flags override it
-#   --dataset NAME        as for validate/train.py; custom has --input-size S --mean R G B
-#                         --std R G B with it: given once, for labels and runs
+#   --dataset NAME        as for validate/train.py; custom has --input-size S, --mean R G B,
+#                         --std R G B and --num-classes N with it: once, for labels and runs
 #   --data-dir DIR        distilled images; {ipc} stands for the IPC
 #   --val-dir DIR         validation images
 #   --out-dir DIR         gets runs, logs, results.csv, summary.csv, table.md, table.tex and plots

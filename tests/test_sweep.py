@@ -471,7 +471,7 @@ def test_what_the_plan_of_imagenet_will_take(command):
     views = 3 * 16 * 300 * (1 + 10 + 50) * 1000
     hours = [views / rate / 3600 for rate in (1000, 500, 250)]
     assert "runs: 432, 432 to do\nlabel sets: 3, 3 to make\n" in done.out
-    assert "label sets 1.22 GB" in done.out
+    assert "label sets 1.22 GB and headers, runs 188" in done.out
     assert f"ResNet50 {views:.3g} views at 500 images/s = {hours[1]:.1f}" in done.out
     assert f"hours in all: {sum(hours):.1f}; 2 at a time: {sum(hours) / 2:.1f}" in done.out
     done = command(sweep.main, *arguments)

@@ -26,9 +26,9 @@ class Gpu:
         if not torch.cuda.is_initialized():
             return
         with contextlib.suppress(OSError, AttributeError):
-            uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
             self._library = ctypes.CDLL("libnvidia-ml.so.1")
             self._library.nvmlInit_v2()
+            uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
             handle = ctypes.c_void_p()
             name = f"GPU-{uuid}".encode()
             if self._library.nvmlDeviceGetHandleByUUID(name, ctypes.byref(handle)) == 0:
