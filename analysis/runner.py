@@ -117,7 +117,7 @@ def _run(command: list[str], log: Path, environment: dict[str, str]) -> None:
 def run_all(tasks: list[Task], slots: list[dict[str, str]], what: str) -> list[str]:
     """Runs the tasks that are not done, as many at a time as there are slots.
 
-    A task that is stopped saves first; the same command continues it.
+    A signal ends the tasks under way, each as it ends by itself, then the program (see cli).
 
     Args:
         tasks: of the plan.
@@ -133,27 +133,30 @@ def run_all(tasks: list[Task], slots: list[dict[str, str]], what: str) -> list[s
     running: dict[int, tuple[Task, BaseProcess]] = {}  # by the position of their slot
     failed = []
     bar = cli.progress(total=len(tasks), initial=len(tasks) - len(waiting), desc=what, unit="run")
-    try:
-        while waiting or running:
-            for slot, environment in enumerate(slots):
-                if slot in running and running[slot][1].exitcode is not None:
-                    task, process = running.pop(slot)
-                    if process.exitcode:
-                        failed.append(f"{task.name}: {task.last_words()}")
-                    else:
-                        atomic_write(task.record, task.text().encode())
-                    bar.update()
-                if slot not in running and waiting:
-                    task = waiting.pop(0)
-                    running[slot] = task, task.start(environment)
-            text = ", ".join(task.describe() for task, _ in running.values())
-            bar.set_postfix_str(text + f", {len(failed)} failed" * bool(failed), refresh=False)
-            bar.update(0)
-            time.sleep(_POLL_SECONDS)
-    finally:
-        for _, process in running.values():
-            process.terminate()
-        for _, process in running.values():
-            process.join()
-        bar.close()
+    with cli.delayed_signals() as noted_signal:
+        try:
+            while (waiting or running) and not noted_signal():
+                for slot, environment in enumerate(slots):
+                    if slot in running and running[slot][1].exitcode is not None:
+                        task, process = running.pop(slot)
+                        if process.exitcode:
+                            failed.append(f"{task.name}: {task.last_words()}")
+                        else:
+                            atomic_write(task.record, task.text().encode())
+                        bar.update()
+                    if slot not in running and waiting:
+                        task = waiting.pop(0)
+                        running[slot] = task, task.start(environment)
+                text = ", ".join(task.describe() for task, _ in running.values())
+                bar.set_postfix_str(text + f", {len(failed)} failed" * bool(failed), refresh=False)
+                bar.update(0)
+                time.sleep(_POLL_SECONDS)
+        finally:
+            for _, process in running.values():
+                process.terminate()
+            for _, process in running.values():
+                process.join()
+            bar.close()
+        if number := noted_signal():
+            cli.end_by_signal(number)
     return failed

@@ -244,13 +244,17 @@ def test_more_jobs_than_gpus_share_them(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_takes_its_run_along_and_continues(tmp_path):
-    """The planner dies by SIGKILL; the run that it had started must not go on by itself."""
-    started = tmp_path / "pid"
-    forever = (
-        f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])
+def test_a_stopped_sweep_ends_its_run_by_sigterm_and_continues(tmp_path, by):
+    """The run has time to save, and does not go on by itself, however the planner ends."""
+    started, saved = tmp_path / "pid", tmp_path / "saved"
+    (tmp_path / "forever.py").write_text(
+        "import os, signal, sys, time\n"
+        "def save(*_):\n"
+        f"    time.sleep(0.5); open({str(saved)!r}, 'w'); sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        f"open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(60)\n"
     )
-    (tmp_path / "forever.py").write_text(forever)
     code = (
         "import sys; sys.path.insert(0, {root!r})\n"
         "from pathlib import Path\nfrom analysis import runner\n"
@@ -261,12 +265,12 @@ def test_a_killed_sweep_takes_its_run_along_and_continues(tmp_path):
     while not (started.exists() and started.read_text()):
         time.sleep(0.05)
     child = int(started.read_text())
-    planner.send_signal(signal.SIGKILL)
-    planner.wait()
+    planner.send_signal(by)
+    assert planner.wait() == (-by if by == signal.SIGKILL else 128 + by)
     deadline = time.monotonic() + 10
     while alive(child) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not alive(child)
+    assert not alive(child) and saved.exists()
     again = task(tmp_path, "a", WRITE)
     assert runner.run_all([again], [{}], "runs") == []
 
