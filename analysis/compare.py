@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from analysis.tables import mean_and_std, mean_std
 from utils import cli, runlog
 from utils.cli import UserError
-from utils.files import save_png
+from utils.files import save_figure
 from validate.kinds import KINDS
 
 Group = tuple[str, list[runlog.RunFolder]]  # a name, and runs that differ in seed only
@@ -50,27 +50,28 @@ def top1(runs: list[runlog.RunFolder], which: str) -> str:
 
 
 def table(groups: list[Group]) -> str:
-    """One line per group: best and last top-1 (%), label bytes, seconds per run."""
+    """One line per group: best and last top-1 (%), label bytes, epochs and seconds per run."""
     width = max(len(name) for name, _ in groups)
     lines = [
         f"{'student':{width}}  {'best top-1 (%)':>14}  {'last top-1 (%)':>14}  "
-        f"{'label bytes':>12}  {'seconds':>7}  {'seeds':>5}"
+        f"{'label bytes':>12}  {'epochs':>7}  {'seconds':>7}  {'seeds':>5}"
     ]
     for name, runs in groups:
         seconds, _ = mean_and_std([run.result()["seconds"] for run in runs])
+        epochs = "-".join(map(str, sorted({run.result()["epochs"] for run in runs})))
         lines.append(
             f"{name:{width}}  {top1(runs, 'best'):>14}  {top1(runs, 'last'):>14}  "
-            f"{runs[0].result()['label_bytes']:>12,}  {seconds:>7.0f}  {len(runs):>5}"
+            f"{runs[0].result()['label_bytes']:>12,}  {epochs:>7}  {seconds:>7.0f}  {len(runs):>5}"
         )
     return "\n".join(lines)
 
 
 def draw_curves(groups: list[Group]) -> Figure:
-    """One panel per group: validation top-1 over epochs, a line per seed, phases shaded."""
+    """One panel per group, as long as its runs: top-1 over epochs, seed by seed, phases shaded."""
     columns = min(2, len(groups))
     rows = -(-len(groups) // columns)
     figure = Figure(figsize=(5.5 * columns, 3.2 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
     colours = {kind.name: kind.colour for kind in KINDS.values()}
     for axes, (name, runs) in zip(panels.flat, groups, strict=False):
         for position, run in enumerate(runs):
@@ -86,12 +87,11 @@ def draw_curves(groups: list[Group]) -> Figure:
                 label=f"seed {run.result()['seed']}",
             )
         axes.set_title(f"{name}: last {top1(runs, 'last')} %")
-        runlog.shade_phases(axes, [line["kind"] for line in runs[0].log_lines()], colours)
+        axes.set_xlabel("epoch")
+        longest = max((run.log_lines() for run in runs), key=len)
+        runlog.shade_phases(axes, [line["kind"] for line in longest], colours)
     for axes in panels.flat[len(groups) :]:
         axes.set_axis_off()
-    for axes in panels.flat[len(groups) - columns : len(groups)]:  # the lowest of each column
-        axes.set_xlabel("epoch")
-        axes.tick_params(labelbottom=True)
     for axes in panels[:, 0]:
         axes.set_ylabel("validation top-1 (%)")
     return figure
@@ -103,7 +103,7 @@ def main() -> None:
     add_groups(parser)
     args = parser.parse_args()
     groups = [(name, finished_runs(pattern)) for name, pattern in args.groups]
-    save_png(draw_curves(groups), args.out)
+    save_figure(draw_curves(groups), args.out)
     print(table(groups))
     print(f"curves: {args.out}")
 

@@ -1,14 +1,16 @@
 """Runs the commands of a plan side by side: a GPU or a share of the cores each; resumable."""
 
-import ctypes
 import dataclasses
 import itertools
+import multiprocessing.connection
 import os
+import runpy
 import shlex
 import signal
-import subprocess
 import sys
+import threading
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -16,7 +18,10 @@ import torch
 from utils import cli, runlog
 from utils.files import atomic_write
 
-_POLL_SECONDS = 0.2
+ROOT = Path(__file__).resolve().parents[1]
+_POLL_SECONDS = 0.1
+# What the programs of a plan import, which takes seconds, longer than a small run.
+_IMPORTS = ["validate.train", "relabel.generate", "relabel.compress", "analysis.sweep"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +30,7 @@ class Task:
 
     Attributes:
         name: of its log, and of its run folder.
-        command: arguments after `python`.
+        command: a program of this repository and its arguments, as after `python`.
         done: a file that is there once it has been done.
         logs: the folder that keeps what it prints, and the command that did it.
         facts: method, codec (where the plan has some), slc, ipc, student and seed of a run.
@@ -56,18 +61,15 @@ class Task:
         recorded = self.record.read_text() if self.record.exists() else self.text()
         return self.done.exists() and recorded == self.text()
 
-    def start(self, environment: dict[str, str]) -> subprocess.Popen:
+    def start(self, environment: dict[str, str]) -> BaseProcess:
         """Starts the command; what it prints goes to its log."""
         self.logs.mkdir(parents=True, exist_ok=True)
-        with self.log.open("a") as log:
-            return subprocess.Popen(
-                [sys.executable, *self.command],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **environment},
-                preexec_fn=_die_with_parent,
-            )
+        # A server that has imported the programs, and nothing more, forks each command's process.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_IMPORTS)
+        process = context.Process(target=_run, args=(self.command, self.log, environment))
+        process.start()
+        return process
 
     def last_words(self) -> str:
         """The last line of its log."""
@@ -93,16 +95,29 @@ def machine_slots(jobs: int | None) -> list[dict[str, str]]:
     return [{"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // jobs))}] * jobs
 
 
-def _die_with_parent() -> None:
-    """In a new process: SIGTERM when the planner ends, however it ends (Linux)."""
-    set_parent_death_signal = 1
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+def _end_with_planner() -> None:
+    """Sends this process SIGTERM when the planner has ended, however it ended."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _run(command: list[str], log: Path, environment: dict[str, str]) -> None:
+    """In a new process: runs a command as `python` would."""
+    threading.Thread(target=_end_with_planner, daemon=True).start()
+    with log.open("a") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    os.environ.update(environment)
+    if "OMP_NUM_THREADS" in environment:  # which torch has looked for already
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
 
 
 def run_all(tasks: list[Task], slots: list[dict[str, str]], what: str) -> list[str]:
     """Runs the tasks that are not done, as many at a time as there are slots.
 
-    A task that is stopped saves first; the same command continues it.
+    A signal ends the tasks under way, each as it ends by itself, then the program (see cli).
 
     Args:
         tasks: of the plan.
@@ -112,31 +127,36 @@ def run_all(tasks: list[Task], slots: list[dict[str, str]], what: str) -> list[s
     Returns:
         A line for each task that failed; the others were not kept from running.
     """
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # where the server imports
     waiting = [task for task in tasks if not task.is_done()]
-    running: dict[int, tuple[Task, subprocess.Popen]] = {}  # by the position of their slot
+    running: dict[int, tuple[Task, BaseProcess]] = {}  # by the position of their slot
     failed = []
     bar = cli.progress(total=len(tasks), initial=len(tasks) - len(waiting), desc=what, unit="run")
-    try:
-        while waiting or running:
-            for slot, environment in enumerate(slots):
-                if slot in running and running[slot][1].poll() is not None:
-                    task, process = running.pop(slot)
-                    if process.returncode:
-                        failed.append(f"{task.name}: {task.last_words()}")
-                    else:
-                        atomic_write(task.record, task.text().encode())
-                    bar.update()
-                if slot not in running and waiting:
-                    task = waiting.pop(0)
-                    running[slot] = task, task.start(environment)
-            text = ", ".join(task.describe() for task, _ in running.values())
-            bar.set_postfix_str(text + f", {len(failed)} failed" * bool(failed), refresh=False)
-            bar.update(0)
-            time.sleep(_POLL_SECONDS)
-    finally:
-        for _, process in running.values():
-            process.terminate()
-        for _, process in running.values():
-            process.wait()
-        bar.close()
+    with cli.delayed_signals() as noted_signal:
+        try:
+            while (waiting or running) and not noted_signal():
+                for slot, environment in enumerate(slots):
+                    if slot in running and running[slot][1].exitcode is not None:
+                        task, process = running.pop(slot)
+                        if process.exitcode:
+                            failed.append(f"{task.name}: {task.last_words()}")
+                        else:
+                            atomic_write(task.record, task.text().encode())
+                        bar.update()
+                    if slot not in running and waiting:
+                        task = waiting.pop(0)
+                        running[slot] = task, task.start(environment)
+                text = ", ".join(task.describe() for task, _ in running.values())
+                bar.set_postfix_str(text + f", {len(failed)} failed" * bool(failed), refresh=False)
+                bar.update(0)
+                time.sleep(_POLL_SECONDS)
+        finally:
+            for _, process in running.values():
+                process.terminate()
+            for _, process in running.values():
+                process.join()
+            bar.close()
+        if number := noted_signal():
+            cli.end_by_signal(number)
     return failed

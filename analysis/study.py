@@ -20,7 +20,7 @@ import statistics
 from analysis import sweep, tables
 from utils import cli
 from utils.cli import UserError
-from utils.files import atomic_write
+from utils.files import atomic_write, save_figure
 from utils.results import provenance, write_csv
 
 HERE = Path(__file__).resolve().parent
@@ -121,7 +121,8 @@ def main() -> None:
     text = fill(STUDY.read_text())
     axes = {"slc": "slc", "bytes": "label_bytes"}
     for name, against in re.findall(r"\(results/(\w+)_(slc|bytes)\.png\)", text):
-        tables.plot(read(name), axes[against], RESULTS / f"{name}_{against}.png")
+        figure = tables.plot(read(name), axes[against])
+        save_figure(figure, RESULTS / f"{name}_{against}.png")
     atomic_write(STUDY, text.encode())
     print(f"{STUDY} and the plots in {RESULTS} are made again")
 

@@ -1,12 +1,9 @@
 """Runs a whole comparison: methods x codecs x SLC x IPC x students x seeds, then table and plots.
 
-The head of scripts/run_sweep.sh lists the flags. A plan file (YAML) holds the same settings under
-the same names, `data_dir` for --data-dir, and `flags`, the flags of validate/train.py for every
-run. `methods` is a list of names of `known_methods`, or a mapping from the user's own names to
-{like: NAME, flags: "..."}. `codecs` maps names to flags of relabel/compress.py ("": labels as they
-were made): methods that read labels of views are trained on each. Missing label sets are made with
-the flags in `relabel`; stored once per IPC, they are shared by all runs. Finished runs are skipped
-and stopped ones continued, so the same command may be stopped and repeated at any time.
+The head of scripts/run_sweep.sh lists the flags, docs/analysis.md what a plan file holds. Missing
+label sets are made with the flags in `relabel`; stored once per IPC, they are shared by all runs.
+Finished runs are skipped and stopped ones continued, so the same command may be stopped and
+repeated at any time; a second plan in the same folder adds to the results.
 """
 
 import sys
@@ -18,22 +15,25 @@ if not __package__:  # run as a plain script: imports start at the repository ro
 import argparse
 import dataclasses
 import itertools
+import os
 import re
 import shlex
 from collections.abc import Sequence
 
 import yaml
 
-from analysis.runner import Task, machine_slots, run_all
-from analysis.tables import markdown, plot
+from analysis import checks, tables
+from analysis.estimate import estimate
+from analysis.runner import ROOT, Task, machine_slots, run_all
 from utils import cli, runlog
 from utils.cli import UserError, bounded, did_you_mean
-from utils.files import atomic_write, read_json
-from utils.results import write_csv
+from utils.data import datasets
+from utils.files import read_json
 from validate.kinds import KINDS
 
-ROOT = Path(__file__).resolve().parents[1]
-CSV, TABLE, BY_SLC, BY_BYTES = "results.csv", "table.md", "top1_slc.png", "top1_bytes.png"
+_FOLDERS = ("data_dir", "val_dir", "out_dir", "label_dir")
+_CUSTOM = ("num_classes", "input_size", "mean", "std")  # flags that describe a data set
+_CELL = ("method", "codec", "ipc", "slc", "labels_per_image", "student", "seed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +84,8 @@ def known_methods() -> dict[str, Method]:
 def read_settings(arguments: Sequence[str]) -> argparse.Namespace:
     """The settings of a sweep: of the plan file, overridden by the flags.
 
-    Besides the flags by their names they hold `codecs` of the plan, `methods` as Method by name,
-    and `flags`, which follow -- or stand in the plan.
+    Besides the flags by their names they hold `codecs`, `cells` and `table` of the plan, `methods`
+    as Method by name, `facts` of the data set, and `flags`, which follow -- or stand in the plan.
 
     Raises:
         UserError: some are missing or wrong.
@@ -93,31 +93,40 @@ def read_settings(arguments: Sequence[str]) -> argparse.Namespace:
     parser = cli.Parser(description="bash scripts/run_sweep.sh --help says what the flags are.")
     add, count = parser.add_argument, {"type": bounded(int, 1), "metavar": "N"}
     add("--plan", type=Path)
-    for flag in ("--dataset", "--data-dir", "--val-dir", "--out-dir", "--label-dir", "--relabel"):
+    datasets.add_arguments(parser, required=False)
+    for flag in ("--data-dir", "--val-dir", "--out-dir", "--label-dir", "--relabel"):
         add(flag)
     add("--methods", nargs="+", help=", ".join(known_methods()))
     add("--students", nargs="+")
     add("--slc", nargs="+", **count)
+    add("--labels-per-image", nargs="+", **count)
     add("--ipc", nargs="+", **count)
     add("--seeds", nargs="+", type=bounded(int, 0), metavar="N", default=[0, 1, 2])
     add("--label-slc", **count)
     add("--jobs", **count)
     add("--only", choices=("list", "labels", "runs", "collect"))
     add("--task", type=bounded(int, 0), metavar="N")
-    parser.set_defaults(flags="", codecs={})
+    add("--estimate", action="store_true")
+    add("--images-per-second", nargs="+", type=bounded(float, 0.001), metavar="X")
+    parser.set_defaults(flags="", codecs={}, cells=[], table={})
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     settings = parser.parse_args(arguments[:cut])
     if settings.plan:
-        names = [name for name in vars(settings) if name not in ("plan", "jobs", "only", "task")]
-        parser.set_defaults(**read_plan(settings.plan, names))
+        flags_alone = ("plan", "jobs", "only", "task", "estimate", "images_per_second")
+        names = [name for name in vars(settings) if name not in flags_alone]
+        plan = read_plan(settings.plan, names)
+        for given, other in (("slc", "labels_per_image"), ("labels_per_image", "slc")):
+            if getattr(settings, given):  # as a flag, which overrides the plan
+                plan.pop(other, None)
+        parser.set_defaults(**plan)
         settings = parser.parse_args(arguments[:cut])
     if more := arguments[cut + 1 :]:
         settings.flags = shlex.join(more)
     check(settings)
+    settings.facts = datasets.from_arguments(settings)
     settings.methods = chosen_methods(settings.methods)
-    if settings.label_slc is None:
-        pooled = any(method.pooled for method in settings.methods.values())
-        settings.label_slc = max(settings.slc) * (4 if pooled else 1)
+    for name in (*_FOLDERS, "relabel"):
+        setattr(settings, name, os.path.expandvars(getattr(settings, name) or ""))
     return settings
 
 
@@ -136,18 +145,33 @@ def read_plan(path: Path, names: list[str]) -> dict:
     if not isinstance(codecs, dict):
         raise UserError(f"{path}: codecs must be names, each with flags of relabel/compress.py")
     plan["codecs"] = {str(name): flags or "" for name, flags in codecs.items()}
+    for cell in plan.get("cells") or []:
+        if not isinstance(cell, dict) or {*cell} - {*_CELL, "flags"} or "flags" not in cell:
+            raise UserError(
+                f"{path}: cells must be a list of {{{', '.join(_CELL)}, flags}}: flags of "
+                "validate/train.py for the runs that have all these values"
+            )
+    table, facts = plan.get("table") or {}, _CELL[:-1]
+    whole = isinstance(table, dict) and {*table} in ({"rows", "columns"}, set())
+    if not whole or not all(isinstance(of, list) and {*of} <= {*facts} for of in table.values()):
+        raise UserError(f"{path}: table must have rows and columns, lists of {', '.join(facts)}")
     return {name: value for name, value in plan.items() if value is not None}
 
 
 def check(settings: argparse.Namespace) -> None:
     """Raises UserError where settings are missing or do not go together."""
-    needed = ("dataset", "data_dir", "val_dir", "out_dir", "methods", "slc", "ipc", "students")
+    needed = ("dataset", "data_dir", "val_dir", "out_dir", "methods", "ipc", "students")
+    needed = needed if settings.labels_per_image else (*needed, "slc")
     if missing := [name for name in needed if not getattr(settings, name)]:
         flags = ", ".join("--" + name.replace("_", "-") for name in missing)
         raise UserError(f"the plan lacks {flags}")
     if len(settings.ipc) > 1 and "{ipc}" not in settings.data_dir:
         raise UserError("--data-dir must contain {ipc} where there is more than one --ipc")
-    for ipc, slc in itertools.product(settings.ipc, settings.slc):
+    if settings.images_per_second and not settings.estimate:
+        raise UserError("--images-per-second goes with --estimate")
+    if settings.slc and settings.labels_per_image:
+        raise UserError("--slc and --labels-per-image: give one of them")
+    for ipc, slc in itertools.product(settings.ipc, settings.slc or []):
         if slc % ipc:
             raise UserError(f"--slc {slc} is not a multiple of IPC {ipc}")
 
@@ -165,13 +189,37 @@ def chosen_methods(chosen: list[str] | dict[str, dict | None]) -> dict[str, Meth
     return methods
 
 
+def slcs(settings: argparse.Namespace, ipc: int) -> list[int]:
+    """The amounts of soft labels per class that are compared at an IPC."""
+    return settings.slc or [count * ipc for count in settings.labels_per_image]
+
+
+def stored_slc(settings: argparse.Namespace, ipc: int) -> int:
+    """Soft labels per class of the label set of the views at an IPC."""
+    pooled = any(method.pooled for method in settings.methods.values())
+    return settings.label_slc or max(slcs(settings, ipc)) * (4 if pooled else 1)
+
+
+def data_flags(settings: argparse.Namespace, ipc: int) -> list[str]:
+    """The flags of relabel/generate.py and validate/train.py that say what the images are."""
+    flags = ["--dataset", settings.dataset, "--data-dir", str(images_dir(settings, ipc))]
+    for name in _CUSTOM:
+        if (value := getattr(settings, name)) is not None:
+            values = value if isinstance(value, (list, tuple)) else [value]
+            flags += ["--" + name.replace("_", "-"), *map(str, values)]
+    return flags
+
+
 def images_dir(settings: argparse.Namespace, ipc: int) -> Path:
     """Folder of the distilled images of that IPC."""
     return Path(settings.data_dir.format(ipc=ipc))
 
 
-def count_classes(images: Path) -> int:
-    """Number of class folders of the distilled images."""
+def count_classes(settings: argparse.Namespace, ipc: int) -> int:
+    """Number of classes: known of the data set, or the class folders of the distilled images."""
+    if settings.facts.num_classes:
+        return settings.facts.num_classes
+    images = images_dir(settings, ipc)
     if not images.is_dir():
         raise UserError(f"image folder not found: {images}")
     return sum(entry.is_dir() and entry.name[0] != "." for entry in images.iterdir())
@@ -212,7 +260,7 @@ def label_sets(
         return {"": (label_dir(settings, ipc, "_static"), "")}
     codecs = settings.codecs or {"": ""}
     if labels == "topk":
-        k = top_k(count_classes(images_dir(settings, ipc)))
+        k = top_k(count_classes(settings, ipc))
         codecs = {f"top{k}": f"--codec topk --topk {k}"}
     return {
         codec: (label_dir(settings, ipc, f"_{_slug(codec)}" if flags else ""), flags)
@@ -239,7 +287,7 @@ def label_tasks(settings: argparse.Namespace) -> list[Task]:
         views = label_dir(settings, ipc)
         generated = {}
         if "views" in reads or "topk" in reads:
-            generated["views"] = views, ["--slc", str(settings.label_slc)]
+            generated["views"] = views, ["--slc", str(stored_slc(settings, ipc))]
         if "static" in reads:
             whole = ["--slc", str(ipc), "--mix", "none", "--min-scale", "1"]
             generated["static"] = label_dir(settings, ipc, "_static"), whole
@@ -249,8 +297,8 @@ def label_tasks(settings: argparse.Namespace) -> list[Task]:
                     f"no label set at {out}: name the teacher that is to make it, "
                     '--relabel "--teacher NAME --teacher-weights FILE"'
                 )
-            flags = ["--dataset", settings.dataset, "--data-dir", str(images_dir(settings, ipc))]
-            flags += [*shlex.split(settings.relabel or ""), "--label-dir", str(out), *amount]
+            flags = [*data_flags(settings, ipc), *shlex.split(settings.relabel)]
+            flags += ["--label-dir", str(out), *amount]
             add(f"{name}_ipc{ipc}", "relabel/generate.py", out, flags)
         for labels in reads:
             for codec, (out, compress) in label_sets(settings, ipc, labels).items():
@@ -269,8 +317,9 @@ def logs(settings: argparse.Namespace) -> Path:
 def run_tasks(settings: argparse.Namespace) -> list[Task]:
     """All runs of the plan: seed by seed, so that what is done first is a whole comparison."""
     tasks: dict[str, Task] = {}
-    axes = (settings.seeds, settings.students, settings.ipc, settings.slc, settings.methods)
-    for seed, student, ipc, slc, name in itertools.product(*axes):
+    amounts = [(ipc, slc) for ipc in settings.ipc for slc in slcs(settings, ipc)]
+    axes = (settings.seeds, settings.students, amounts, settings.methods)
+    for seed, student, (ipc, slc), name in itertools.product(*axes):
         method = settings.methods[name]
         for codec, (labels, _) in label_sets(settings, ipc, method.labels).items():
             facts = {"method": name, "codec": codec, "slc": slc if method.counts_views else None}
@@ -287,25 +336,30 @@ def run_tasks(settings: argparse.Namespace) -> list[Task]:
 def run_task(settings: argparse.Namespace, facts: dict, labels: Path | None) -> Task:
     """The run with these facts (see Task; without an SLC where that changes nothing) on a set."""
     method, slc = settings.methods[facts["method"]], facts["slc"]
-    images = images_dir(settings, facts["ipc"])
     parts = [_slug(facts["method"]), _slug(facts.get("codec", "")), f"slc{slc}" if slc else ""]
     student = re.sub(r"[^A-Za-z0-9]+", "-", facts["student"])
     parts += [f"ipc{facts['ipc']}", student, f"seed{facts['seed']}"]
     name = "_".join(filter(None, parts))
     folder = Path(settings.out_dir) / "runs" / name
-    command = [str(ROOT / "validate/train.py"), "--dataset", settings.dataset]
-    command += ["--data-dir", str(images), "--val-dir", settings.val_dir]
-    command += ["--output-dir", str(folder), "--model", facts["student"]]
-    command += ["--seed", str(facts["seed"])]
+    command = [str(ROOT / "validate/train.py"), *data_flags(settings, facts["ipc"])]
+    command += ["--val-dir", settings.val_dir, "--output-dir", str(folder)]
+    command += ["--model", facts["student"], "--seed", str(facts["seed"])]
     if method.labels == "topk":
-        classes = count_classes(images)
-        slc = affordable_slc(slc, classes, top_k(classes), settings.label_slc)
+        classes, stored = count_classes(settings, facts["ipc"]), stored_slc(settings, facts["ipc"])
+        slc = affordable_slc(slc, classes, top_k(classes), stored)
     if slc:
         command += ["--slc", str(slc)]
     if labels:
         command += ["--label-dir", str(labels)]
-    command += shlex.split(f"{settings.flags} {method.flags}")
+    cells = [cell["flags"] for cell in settings.cells if in_cell(facts, cell)]
+    command += shlex.split(" ".join([settings.flags, method.flags, *cells]))
     return Task(name, command, folder / runlog.RESULT, logs(settings), facts)
+
+
+def in_cell(facts: dict, cell: dict) -> bool:
+    """Whether a run with these facts is in a cell of the plan, and gets its flags."""
+    known = tables.with_labels_per_image(facts)
+    return all(known.get(name) == value for name, value in cell.items() if name != "flags")
 
 
 def _slug(name: str) -> str:
@@ -314,35 +368,31 @@ def _slug(name: str) -> str:
 
 
 def collect(tasks: list[Task]) -> list[dict]:
-    """A row of results for each finished run: top-1 in percent, bytes, seconds."""
-    finished = [(task.facts, read_json(task.done)) for task in tasks if task.is_done()]
+    """A row of results for each finished run: accuracy in percent, bytes, seconds."""
+    finished = [(task, read_json(task.done)) for task in tasks if task.is_done()]
     return [
         {
-            **facts,
+            "run": task.name,
+            **task.facts,
             "best_top1": result["best"]["top1"],
+            "best_top5": result["best"]["top5"],
             "best_epoch": result["best"]["epoch"],
             "last_top1": result["last"]["top1"],
+            "last_top5": result["last"]["top5"],
             **{name: result[name] for name in ("label_bytes", "epochs", "seconds", "device")},
         }
-        for facts, result in finished
+        for task, result in finished
     ]
-
-
-def report(tasks: list[Task], rows: list[dict], out: Path) -> None:
-    """Writes results.csv, the table and both plots of the finished runs; prints the table."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_csv(rows, out / CSV)
-    table = markdown(rows)
-    atomic_write(out / TABLE, table.encode())
-    plot(rows, "slc", out / BY_SLC)
-    plot(rows, "label_bytes", out / BY_BYTES)
-    print(f"{table}{len(rows)} of {len(tasks)} runs: {out / CSV}, {TABLE}, {BY_SLC}, {BY_BYTES}")
 
 
 def main() -> None:
     settings = read_settings(sys.argv[1:])
     out = Path(settings.out_dir)
     labels, runs = label_tasks(settings), run_tasks(settings)
+    if settings.estimate:
+        print(estimate(settings, count_classes(settings, settings.ipc[0]), labels, runs))
+        return
+    checks.check_folders(settings, _FOLDERS)
     if settings.task is not None and settings.task >= len(runs):
         raise UserError(f"--task {settings.task}: the plan has runs 0 to {len(runs) - 1}")
     chosen = runs if settings.task is None else [runs[settings.task]]
@@ -352,15 +402,23 @@ def main() -> None:
             print(f"{position} {task.name} ({state}): python {shlex.join(task.command)}")
         return
     slots = machine_slots(settings.jobs)
-    failed = []
+    failed, unchecked = [], []
+    if settings.only != "collect":
+        print(f"checking {len(labels)} label sets and {len(chosen)} runs", flush=True)
+        for cell in settings.cells:
+            if not any(in_cell(task.facts, cell) for task in runs):
+                print(f"no run of the plan is in the cell {cell}")
+        unchecked = checks.check(labels + chosen)
     if settings.only in (None, "labels"):
         failed = run_all(labels, slots[:1], "label sets")
     if not failed and settings.only in (None, "runs"):
+        checks.check(unchecked, label_sets_made=True)
         failed = run_all(chosen, slots, "runs")
     if settings.only == "collect" or (settings.only is None and settings.task is None):
         rows = collect(runs)
+        print(f"{len(rows)} of {len(runs)} runs of the plan are finished")
         if rows:
-            report(runs, rows, out)
+            tables.report(rows, out, settings.table)
         elif not failed:
             raise UserError(f"no run of the plan is finished in {out}")
     if failed:

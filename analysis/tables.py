@@ -2,18 +2,29 @@
 
 import argparse
 import csv
+import itertools
+import re
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, Formatter, LogLocator, NullLocator
+from matplotlib.ticker import EngFormatter, Formatter, LogLocator, MaxNLocator, NullLocator
 
-from utils.files import save_png
+from utils import runlog
+from utils.cli import UserError
+from utils.files import atomic_write, save_figure
 from utils.results import provenance, write_csv
+
+CSV, SUMMARY, TABLE, LATEX = "results.csv", "summary.csv", "table.md", "table.tex"
+BY_SLC, BY_BYTES = "top1_slc.png", "top1_bytes.png"
+FACTS = ("student", "ipc", "method", "codec", "slc")
+MEASURES = ("best_top1", "best_top5", "last_top1", "last_top5", "label_bytes", "seconds")
+LEFT = ("student", "method", "codec")  # columns of words
+HEADINGS = {"ipc": "IPC", "slc": "SLC", "labels_per_image": "labels per image"}
 
 
 def add_out(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +36,7 @@ def write_study(rows: list[dict], figure: Figure, out: Path) -> None:
     """Writes OUT.csv, which says when, where and by which command it was measured, and OUT.png."""
     command = shlex.join(["python", f"analysis/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     write_csv(rows, out.with_suffix(".csv"), provenance(command))
-    save_png(figure, out.with_suffix(".png"))
+    save_figure(figure, out.with_suffix(".png"))
 
 
 def mean_and_std(values: list[float]) -> tuple[float, float]:
@@ -41,14 +52,18 @@ def mean_std(values: list[float]) -> str:
 
 def read_csv(path: Path) -> list[dict]:
     """Rows that utils.results.write_csv wrote; numbers as numbers, an empty SLC as None."""
-    kinds: dict[str, Callable] = dict.fromkeys(("best_top1", "last_top1", "seconds"), float)
+    kinds: dict[str, Callable] = dict.fromkeys(MEASURES, float)
     kinds |= dict.fromkeys(("ipc", "seed", "best_epoch", "label_bytes", "epochs"), int)
     kinds["slc"] = lambda text: int(text) if text else None
     with path.open(newline="") as file:
-        return [
-            {name: kinds.get(name, str)(value) for name, value in row.items()}
-            for row in csv.DictReader(line for line in file if not line.startswith("#"))
-        ]
+        lines_of_file = csv.DictReader(line for line in file if not line.startswith("#"))
+        try:
+            return [
+                {name: kinds.get(name, str)(value) for name, value in row.items()}
+                for row in lines_of_file
+            ]
+        except (ValueError, TypeError):
+            raise UserError(f"{path} is damaged; move it away to go on") from None
 
 
 def grouped(rows: list[dict], *columns: str) -> dict[tuple, list[dict]]:
@@ -75,36 +90,121 @@ def markdown_table(rows: list[dict[str, object]], left: Collection[str]) -> str:
     return "\n".join([heading, f"|{rule}", *lines]) + "\n"
 
 
-def markdown(rows: list[dict]) -> str:
-    """The table: mean ± sample standard deviation over seeds of best and last top-1."""
-    lines = []
-    groups = grouped(rows, "student", "ipc", "method", "codec", "slc")
-    for (student, ipc, method, codec, slc), group in groups.items():
+def latex_table(rows: list[dict[str, object]], left: Collection[str]) -> str:
+    """The same as LaTeX, with the rules of the package booktabs."""
+
+    def line(cells: Iterable[object]) -> str:
+        escaped = [re.sub(r"[&%_#$]", r"\\\g<0>", str(cell)) for cell in cells]
+        return " & ".join(escaped).replace("±", r"$\pm$").replace("–", "--") + r" \\"
+
+    columns = "".join("l" if heading in left else "r" for heading in rows[0])
+    body = [line(row.values()) for row in rows]
+    return "\n".join(
+        [
+            r"% in the preamble: \usepackage{booktabs}",
+            rf"\begin{{tabular}}{{{columns}}}",
+            *(r"\toprule", line(rows[0]), r"\midrule", *body, r"\bottomrule"),
+            r"\end{tabular}" + "\n",
+        ]
+    )
+
+
+def summary(rows: list[dict]) -> list[dict]:
+    """For each student, IPC, method, codec and SLC the mean and the sample standard deviation.
+
+    Accuracies are in percent; n counts the seeds; there is no deviation of a single one.
+    """
+    result = []
+    for facts, group in grouped(rows, *FACTS).items():
+        line = {**dict(zip(FACTS, facts, strict=True)), "n": len(group)}
+        for name in MEASURES:
+            mean, spread = mean_and_std(column(group, name))
+            line[f"{name}_mean"] = round(mean, 4)
+            line[f"{name}_std"] = round(spread, 4) if len(group) > 1 else None
+        result.append(line)
+    return result
+
+
+def lines(rows: list[dict]) -> list[dict[str, object]]:
+    """Lines of the table: mean ± sample standard deviation over seeds of best and last top-1."""
+    result = []
+    for (student, ipc, method, codec, slc), group in grouped(rows, *FACTS).items():
         line = {"student": student, "IPC": ipc, "method": method, "codec": codec or "–"}
         line["SLC"] = slc or "–"
         line["label bytes"] = f"{round(statistics.mean(column(group, 'label_bytes'))):,}"
         line["best top-1 (%)"] = mean_std(column(group, "best_top1"))
         line["last top-1 (%)"] = mean_std(column(group, "last_top1"))
         line["seeds"] = len(group)
-        lines.append(line)
-    if not any("codec" in row for row in rows):
-        for line in lines:
+        result.append(line)
+    if not any(row.get("codec") for row in rows):
+        for line in result:
             del line["codec"]
-    return markdown_table(lines, left=("student", "method", "codec"))
+    return result
 
 
-def plot(rows: list[dict], against: str, path: Path) -> None:
-    """Last top-1 against "slc" or "label_bytes": a panel per student and IPC, a line per method.
+def markdown(rows: list[dict]) -> str:
+    """The table of `lines` as Markdown."""
+    return markdown_table(lines(rows), LEFT)
 
-    Where a method is trained on several codecs, each has a line of its own. Methods whose labels do
-    not depend on the SLC are level lines with their spread shaded when drawn against SLC; so is,
-    against bytes, what needs none.
+
+def with_labels_per_image(facts: dict) -> dict:
+    """Facts of a run and its soft labels per image; None where it has no SLC."""
+    return {**facts, "labels_per_image": facts["slc"] and facts["slc"] // facts["ipc"]}
+
+
+def in_layout(
+    results: list[dict], rows: Sequence[str], columns: Sequence[str]
+) -> list[dict[str, object]]:
+    """Lines of a table in the layout of a paper: last top-1, a cell for each row and column.
+
+    A method whose labels do not depend on the SLC, or the codec, has the same value at each. Facts
+    that differ and are not named begin the lines, too: no cell is a mean over them.
+
+    Args:
+        results: of runs; a cell is the mean ± sample standard deviation over seeds.
+        rows, columns: names of the facts whose values begin the lines and head the columns.
+    """
+    known = [with_labels_per_image(row) for row in results]
+
+    def values(row: dict, names: Sequence[str]) -> tuple:
+        return tuple(row.get(name, "") for name in names)
+
+    def fits(row: dict, names: Sequence[str], wanted: tuple) -> bool:
+        pairs = zip(values(row, names), wanted, strict=True)
+        return all(value in (None, "", other) for value, other in pairs)
+
+    counted = [row for row in known if row["slc"]] or known
+    amount = "slc" if "slc" in (*rows, *columns) else "labels_per_image"
+    for name in (*FACTS[:-1], amount):
+        differ = len({row.get(name, "") for row in (known if name == "method" else counted)}) > 1
+        if differ and name not in (*rows, *columns):
+            rows = [*rows, name]
+    result = []
+    for begins in dict.fromkeys(values(row, rows) for row in counted):
+        line = dict(zip((HEADINGS.get(name, name) for name in rows), begins, strict=True))
+        for heads in dict.fromkeys(values(row, columns) for row in known):
+            cell = [row for row in known if fits(row, rows, begins) and fits(row, columns, heads)]
+            heading = " ".join(str(value) for value in heads if value not in ("", None))
+            line[heading] = mean_std(column(cell, "last_top1")) if cell else "–"
+        result.append(line)
+    return result
+
+
+def plot(rows: list[dict], against: str) -> Figure:
+    """Last top-1 against "slc" or "label_bytes": a row of panels per student, one per IPC.
+
+    Each method is a line; where it is trained on several codecs, each has a line of its own.
+    Methods whose labels do not depend on the SLC are level lines with their spread shaded when
+    drawn against SLC; so is, against bytes, what needs none.
     """
     panels = grouped(rows, "student", "ipc")
+    students, ipcs = (list(dict.fromkeys(column(rows, name))) for name in ("student", "ipc"))
     lines = list(grouped(rows, "method", "codec"))
-    figure = Figure(figsize=(max(7.5, 6.2 * len(panels)), 5.2), layout="constrained")
-    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, ((student, ipc), in_panel) in zip(all_axes, panels.items(), strict=True):
+    size = (max(7.5, 6.2 * len(ipcs)), 0.6 + 4.6 * len(students))
+    figure = Figure(figsize=size, layout="constrained")
+    all_axes = figure.subplots(len(students), len(ipcs), sharey=True, squeeze=False)
+    for (student, ipc), in_panel in panels.items():
+        axes = all_axes[students.index(student), ipcs.index(ipc)]
         for line, of_line in grouped(in_panel, "method", "codec").items():
             position, name = lines.index(line), ", ".join(filter(None, line))
             style = {"color": f"C{position % 10}", "marker": "osD^vP*X<>"[position % 10]}
@@ -124,25 +224,29 @@ def plot(rows: list[dict], against: str, path: Path) -> None:
             xs, means, spreads = zip(*sorted(points), strict=True)
             shifted = [x * shift for x in xs]
             axes.errorbar(shifted, means, spreads, capsize=3, lw=1.2, ms=5, label=name, **style)
-        amounts = sorted({row[against] for row in rows if row[against]})
+        amounts = sorted({row[against] for row in in_panel if row[against]})
         if against == "slc":
             axes.set_xscale("log", base=2)
             axes.set_xticks(amounts, [str(amount) for amount in amounts])
             axes.set_xlabel("soft labels per class (SLC; storage of so many fp16 labels)")
         else:
             axes.set_xscale("log")
-            axes.set_xlim(min(amounts, default=1) / 1.3, max(amounts, default=1) * 1.3)
+            least, most = min(amounts, default=1), max(amounts, default=1)
+            axes.set_xlim(least / 1.3, most * 1.3)
             label_round(axes.xaxis, EngFormatter("B"))
+            if most < 4 * least:  # too short for more than one round number
+                axes.xaxis.set_major_locator(MaxNLocator(5))
             axes.set_xlabel("soft labels on disk")
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.set_title(f"{student}, {ipc} images per class", fontsize=10)
     seeds = len(grouped(rows, "seed"))
-    figure.axes[0].set_ylabel("last validation top-1 (%)")
+    for axes in all_axes[:, 0]:
+        axes.set_ylabel("last validation top-1 (%)")
     note = "points that coincide are drawn side by side"
     figure.suptitle(f"mean ± standard deviation over {seeds} seeds; {note}", fontsize=10)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right", fontsize=8)
-    save_png(figure, path)
+    return figure
 
 
 def label_round(axis: Axis, formatter: Formatter | str) -> None:
@@ -150,3 +254,43 @@ def label_round(axis: Axis, formatter: Formatter | str) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(formatter)
     axis.set_minor_locator(NullLocator())
+
+
+def with_earlier(rows: list[dict], out: Path) -> list[dict]:
+    """The rows, and before them those of other runs in `out` that earlier plans collected there.
+
+    A run whose result is gone is left out. Raises UserError when results.csv is damaged.
+    """
+    path = out / CSV
+    if not path.exists():
+        return rows
+    earlier = {row.get("run"): row for row in read_csv(path)}
+    kept = {
+        name: row
+        for name, row in earlier.items()
+        if name and (out / "runs" / name / runlog.RESULT).exists()
+    }
+    return list((kept | {row["run"]: row for row in rows}).values())
+
+
+def report(rows: list[dict], out: Path, layout: dict[str, list[str]]) -> None:
+    """Writes results.csv, summary.csv, the tables and both plots; prints the table.
+
+    Args:
+        rows: of `collect`.
+        out: the folder.
+        layout: "rows" and "columns" of the tables; empty: a line for all that differs.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    rows = with_earlier(rows, out)
+    columns = dict.fromkeys(itertools.chain(*rows))
+    write_csv(rows, out / CSV, columns=list(columns))
+    write_csv(summary(rows), out / SUMMARY)
+    table = in_layout(rows, **layout) if layout else lines(rows)
+    text = markdown_table(table, LEFT)
+    atomic_write(out / TABLE, text.encode())
+    atomic_write(out / LATEX, latex_table(table, LEFT).encode())
+    save_figure(plot(rows, "slc"), out / BY_SLC)
+    save_figure(plot(rows, "label_bytes"), out / BY_BYTES)
+    written = ", ".join((CSV, SUMMARY, TABLE, LATEX, BY_SLC, BY_BYTES))
+    print(f"{text}{len(rows)} runs in {out}: {written}")

@@ -37,7 +37,7 @@ from utils.cli import UserError
 from utils.data import datasets
 from utils.data.images import decode, pixels_of
 from utils.data.views import Mixture, ViewSpec, draw, render
-from utils.files import save_png
+from utils.files import save_figure
 from utils.labels import centre, codecs
 from utils.labels.codecs.base import distortion
 from utils.results import provenance, write_csv
@@ -174,7 +174,7 @@ def plot(path: Path, rows: list[dict]) -> None:
     panels[0].set_ylabel("distortion at T = 20")
     panels[0].legend()
     figure.suptitle("Soft labels of EfficientNet-Lite0 (1000 classes) on crops of real photos")
-    save_png(figure, path)
+    save_figure(figure, path)
 
 
 def main() -> None:

@@ -22,8 +22,8 @@ from utils.labels.codecs.base import information
 _ROWS = 1024  # labels compared at once, in double precision
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, or other arguments."""
     parser = cli.Parser(description="Store the labels of a label set in another codec.")
     parser.add_argument("--label-dir", type=Path, required=True, help="a finished label set")
     parser.add_argument("--out-dir", type=Path, required=True, help="the label set to make")
@@ -31,7 +31,7 @@ def parse_arguments() -> argparse.Namespace:
         "--slc", type=cli.bounded(int, 1), metavar="N", help="only so many soft labels per class"
     )
     codecs.add_arguments(parser)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def compare(

@@ -14,30 +14,34 @@ from utils.labels import LabelSet
 class Drift:
     """What every view of a label set shows and is labelled as, in the order of passes and rows.
 
-    A mixed view counts for the image that covers most of it. Probabilities are at temperature 1.
+    A view drifts when the teacher's most probable class is none of those in the view, so neither
+    its own nor, in a mixed view, its partner's. It counts for the image that covers most of it.
+    Probabilities are at temperature 1.
 
     Attributes:
         spread: float64 [images], an estimate of Tr(Sigma), the trace of the covariance of an
             image's soft labels; NaN with one label per image.
-        image, expected: int64 [views], the image that the view mainly shows, and its class.
+        image, label: int64 [views], the image that covers most of the view, and its class.
+        share: float32 [views], how much of the view it covers.
+        partner: int64 [views], the class of the other image; `label` in an unmixed view.
         area: float64 [views], the crop's share of that image.
-        own: float32 [views], the probability of that image's class.
-        gap: float32 [views], by how much the most probable class exceeds it.
-        astray: bool [views], whether another class than the image's is the most probable one.
-        none: bool [views], whether it is the class of no image in the view.
+        known: float32 [views], the probability of the view's classes together.
+        gap: float32 [views], by how much the most probable class exceeds each of them.
+        drifts: bool [views], whether the view drifts.
     """
 
     spread: np.ndarray
     image: np.ndarray
-    expected: np.ndarray
+    label: np.ndarray
+    share: np.ndarray
+    partner: np.ndarray
     area: np.ndarray
-    own: np.ndarray
+    known: np.ndarray
     gap: np.ndarray
-    astray: np.ndarray
-    none: np.ndarray
+    drifts: np.ndarray
 
     def by_image(self, values: np.ndarray | None = None) -> np.ndarray:
-        """[images]: how many views mainly show each image, or the sum of their values."""
+        """[images]: how many views count for each image, or the sum of their values."""
         return np.bincount(self.image, values, len(self.spread))
 
     def by_area(self, values: np.ndarray | None = None) -> np.ndarray:
@@ -47,30 +51,27 @@ class Drift:
     def worst(self, count: int) -> np.ndarray:
         """int64: the views that drift most, at most one of each image, the largest gap first."""
         order = np.argsort(-self.gap, kind="stable")
+        order = order[self.drifts[order]]
         _, firsts = np.unique(self.image[order], return_index=True)
-        chosen = order[np.sort(firsts)]
-        return chosen[self.gap[chosen] > 0][:count]
+        return order[np.sort(firsts)][:count]
 
 
-def shown(labels: LabelSet, views: Views) -> tuple[torch.Tensor, ...]:
-    """What each view mainly shows: four tensors with one entry per view.
-
-    The image that covers most of it (int64), its crop's share of that image (float64), that
-    image's class (int64), and the class of the other image in the view (int64).
-    """
+def covering_most(labels: LabelSet, views: Views) -> dict[str, torch.Tensor]:
+    """The fields image, label, share, partner and area of `Drift`."""
     mixture = labels.mixture(views)
     sizes = torch.from_numpy(labels.sizes[views.index]).double()
     area = views.box[:, 2:].double().prod(1) / sizes.prod(1)
-    partner = views.partner()
-    if partner is None:
-        return views.index, area, mixture.own, mixture.partner
     own = mixture.own_covers_most()
-    return (
-        torch.where(own, views.index, views.index[partner]),
-        torch.where(own, area, area[partner]),
-        mixture.main_class(),
-        torch.where(own, mixture.partner, mixture.own),
-    )
+    other_row = views.partner()
+    if other_row is None:
+        other_row = torch.arange(len(own))
+    return {
+        "image": torch.where(own, views.index, views.index[other_row]),
+        "label": mixture.main_class(),
+        "share": torch.where(own, mixture.lam, 1 - mixture.lam),
+        "partner": torch.where(own, mixture.partner, mixture.own),
+        "area": torch.where(own, area, area[other_row]),
+    }
 
 
 def measure(labels: LabelSet) -> Drift:
@@ -86,21 +87,18 @@ def measure(labels: LabelSet) -> Drift:
     for pass_index in cli.progress(range(labels.passes), desc="report", unit="pass"):
         whole = labels.whole_pass(pass_index)
         soft = whole.logits.softmax(1)
-        image, area, expected, other = shown(labels, whole.views)
+        shown = covering_most(labels, whole.views)
+        # A cut-out may be empty: then the partner is not in the view.
+        other = torch.where(shown["share"] < 1, shown["partner"], shown["label"])
+        classes = torch.stack([shown["label"], other], 1)
+        known = soft.gather(1, classes)
         largest, first = soft.max(1)
-        own = soft.gather(1, expected[:, None])[:, 0]
-        astray = first != expected
-        passes.append(
-            {
-                "image": image,
-                "expected": expected,
-                "area": area,
-                "own": own,
-                "gap": largest - own,
-                "astray": astray,
-                "none": astray & (first != other),
-            }
-        )
+        measured = {
+            "known": torch.where(other == shown["label"], known[:, 0], known.sum(1)),
+            "gap": largest - known.max(1).values,
+            "drifts": (first[:, None] != classes).all(1),
+        }
+        passes.append({**shown, **measured})
         for rows, now in zip(whole.views.index.split(1024), soft.split(1024), strict=True):
             distance = (now - before[rows]).double().square().sum(1)
             spread.index_add_(0, rows, distance.nan_to_num())

@@ -11,6 +11,7 @@ if not __package__:  # run as a plain script: imports start at the repository ro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -37,8 +38,8 @@ _FEWEST_CHECKED, _MOST_CHECKED = 64, 1024  # images that tell whether the class 
 ImageSource = images.ResidentImages | images.StreamingImages
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, or other arguments."""
     parser = cli.Parser(description="Label random views of distilled images with a teacher.")
     parser.add_argument("--data-dir", type=Path, required=True, help="distilled images")
     parser.add_argument("--label-dir", type=Path, required=True, help="the label set to make")
@@ -122,7 +123,7 @@ def parse_arguments() -> argparse.Namespace:
     packing = "processes that pack labels, as many as keep up (default: up to 4 beside a GPU; 0, "
     packing += "the labelling process itself, on a CPU)"
     parser.add_argument("--packers", type=bounded(int, 0), metavar="N", help=packing)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def count_passes(args: argparse.Namespace, folder: folders.ImageFolder) -> tuple[int, int | None]:
@@ -351,7 +352,8 @@ def main() -> None:
     size = LabelSet.open(args.label_dir).bytes_on_disk()
     print(
         f"{total} soft labels in {args.label_dir}: {size:,} bytes, "
-        f"{size / total:.1f} per label; teacher top-1 on the views {manifest['teacher_top1']:.1f} %"
+        f"{size / total:.1f} per label; the teacher names the class that covers most of the view "
+        f"in {manifest['teacher_top1']:.1f} % of them"
     )
 
 

@@ -26,14 +26,15 @@ from utils import cli
 from utils.cli import UserError
 from utils.data import folders, images
 from utils.data.views import crop_resize, mix
-from utils.files import atomic_write, save_png, to_json
+from utils.files import atomic_write, save_figure, to_json
 from utils.labels import LabelSet
 from utils.labels.arrays import read_npz
 from utils.results import write_csv
 
 TEMPERATURES = (20.0, 4.0, 1.0)
 _RANKS = ("first", "second", "third")
-_VIEW_COLUMNS = ("pass", "row", "image", "file", "crop_area", "class", "probability", *_RANKS)
+_VIEW_COLUMNS = ("pass", "row", "image", "file", "crop_area", "class", "lam", "partner")
+_VIEW_COLUMNS += ("probability", *_RANKS)
 _VIEW_ARRAYS = ("index", "box", "flip", "mix_index", "mix_box", "mix_lam")
 
 
@@ -135,31 +136,26 @@ def class_names(labels: LabelSet) -> list[str]:
 
 
 def drift_table(measured: drift.Drift) -> tuple[str, dict]:
-    """Tr(Sigma) and views astray, overall and by the crop's area."""
+    """Tr(Sigma) and views that drift, overall and by the crop's area."""
     several = not np.isnan(measured.spread).any()
     spread = float(measured.spread.mean()) if several else None
-    views, astray, none = len(measured.astray), measured.astray.mean(), measured.none.mean()
+    views, share = len(measured.drifts), float(measured.drifts.mean())
     lines = [
         "Tr(Sigma) of an image's soft labels, mean over images: "
         + (f"{spread:.4f}" if several else "needs two passes"),
-        f"first class not the mainly shown image's: {100 * astray:.1f} % of {views:,} views; none "
-        f"of the view's classes: {100 * none:.1f} %",
-        f"{'crop area':>12}{'views':>10}{'astray (%)':>12}{'p(own class)':>14}",
+        f"views that drift: {100 * share:.1f} % of {views:,} (the teacher's first class is none of "
+        "the classes in the view)",
+        f"{'crop area':>12}{'views':>10}{'drift (%)':>12}{'p(view classes)':>17}",
     ]
     for row in area_rows(measured):
         if row["views"] == 0:
             continue
-        share = 100 * row["astray"] / row["views"]
         lines.append(
-            f"{row['from']:>6.1f}-{row['to']:>4.1f} {row['views']:>10,}{share:>12.1f}"
-            f"{row['mean_probability_of_own_class']:>14.3f}"
+            f"{row['from']:>6.1f}-{row['to']:>4.1f} {row['views']:>10,}"
+            f"{100 * row['drifting'] / row['views']:>12.1f}"
+            f"{row['mean_probability_of_view_classes']:>17.3f}"
         )
-    return "\n".join(lines), {
-        "mean Tr(Sigma)": spread,
-        "views": views,
-        "astray": float(astray),
-        "none of the view's classes": float(none),
-    }
+    return "\n".join(lines), {"mean Tr(Sigma)": spread, "views": views, "drifting": share}
 
 
 def lines_of(**columns: np.ndarray | list) -> list[dict]:
@@ -170,27 +166,27 @@ def lines_of(**columns: np.ndarray | list) -> list[dict]:
 def area_rows(measured: drift.Drift) -> list[dict]:
     """Lines of crop_area.csv: what drifts by the crop's share of the image."""
     views = measured.by_area()
-    own = measured.by_area(measured.own) / np.maximum(views, 1)
+    known = measured.by_area(measured.known) / np.maximum(views, 1)
     return lines_of(
         **{"from": np.arange(10) / 10, "to": np.arange(1, 11) / 10},
         views=views,
-        astray=measured.by_area(measured.astray).astype(int),
-        mean_probability_of_own_class=own,
+        drifting=measured.by_area(measured.drifts).astype(int),
+        mean_probability_of_view_classes=known,
     )
 
 
 def class_rows(labels: LabelSet, measured: drift.Drift) -> list[dict]:
-    """Lines of classes.csv: each class that views show, the classes that drift most first."""
+    """Lines of classes.csv: each class that views count for, those that drift most first."""
     names, classes = class_names(labels), labels.manifest["num_classes"]
-    views = np.bincount(measured.expected, minlength=classes)
-    astray = np.bincount(measured.expected, measured.astray, classes) / np.maximum(views, 1)
+    views = np.bincount(measured.label, minlength=classes)
+    drifting = np.bincount(measured.label, measured.drifts, classes) / np.maximum(views, 1)
     images_of = np.bincount(labels.hard_labels, minlength=classes)
     spread = np.bincount(labels.hard_labels, measured.spread, classes) / np.maximum(images_of, 1)
-    order = [label for label in np.argsort(-astray, kind="stable") if views[label]]
+    order = [label for label in np.argsort(-drifting, kind="stable") if views[label]]
     return lines_of(
         **{"class": order, "name": [names[label] for label in order]},
         views=views[order],
-        astray_share=astray[order].round(4),
+        drifting_share=drifting[order].round(4),
         mean_tr_sigma=spread[order].round(5),
     )
 
@@ -200,7 +196,7 @@ def image_rows(labels: LabelSet, measured: drift.Drift, files: list[str]) -> lis
     return lines_of(
         **{"image": range(len(files)), "file": files, "class": labels.hard_labels.tolist()},
         views=measured.by_image(),
-        astray=measured.by_image(measured.astray).astype(int),
+        drifting=measured.by_image(measured.drifts).astype(int),
         tr_sigma=measured.spread.round(6),
     )
 
@@ -224,46 +220,51 @@ def view_rows(
                 "image": image,
                 "file": files[image],
                 "crop_area": round(float(measured.area[position]), 4),
-                "class": names[measured.expected[position]],
-                "probability": round(float(measured.own[position]), 5),
+                "class": names[measured.label[position]],
+                "lam": round(float(measured.share[position]), 3),
+                "partner": names[measured.partner[position]],
+                "probability": round(float(measured.known[position]), 5),
                 **dict(zip(_RANKS, top, strict=False)),
             }
         )
     return rows
 
 
-def draw_drift(path: Path, labels: LabelSet, measured: drift.Drift) -> None:
+def draw_drift(labels: LabelSet, measured: drift.Drift) -> Figure:
     """Three panels: drift against crop area, over classes, and Tr(Sigma) over images."""
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     shown = [row for row in area_rows(measured) if row["views"]]
     centres = [row["from"] + 0.05 for row in shown]
-    shares = [100 * row["astray"] / row["views"] for row in shown]
-    own = [100 * row["mean_probability_of_own_class"] for row in shown]
-    left.bar(centres, shares, 0.09, color="C1", label="first class is another")
-    left.plot(centres, own, "C0o-", label="mean p(own class)")
+    shares = [100 * row["drifting"] / row["views"] for row in shown]
+    known = [100 * row["mean_probability_of_view_classes"] for row in shown]
+    left.bar(centres, shares, 0.09, color="C1", label="views that drift")
+    left.plot(centres, known, "C0o-", label="mean p(classes in the view)")
     left.set(xlabel="crop area / image area", ylabel="views (%)", xlim=(0, 1), ylim=(0, 100))
     left.legend()
-    shares = [100 * row["astray_share"] for row in class_rows(labels, measured)]
+    shares = [100 * row["drifting_share"] for row in class_rows(labels, measured)]
     middle.bar(np.arange(len(shares)), shares, 1.0, color="C1")
-    middle.set(xlabel="class, sorted", ylabel="views with another first class (%)", ylim=(0, 100))
+    middle.set(xlabel="class, sorted", ylabel="views that drift (%)", ylim=(0, 100))
     if labels.passes > 1:
         right.hist(measured.spread, bins=30, color="C0")
     right.set(xlabel="Tr(Σ) of an image's soft labels", ylabel="images", xlim=(0, None))
-    figure.suptitle(f"Drift of {len(measured.spread):,} images, {len(measured.image):,} views")
-    save_png(figure, path)
+    figure.suptitle(
+        f"{len(measured.spread):,} images, {len(measured.image):,} views; a view drifts when the "
+        "teacher's first class is none of the classes in it"
+    )
+    return figure
 
 
-def draw_views(path: Path, labels: LabelSet, rows: list[dict], folder: folders.ImageFolder) -> None:
+def draw_views(labels: LabelSet, rows: list[dict], folder: folders.ImageFolder) -> Figure:
     """The views of views.csv: image with the crop's box, the view as rendered, and its label."""
     columns = min(4, len(rows))
     size = (-(-len(rows) // columns), 2 * columns)
-    figure = Figure(figsize=(2.1 * size[1], 2.75 * size[0]), layout="constrained")
+    figure = Figure(figsize=(2.1 * size[1], 2.9 * size[0]), layout="constrained")
     panels = figure.subplots(*size, squeeze=False)
     for axes in panels.flat:
         axes.set_axis_off()
     bar = cli.progress(rows, desc="contact sheet", unit="view")
-    for (left, right), view in zip(panels.reshape(-1, 2), bar, strict=False):
+    for view, (left, right) in zip(bar, panels.reshape(-1, 2), strict=False):
         batch, row = divmod(view["row"], labels.spec.batch_size)
         views = labels.views(view["pass"] * labels.batches_per_pass + batch)
         sources = [
@@ -275,18 +276,22 @@ def draw_views(path: Path, labels: LabelSet, rows: list[dict], folder: folders.I
             row = int(views.partner()[row])
         top, left_edge, height, width = views.box[row].tolist()
         left.imshow(sources[row].permute(1, 2, 0).numpy())
-        left.add_patch(
-            Rectangle((left_edge, top), width, height, fill=False, edgecolor="yellow", linewidth=2)
-        )
-        left.set_title(f"{view['class'][:22]}\np = {view['probability']:.2f}", fontsize=8)
+        corner = (left_edge - 0.5, top - 0.5)  # pixel 0 is drawn from -0.5 to 0.5
+        box = Rectangle(corner, width, height, fill=False, edgecolor="yellow", linewidth=2)
+        left.add_patch(box)
+        shares = [f"{view['class'][:22]}, λ = {view['lam']:.2f}"]
+        if view["lam"] < 1:
+            shares.append(f"partner {view['partner'][:22]}, {1 - view['lam']:.2f}")
+        title = [*shares, f"p(these) = {view['probability']:.2f}"]
+        left.set_title("\n".join(title), fontsize=8)
         right.imshow(rendered.round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
         top_three = "\n".join(view[rank][-30:] for rank in _RANKS if rank in view)
         right.set_title(top_three, fontsize=8, color="firebrick")
     figure.suptitle(
-        "Views that drift most. Left: image, its class, the crop's box; right: the view and the "
-        "teacher's top 3"
+        "Views that drift most. Left: the image that covers most of the view, the crop's box, "
+        "its class and\nthe partner's with their shares; right: the view and the teacher's top 3"
     )
-    save_png(figure, path)
+    return figure
 
 
 def open_folder(labels: LabelSet, path: Path) -> folders.ImageFolder:
@@ -307,7 +312,8 @@ def main() -> None:
     print(
         f"{args.label_dir}: {manifest['dataset']}, {manifest['num_classes']} classes, "
         f"{manifest['images']['count']} images x {labels.passes} passes, codec "
-        f"{manifest['codec']['name']}; teacher top-1 on the views {manifest['teacher_top1']:.1f} %"
+        f"{manifest['codec']['name']}; the teacher's first class is that of the image that covers "
+        f"most of the view in {manifest['teacher_top1']:.1f} % of the views"
     )
     text, size_report = size_table(labels, sizes(labels))
     print(f"\n{text}")
@@ -337,9 +343,9 @@ def main() -> None:
     write_csv(area_rows(measured), out / "crop_area.csv")
     views = view_rows(labels, measured, measured.worst(args.samples), files)
     write_csv(views, out / "views.csv", columns=_VIEW_COLUMNS)
-    draw_drift(out / "drift.png", labels, measured)
+    save_figure(draw_drift(labels, measured), out / "drift.png")
     if folder and views:
-        draw_views(out / "views.png", labels, views, folder)
+        save_figure(draw_views(labels, views, folder), out / "views.png")
     print(f"\ntables and pictures: {out}")
 
 

@@ -1,5 +1,6 @@
 """The studies: what they measure, against numbers worked by hand or by other means."""
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -10,7 +11,8 @@ from conftest import ROOT, script, train_arguments, write_images
 from PIL import Image
 from torch import nn
 
-from analysis import consistency, gradients, landscape, replay, study, tables, updates
+from analysis import compare, consistency, gradients, landscape, replay, study, tables, updates
+from utils import runlog
 from utils.cli import UserError
 from utils.files import load_tensors, save_tensors
 from utils.results import write_csv
@@ -96,6 +98,42 @@ def test_gradients_and_updates_draw_and_record(run, tmp_path, command):
     about, *lines = (tmp_path / "g.csv").read_text().splitlines()
     assert about.startswith("# ") and "--every 2" in about and len(lines) == 1 + 3
     assert len((tmp_path / "u.csv").read_text().splitlines()) == 2 + 2 * 12
+
+
+def finished(folder: Path, kinds: list[str]) -> Path:
+    """A run folder as far as it is compared: evaluated after every epoch."""
+    folder.mkdir()
+    lines = [
+        {"epoch": epoch + 1, "kind": kind, "loss": 1.0, "train_top1": 10.0, "val_top1": 20.0}
+        for epoch, kind in enumerate(kinds)
+    ]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "args.yaml").write_text("settings: {}\n")
+    end = {"epoch": len(kinds), "top1": 20.0, "top5": 50.0}
+    result = {"best": end, "last": end, "label_bytes": 7, "epochs": len(kinds), "seconds": 1.0}
+    facts = {"model": "ConvNetW32", "dataset": "custom", "seed": 0}
+    (folder / "result.json").write_text(json.dumps(result | facts))
+    return folder
+
+
+def test_runs_of_different_length_have_axes_of_their_own(tmp_path):
+    finished(tmp_path / "long", ["soft"] * 60)
+    finished(tmp_path / "short", ["soft", "hard", "hard", "soft"])
+    groups = [(name, compare.finished_runs(str(tmp_path / name))) for name in ("long", "short")]
+    panels = compare.draw_curves(groups).axes
+    assert [axes.get_xlim() for axes in panels] == [(0, 60), (0, 4)]
+    heading, *lines = compare.table(groups).splitlines()
+    column = heading.split().index("epochs") - heading.split().index("seeds")
+    assert [line.split()[column - 1] for line in lines] == ["60", "4"]
+
+
+def test_a_phase_of_one_epoch_is_drawn(tmp_path):
+    run = runlog.RunFolder(finished(tmp_path / "run", ["soft", "hard", "hard", "soft"]))
+    figure = runlog.plot_curves(run.log_lines(), run.result(), {})
+    for axes in figure.axes:
+        assert [line.get_marker() for line in axes.get_lines()] == ["."] * 2
+    run.draw_curves(run.result(), {})
+    assert (run.path / "curves.pdf").exists()
 
 
 def test_update_lengths_are_those_of_the_weights(run):

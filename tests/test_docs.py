@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, generate_arguments, script, train_arguments
 
+from analysis import checks, estimate, sweep
 from utils.labels import LabelSet
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -122,6 +124,23 @@ def test_the_page_names_every_field_and_array_of_a_label_set(world):
     with np.load(world.labels / "pass_0000.npz") as archive:
         names = [*manifest, *manifest["images"], *manifest["teachers"][0], *archive.files]
     assert [field for field in names if f"`{field}`" not in text] == []
+
+
+def test_the_sweep_and_the_plan_of_the_page_are_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("Main_Data_Path", "/data")
+    command = shlex.split(block("docs/analysis.md", "example: sweep").replace("\\\n", ""))
+    given = sweep.read_settings(command[2:])
+    images = tmp_path / "IMAGES_ipc10" / "00000"
+    images.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert len(sweep.run_tasks(given)) == 3 * (1 + 3 * 2)
+    (tmp_path / "plan.yaml").write_text(block("docs/analysis.md", "example: plan"))
+    plan = sweep.read_settings(["--plan", "plan.yaml"])
+    tasks = sweep.run_tasks(plan)
+    assert len(tasks) == 3 * 2 * (1 + 2 * 2 * 2)
+    assert sweep.images_dir(plan, 50) == Path("/data/generated_data/syn_data/cifar100/fadrm_ipc50")
+    assert [checks.parse(task).soft_epochs for task in tasks[:3]] == [None, 100, 100]
+    assert "runs: 54, 54 to do" in estimate.estimate(plan, 100, sweep.label_tasks(plan), tasks)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

@@ -1,7 +1,9 @@
 """The cache of decoded validation images: the same pixels, never out of date, never in the way."""
 
+import csv
 import errno
 import io
+import json
 import os
 import shutil
 import threading
@@ -16,7 +18,9 @@ from PIL import Image
 from utils import files
 from utils.cli import UserError
 from utils.data import evaluation, folders, images
-from validate import evaluate, train
+from utils.data.views import normalise
+from utils.metrics import near_chance
+from validate import evaluate, per_class, train
 
 CPU = torch.device("cpu")
 
@@ -186,6 +190,48 @@ def test_evaluate_reports_the_same_from_the_cache(world, tmp_path, command):
         cached = command(evaluate.main, *arguments, tmp_path / "cache")
         assert cached.code == 0 and plain.out in cached.out
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_accuracy_per_class_and_the_confusion_matrix(world, tmp_path, command):
+    """Against predictions made image by image."""
+    assert command(train.main, *train_arguments(world, tmp_path / "run")).code == 0
+    checkpoint = tmp_path / "run" / "best.pt"
+    arguments = ["--checkpoint", checkpoint, "--val-dir", world.val, "--device", "cpu"]
+    done = command(evaluate.main, *arguments, "--json", "--per-class", tmp_path / "classes")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    model, _ = evaluate.load_student(checkpoint)
+    folder, expected = folders.scan(world.val), np.zeros((4, 4), dtype=int)
+    for pixels, label in zip(decoded(world.val), folder.labels.tolist(), strict=True):
+        inputs = normalise(pixels[None].float(), torch.tensor(TINY.mean), torch.tensor(TINY.std))
+        expected[label, int(model.eval()(inputs).argmax())] += 1
+    with (tmp_path / "classes" / "confusion.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [[int(row[name]) for name in folder.classes] for row in rows] == expected.tolist()
+    assert result["images"] == 20 and result["top1"] == pytest.approx(5 * expected.trace())
+    assert [*result["per_class"].values()] == pytest.approx((20 * expected.diagonal()).tolist())
+    assert {"per_class.csv", "confusion.png", "confusion.pdf"} <= set(tree(tmp_path / "classes"))
+    axes, _ = per_class.draw(torch.from_numpy(expected), folder.classes).axes
+    assert np.allclose(axes.get_images()[0].get_array(), 20 * expected)
+
+
+@pytest.mark.parametrize(
+    ("correct", "count", "classes", "doubtful"),
+    [
+        (9, 12, 3, False),  # 75 % of three classes
+        (4, 12, 3, True),
+        (7, 12, 3, True),
+        (29, 40, 2, True),
+        (31, 40, 2, False),
+        (20, 1000, 1000, False),
+        (4, 1000, 1000, True),
+        (240, 1000, 10, True),
+        (260, 1000, 10, False),
+        (3, 3, 3, False),
+    ],
+)
+def test_when_accuracy_is_near_that_of_guessing(correct, count, classes, doubtful):
+    assert near_chance(correct, count, classes) == doubtful
 
 
 def test_small_sets_are_not_cached_unless_asked(val, tmp_path, monkeypatch):

@@ -1,11 +1,13 @@
 """Optional loggers, with stand-ins for their packages."""
 
+import json
 import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
 from conftest import train_arguments
 
+from utils import machine
 from validate import train
 
 
@@ -58,6 +60,50 @@ def test_loggers_are_neither_made_nor_imported_unless_asked_for(
     arguments = train_arguments(world, tmp_path / "run", "--schedule", "soft:1")
     assert command(train.main, *arguments).code == 0
     assert packages.runs == [] and packages.folder is None
+
+
+def test_a_result_names_machine_code_hours_and_energy(world, tmp_path, command, monkeypatch):
+    """With a stand-in for the driver's library: 36 kJ between any two looks are 10 Wh an epoch."""
+    used = iter(range(10**6, 10**9, 36_000_000))
+
+    class Library:
+        def nvmlInit_v2(self):
+            return 0
+
+        def nvmlDeviceGetHandleByUUID(self, name, handle):
+            assert name == b"GPU-abc"
+            handle._obj.value = 7
+            return 0
+
+        def nvmlDeviceGetTotalEnergyConsumption(self, handle, value):
+            value._obj.value = next(used)
+            return 0
+
+        def nvmlSystemGetDriverVersion(self, text, length):
+            text.value = b"570.1"
+            return 0
+
+    cuda = SimpleNamespace(
+        is_initialized=lambda: True,
+        current_device=lambda: 0,
+        get_device_name=lambda: "H100",
+        get_device_properties=lambda index: SimpleNamespace(uuid="abc"),
+    )
+    monkeypatch.setattr(machine, "torch", SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: Library())
+    done = command(train.main, *train_arguments(world, tmp_path / "run", "--schedule", "hard:3"))
+    assert done.code == 0, done.err
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["energy_kwh"] == 0.03 and result["hours"] == round(result["seconds"] / 3600, 4)
+    assert result["machine"] == {"processor": machine.processor(), "gpu": "H100", "driver": "570.1"}
+    assert len(result["git_commit"]) == 40 and result["git_dirty"] in (True, False)
+
+
+def test_without_a_gpu_a_result_has_no_energy(world, tmp_path, command):
+    done = command(train.main, *train_arguments(world, tmp_path / "run", "--schedule", "hard:1"))
+    assert done.code == 0, done.err
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert "energy_kwh" not in result and result["machine"]["gpu"] is None
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import shlex
 import signal
 import subprocess
@@ -13,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import CUSTOM, ROOT, TINY, tree, write_images
+from conftest import ROOT, TINY, write_images
 from PIL import Image
 
-from analysis import runner, sweep, tables
+from analysis import checks, runner, sweep, tables
 from relabel import compress
 from scripts import prepare_split
 from utils.cli import UserError
@@ -151,7 +150,7 @@ def test_tables_and_plots_show_the_codec(tmp_path):
         task.done.parent.mkdir(parents=True)
         size = {"fp16": 100, "quant_4": 30}.get(task.facts["codec"], 0)
         task.done.write_text(result(50.0, size))
-    sweep.report(tasks, sweep.collect(tasks), tmp_path / "out")
+    tables.report(sweep.collect(tasks), tmp_path / "out", {})
     assert tables.read_csv(tmp_path / "out" / "results.csv") == sweep.collect(tasks)
     assert (tmp_path / "out" / "table.md").read_text().splitlines()[2:] == [
         "| ConvNetW32 | 5 | hard | – | – | 0 | 51.0 ± 0.0 | 50.0 ± 0.0 | 2 |",
@@ -171,8 +170,9 @@ def test_a_plan_file_is_overridden_by_flags_and_checked(tmp_path):
         plan.write_text(text)
         return sweep.read_settings(["--plan", str(plan), *flags])
 
+    assert read(text, "--labels-per-image", "3").slc is None
     given = read(text, "--slc", "10", "--", "--lr", "2")
-    assert given.slc == [10] and given.flags == "--lr 2" and given.label_slc == 40
+    assert given.slc == [10] and given.flags == "--lr 2" and sweep.stored_slc(given, 5) == 40
     assert given.methods["mine"].flags == "--schedule hald --soft-loss-scale T2 --lr 1"
     assert read(text + "flags: --eta 1\nrelabel:\n").flags == "--eta 1"
     for wrong, message in (
@@ -182,14 +182,21 @@ def test_a_plan_file_is_overridden_by_flags_and_checked(tmp_path):
         (text.replace("slc: [5]", "slc: [7]"), "--slc 7 is not a multiple of IPC 5"),
         (text.replace("val_dir: V\n", ""), "the plan lacks --val-dir"),
         (text.replace("ipc: [5]", "ipc: [1, 5]"), "must contain {ipc}"),
+        (text + "labels_per_image: [1]\n", "give one of them"),
+        (text + "cells: [{ipc: 5}]\n", "cells must be a list of"),
+        (text + "table: {rows: [ipc]}\n", "table must have rows and columns"),
+        (text + "table: {rows: [ipc], columns: [sudent]}\n", "table must have rows and columns"),
+        (text + "input_size: 32\n", "goes with --dataset custom"),
+        (text.replace("digits", "custom"), "custom also needs --input-size, --mean, --std"),
     ):
         with pytest.raises(UserError, match=message):
             read(wrong)
 
 
 def task(tmp_path, name, code) -> runner.Task:
-    done = tmp_path / name
-    return runner.Task(name, ["-c", code.format(done=str(done))], done, tmp_path / "logs", {})
+    done, program = tmp_path / name, tmp_path / f"{name}.py"
+    program.write_text(code.format(done=str(done)))
+    return runner.Task(name, [str(program)], done, tmp_path / "logs", {})
 
 
 WRITE = "open({done!r}, 'a').write('x')"
@@ -211,6 +218,7 @@ def test_a_task_with_other_flags_is_not_done(tmp_path):
     first = task(tmp_path, "a", WRITE)
     assert runner.run_all([first], [{}], "runs") == []
     other = task(tmp_path, "a", "print('other settings'); raise SystemExit(2)")
+    other.command.append("--other")
     assert first.is_done() and not other.is_done()
     failed = runner.run_all([other], [{}], "runs")
     assert failed == ["a: other settings"]
@@ -234,28 +242,33 @@ def test_more_jobs_than_gpus_share_them(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_takes_its_run_along_and_continues(tmp_path):
-    """The planner dies by SIGKILL; the run that it had started must not go on by itself."""
-    started = tmp_path / "pid"
-    forever = (
-        f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])
+def test_a_stopped_sweep_ends_its_run_by_sigterm_and_continues(tmp_path, by):
+    """The run has time to save, and does not go on by itself, however the planner ends."""
+    started, saved = tmp_path / "pid", tmp_path / "saved"
+    (tmp_path / "forever.py").write_text(
+        "import os, signal, sys, time\n"
+        "def save(*_):\n"
+        f"    time.sleep(0.5); open({str(saved)!r}, 'w'); sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        f"open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(60)\n"
     )
     code = (
         "import sys; sys.path.insert(0, {root!r})\n"
         "from pathlib import Path\nfrom analysis import runner\n"
-        "tasks = [runner.Task('a', ['-c', {code!r}], Path('/nowhere'), Path({logs!r}), {{}})]\n"
+        "tasks = [runner.Task('a', [{program!r}], Path('/nowhere'), Path({logs!r}), {{}})]\n"
         "runner.run_all(tasks, [{{}}], 'runs')\n"
-    ).format(root=str(ROOT), code=forever, logs=str(tmp_path / "logs"))
+    ).format(root=str(ROOT), program=str(tmp_path / "forever.py"), logs=str(tmp_path / "logs"))
     planner = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     while not (started.exists() and started.read_text()):
         time.sleep(0.05)
     child = int(started.read_text())
-    planner.send_signal(signal.SIGKILL)
-    planner.wait()
+    planner.send_signal(by)
+    assert planner.wait() == (-by if by == signal.SIGKILL else 128 + by)
     deadline = time.monotonic() + 10
     while alive(child) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not alive(child)
+    assert not alive(child) and saved.exists()
     again = task(tmp_path, "a", WRITE)
     assert runner.run_all([again], [{}], "runs") == []
 
@@ -281,7 +294,7 @@ def test_results_become_csv_table_and_plots(tmp_path):
         size = 0 if one.facts["method"] == "hard" else 100 * one.facts["slc"]
         one.done.write_text(result(50.0 + position, size))
     out = tmp_path / "out"
-    sweep.report(tasks, sweep.collect(tasks), out)
+    tables.report(sweep.collect(tasks), out, {})
     rows = tables.read_csv(out / "results.csv")
     assert rows == sweep.collect(tasks)
     table = (out / "table.md").read_text().splitlines()
@@ -292,27 +305,98 @@ def test_results_become_csv_table_and_plots(tmp_path):
         assert Image.open(out / name).size[0] > 800
 
 
-@pytest.mark.slow
-def test_a_sweep_from_flags_makes_labels_trains_and_reports(world, tmp_path, command):
-    """On the tiny data set, through the script; the second time there is nothing to do."""
-    flags = ["--dataset", "custom", "--data-dir", world.data, "--val-dir", world.val]
-    flags += ["--out-dir", tmp_path, "--methods", "soft", "--slc", 3, "--ipc", 3, "--seeds", 0]
-    flags += ["--students", "ConvNetW32", "--relabel"]
-    relabel = f"--teacher ConvNetW32 --teacher-weights {world.weights} --workers 0 --batch-size 5 "
-    relabel += " ".join(CUSTOM[2:])
-    arguments = [*flags, relabel, "--", "--schedule", "soft:1", "--workers", 0, *CUSTOM[2:]]
-    done = subprocess.run(
-        ["bash", str(ROOT / "scripts/run_sweep.sh"), *map(str, arguments)],
-        cwd="/",
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+@pytest.mark.parametrize("sizes", [(3100, 3600), (9000, 9000), (2e6, 5e6), (3000, 40_000)])
+def test_an_axis_of_bytes_has_ticks_however_short_it_is(sizes):
+    row = {"student": "S", "ipc": 5, "method": "soft", "seed": 0, "last_top1": 50.0}
+    rows = [{**row, "slc": 5 + size, "label_bytes": size} for size in sizes]
+    axis = tables.plot(rows, "label_bytes").axes[0]
+    low, high = axis.get_xlim()
+    texts = [axis.xaxis.major.formatter(x) for x in axis.get_xticks() if low <= x <= high]
+    assert len(texts) >= 2 and len({*texts}) == len(texts)
+    assert all(text.endswith(("kB", "MB")) and len(text) <= 6 for text in texts)
+
+
+def test_a_table_in_the_layout_of_a_paper():
+    """Labels that do not depend on the SLC give the same value in every row of their IPC."""
+    row = {"ipc": 2, "student": "S", "codec": ""}
+    rows = [
+        {**row, "method": method, "slc": slc, "seed": seed, "last_top1": top1 + seed}
+        for method, slc, top1 in (("hard", None, 10.0), ("soft", 2, 20.0), ("soft", 6, 30.0))
+        for seed in (0, 1)
+    ]
+    lines = tables.in_layout(rows, rows=["ipc", "labels_per_image"], columns=["student", "method"])
+    assert lines == [
+        {"IPC": 2, "labels per image": 1, "S hard": "10.5 ± 0.7", "S soft": "20.5 ± 0.7"},
+        {"IPC": 2, "labels per image": 3, "S hard": "10.5 ± 0.7", "S soft": "30.5 ± 0.7"},
+    ]
+
+
+def test_a_table_never_averages_over_what_it_does_not_name():
+    row = {"student": "S", "method": "soft", "slc": 4, "seed": 0, "last_top1": 1.0}
+    rows = [{**row, "ipc": ipc, "codec": codec} for ipc in (2, 4) for codec in ("a", "b")]
+    lines = tables.in_layout(rows, rows=["ipc"], columns=["method"])
+    assert [list(line.values()) for line in lines] == [
+        [ipc, codec, count, "1.0"] for ipc, count in ((2, 2), (4, 1)) for codec in ("a", "b")
+    ]
+
+
+def test_a_table_in_latex():
+    rows = [{"method": "a_b & c", "top-1 (%)": "10.5 ± 0.7", "SLC": "–"}]
+    assert tables.latex_table(rows, left=("method",)).splitlines()[1:] == [
+        r"\begin{tabular}{lrr}",
+        r"\toprule",
+        r"method & top-1 (\%) & SLC \\",
+        r"\midrule",
+        r"a\_b \& c & 10.5 $\pm$ 0.7 & -- \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+
+
+def test_the_summary_counts_seeds_and_gives_no_deviation_of_a_single_one(tmp_path):
+    tasks = sweep.run_tasks(settings(tmp_path, methods=["hard"]))
+    for top1, one in zip((50.0, 53.0), tasks, strict=True):
+        one.done.parent.mkdir(parents=True)
+        one.done.write_text(result(top1, 0))
+    (line,) = tables.summary(sweep.collect(tasks))
+    assert (line["n"], line["last_top1_mean"], line["last_top1_std"]) == (2, 51.5, 2.1213)
+    assert (line["best_top1_mean"], line["best_top5_mean"], line["seconds_mean"]) == (
+        52.5,
+        100,
+        1.5,
     )
-    assert done.returncode == 0, done.stderr
-    assert "| ConvNetW32 | 3 | soft | 3 |" in done.stdout and "1 of 1 runs" in done.stdout
-    logs = tree(tmp_path / "logs")
-    assert command(sweep.main, *arguments).code == 0
-    assert tree(tmp_path / "logs") == logs
+    (line,) = tables.summary(sweep.collect(tasks[:1]))
+    assert (line["n"], line["last_top1_std"]) == (1, None)
+
+
+def test_a_second_plan_adds_to_the_results_of_the_first(tmp_path):
+    """A run whose result is gone is no longer counted."""
+    out = tmp_path / "out"
+    plans = [
+        settings(tmp_path, methods=["hard"]),
+        settings(tmp_path, methods=["soft"], codecs={"fp16": ""}, slc=[5]),
+    ]
+    for plan in plans:
+        tasks = sweep.run_tasks(plan)
+        for one in tasks:
+            one.done.parent.mkdir(parents=True)
+            one.done.write_text(result(50.0, 10))
+        tables.report(sweep.collect(tasks), out, {})
+    methods = ["hard", "hard", "soft", "soft"]
+    assert [row["method"] for row in tables.read_csv(out / "results.csv")] == methods
+    assert len((out / "table.md").read_text().splitlines()) == 4
+    (out / "runs/hard_ipc5_ConvNetW32_seed0/result.json").unlink()
+    tables.report(sweep.collect(tasks), out, {})
+    assert [row["method"] for row in tables.read_csv(out / "results.csv")] == methods[1:]
+    (out / "results.csv").write_text("run,ipc\na,b\n")
+    with pytest.raises(UserError, match=r"results\.csv is damaged"):
+        tables.report(sweep.collect(tasks), out, {})
+
+
+def test_cells_have_flags_of_their_own(tmp_path):
+    cells = [{"ipc": 5, "labels_per_image": 2, "flags": "--soft-epochs 3"}]
+    tasks = sweep.run_tasks(settings(tmp_path, cells=cells, seeds=[0], methods=["soft"]))
+    assert [checks.parse(task).soft_epochs for task in tasks] == [None, 3]
 
 
 def test_a_split_holds_out_the_same_number_of_each_class(tmp_path, command):

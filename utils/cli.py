@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -138,6 +139,7 @@ def progress(iterable=None, **options) -> tqdm:
     interval = 0.1 if sys.stderr.isatty() else 10
     silent = {"disable": True} if _rank() > 0 else {}
     options = {"mininterval": interval, "dynamic_ncols": True, **options, **silent}
+    tqdm.set_lock(threading.RLock())  # else a semaphore, which a signal would leave behind
     return tqdm(iterable, **options)
 
 

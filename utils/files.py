@@ -199,8 +199,13 @@ def content_name(path: Path) -> str | None:
     return next((name for start, name in _FIRST_BYTES.items() if head.startswith(start)), None)
 
 
-def save_png(figure, path: Path) -> None:
-    """Writes a matplotlib Figure as PNG, 120 dots per inch."""
+def save_figure(figure, path: Path) -> None:
+    """Writes a matplotlib Figure as PNG, 120 dots per inch, and beside it as PDF."""
+    undated = {"CreationDate": None}
+    atomic_write(
+        path.with_suffix(".pdf"),
+        lambda file: figure.savefig(file, format="pdf", metadata=undated),
+    )
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 

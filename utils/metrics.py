@@ -27,9 +27,10 @@ def near_chance(correct: int, count: int, num_classes: int) -> bool:
     """Whether so few of `count` predictions are correct that the class order must be in doubt.
 
     Below four standard deviations above the expected hits of guessing, or below five times those
-    where that is more and still at most a quarter; never when all are correct.
+    where that is more and still at most a quarter; never halfway from guessing to all: with few
+    classes or images that is sooner.
     """
     chance = 1 / num_classes
     spread = 4 * math.sqrt(count * chance * (1 - chance))
     limit = max(count * chance + spread, count * min(5 * chance, 0.25))
-    return correct < min(limit, count)
+    return correct < min(limit, count * (1 + chance) / 2)

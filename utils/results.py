@@ -4,21 +4,21 @@ import csv
 import datetime
 import io
 import os
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from utils.files import atomic_write
+from utils.machine import processor
 
 
 def provenance(command: str) -> str:
     """When, on what machine and by which command something is measured; for `write_csv`."""
-    machine = f"{len(os.sched_getaffinity(0))}-core {platform.machine()}"
+    name = f"{len(os.sched_getaffinity(0))} cores of {processor()}"
     if torch.cuda.is_available():
-        machine = torch.cuda.get_device_name()
-    return f"{datetime.date.today()}; {machine}; torch {torch.__version__}; {command}"
+        name = torch.cuda.get_device_name()
+    return f"{datetime.date.today()}; {name}; torch {torch.__version__}; {command}"
 
 
 def write_csv(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from utils import machine
 from utils.cli import UserError
 from utils.files import (
     atomic_write,
@@ -15,11 +16,12 @@ from utils.files import (
     load_tensors,
     lock,
     read_json,
-    save_png,
+    save_figure,
     save_tensors,
     to_json,
 )
 from utils.loggers import Logger, Opener
+from utils.machine import Gpu
 from utils.runtime import versions
 
 ARGUMENTS, LOG, CHECKPOINT, BEST = "args.yaml", "log.jsonl", "checkpoint.pt", "best.pt"
@@ -34,6 +36,7 @@ class RunFolder:
         """The run in a folder; raises UserError where the folder holds something else."""
         self.path = Path(path)
         self.loggers: list[Logger] = []
+        self.gpu: Gpu | None = None
         if self.settings() is None and not is_unused(self.path):
             raise UserError(f"{self.path} is not empty and not a run; choose another --output-dir")
 
@@ -76,7 +79,8 @@ class RunFolder:
 
     def begin(self, settings: dict, epochs_done: int, openers: Sequence[Opener] = ()) -> None:
         """Records a new run's settings, drops log lines after the checkpoint, opens loggers."""
-        record = {"settings": settings, "versions": versions(), "git_commit": git_commit()}
+        self.gpu = Gpu()
+        record = {"settings": settings, "versions": versions(), **git_commit()}
         if self.settings() is None:
             atomic_write(self.path / ARGUMENTS, yaml.safe_dump(record, sort_keys=False).encode())
         kept = [line for line in self.log_lines() if line["epoch"] <= epochs_done]
@@ -85,7 +89,9 @@ class RunFolder:
         self.loggers = [start(self.path, settings, epochs_done) for start in openers]
 
     def log(self, line: dict) -> None:
-        """Appends one epoch to log.jsonl, and tells the loggers."""
+        """Appends one epoch to log.jsonl, with its energy where known, and tells the loggers."""
+        if (energy := self.gpu.watt_hours()) is not None:
+            line = {**line, "energy_wh": round(energy, 4)}
         with (self.path / LOG).open("a") as file:
             file.write(json.dumps(line) + "\n")
         for logger in self.loggers:
@@ -108,12 +114,17 @@ class RunFolder:
         save_tensors(self.path / name, state)
 
     def finish(self, result: dict) -> None:
-        """Writes the result, which marks the run as done."""
-        atomic_write(self.path / RESULT, to_json(result))
+        """Writes the result, which marks the run as done, with hours, energy, machine and code."""
+        about = {"hours": round(result["seconds"] / 3600, 4)}
+        energy = [line.get("energy_wh") for line in self.log_lines()]
+        if energy and None not in energy:
+            about["energy_kwh"] = round(sum(energy) / 1000, 6)
+        about |= {"machine": machine.facts(), **git_commit()}
+        atomic_write(self.path / RESULT, to_json({**result, **about}))
 
     def draw_curves(self, result: dict, colours: dict[str, str]) -> None:
         """Draws the curves of a finished run; see `plot_curves`."""
-        plot_curves(self.log_lines(), result, colours, self.path / CURVES)
+        save_figure(plot_curves(self.log_lines(), result, colours), self.path / CURVES)
 
 
 def _with(fields: Sequence[str], path: Path, read: Callable[[Path], object]) -> dict:
@@ -134,8 +145,8 @@ def describe(result: dict) -> str:
     )
 
 
-def git_commit() -> str | None:
-    """The commit of this code, with "+" when files differ from it; None outside a git clone."""
+def git_commit() -> dict[str, str | bool | None]:
+    """The commit of this code, and whether files differ from it; None outside a git clone."""
     root = Path(__file__).resolve().parents[1]
     try:
         commit, changes = (
@@ -148,8 +159,8 @@ def git_commit() -> str | None:
             )
         )
     except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit + "+" * bool(changes)
+        return {"git_commit": None, "git_dirty": None}
+    return {"git_commit": commit, "git_dirty": bool(changes)}
 
 
 def shade_phases(axes, kinds: list[str], colours: dict[str, str]) -> None:
@@ -171,16 +182,16 @@ def shade_phases(axes, kinds: list[str], colours: dict[str, str]) -> None:
     ]
     axes.legend(handles=handles + axes.get_lines(), loc="best", fontsize=8)
     axes.set_xlim(0, len(kinds))
+    axes.xaxis.get_major_locator().set_params(integer=True)
 
 
-def plot_curves(lines: list[dict], result: dict, colours: dict[str, str], path: Path) -> None:
-    """Draws accuracy and training loss over epochs, phases shaded, as PNG.
+def plot_curves(lines: list[dict], result: dict, colours: dict[str, str]):
+    """A matplotlib Figure: accuracy and training loss over epochs, phases shaded.
 
     Args:
         lines: of the log.
         result: of the run.
         colours: see `shade_phases`.
-        path: the PNG.
     """
     from matplotlib.figure import Figure
 
@@ -191,7 +202,9 @@ def plot_curves(lines: list[dict], result: dict, colours: dict[str, str], path: 
     upper, lower = figure.subplots(2, sharex=True)
     validated = [line["epoch"] for line in evaluated]
     upper.plot(validated, [line["val_top1"] for line in evaluated], "k.-", label="validation")
-    upper.plot(epochs, [line["train_top1"] for line in lines], "C7", lw=0.8, label="training views")
+    # Markers, as a line alone does not show a phase of one epoch.
+    seen = [line["train_top1"] for line in lines]
+    upper.plot(epochs, seen, "C7.-", lw=0.8, ms=3, label="training views")
     upper.set_ylabel("top-1 accuracy (%)")
     upper.set_title(
         f"{result['model']} on {result['dataset']}: best {result['best']['top1']:.2f} %, "
@@ -200,10 +213,10 @@ def plot_curves(lines: list[dict], result: dict, colours: dict[str, str], path: 
     for kind in dict.fromkeys(kinds):
         values = [line["loss"] if line["kind"] == kind else float("nan") for line in lines]
         colour = colours.get(kind, _OTHER_COLOUR)
-        lower.plot(epochs, values, color=colour, label=f"{kind}-label loss")
+        lower.plot(epochs, values, ".-", color=colour, ms=5, label=f"{kind}-label loss")
     lower.set_yscale("log")
     lower.set_ylabel("training loss")
     lower.set_xlabel("epoch")
     for axes in (upper, lower):
         shade_phases(axes, kinds, colours)
-    save_png(figure, path)
+    return figure

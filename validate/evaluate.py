@@ -1,6 +1,6 @@
 """Top-1 and top-5 accuracy of a checkpoint.
 
-python validate/evaluate.py --checkpoint O/checkpoint.pt --val-dir V
+python validate/evaluate.py --checkpoint O/checkpoint.pt --val-dir V [--json] [--per-class]
 """
 
 import sys
@@ -9,6 +9,8 @@ from pathlib import Path
 if not __package__:  # run as a plain script: imports start at the repository root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import contextlib
+import json
 from collections.abc import Callable
 
 import torch
@@ -34,6 +36,18 @@ def main() -> None:
         "--model",
         help="the network, when it is a package.module:factory: code named by a file is never run",
     )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of a line"
+    )
+    parser.add_argument(
+        "--per-class",
+        nargs="?",
+        type=Path,
+        const=True,
+        metavar="DIR",
+        help="also write accuracy per class and the confusion matrix, as CSV and picture, to a "
+        "folder (default: that of the checkpoint)",
+    )
     runtime.add_arguments(parser, decodes=False)
     evaluation.add_arguments(parser)
     args = parser.parse_args()
@@ -44,15 +58,32 @@ def main() -> None:
     dataset = Dataset(**saved["dataset"])
     folder = folders.scan(args.val_dir)
     folders.check_same_classes(folder, saved["classes"], str(args.checkpoint))
-    pixels = evaluation.load(folder, dataset, machine.device, args.val_cache)
+    with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
+        pixels = evaluation.load(folder, dataset, machine.device, args.val_cache)
+    model.to(machine.device, memory_format=torch.channels_last)
+    predicted = []
+    if args.per_class:
+        if machine.world > 1:
+            raise UserError("--per-class is for one process")
+        model.register_forward_hook(
+            lambda _model, _input, logits: predicted.append(logits.argmax(1))
+        )
     top1, top5 = accuracy(
-        model.to(machine.device, memory_format=torch.channels_last),
-        pixels=pixels,
-        targets=folder.labels,
-        dataset=dataset,
-        machine=machine,
+        model, pixels=pixels, targets=folder.labels, dataset=dataset, machine=machine
     )
-    print(f"top-1 {top1:.4f} %, top-5 {top5:.4f} % of {len(pixels)} images in {args.val_dir}")
+    result = {"checkpoint": str(args.checkpoint), "val_dir": str(args.val_dir)}
+    result |= {"images": len(pixels), "top1": top1, "top5": top5}
+    written = ""
+    if args.per_class:
+        from validate import per_class  # and matplotlib, which training does without
+
+        out = args.checkpoint.parent if args.per_class is True else args.per_class
+        matrix = per_class.confusion(folder.labels, torch.cat(predicted).cpu(), folder.classes)
+        per_class.write(matrix, folder.classes, out)
+        result["per_class"] = dict(zip(folder.classes, per_class.accuracies(matrix), strict=True))
+        written = f"; {per_class.TABLE}, {per_class.MATRIX} and {per_class.PICTURE} in {out}"
+    text = f"top-1 {top1:.4f} %, top-5 {top5:.4f} % of {len(pixels)} images in {args.val_dir}"
+    print(json.dumps(result) if args.json else text + written)
 
 
 @torch.inference_mode()

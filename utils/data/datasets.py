@@ -40,10 +40,10 @@ def names() -> list[str]:
     return list(_FACTS)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --dataset and the flags that describe a custom one."""
+def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Adds --dataset, which may be `required`, and the flags that describe a custom one."""
     group = parser.add_argument_group("data set")
-    group.add_argument("--dataset", required=True, help=f"{', '.join(names())}, or custom")
+    group.add_argument("--dataset", required=required, help=f"{', '.join(names())}, or custom")
     group.add_argument(
         "--num-classes",
         type=bounded(int, 2),

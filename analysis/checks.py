@@ -1,0 +1,121 @@
+"""What can be known to be wrong with a plan before its first command starts."""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+import models
+from analysis.runner import Task
+from relabel import compress, generate
+from utils import runlog, runtime
+from utils.cli import UserError
+from utils.data import datasets, folders
+from validate import schedule, settings
+from validate.kinds import KINDS
+
+_PARSERS = {
+    "train.py": settings.parse_arguments,
+    "generate.py": generate.parse_arguments,
+    "compress.py": compress.parse_arguments,
+}
+
+
+def check_folders(plan: argparse.Namespace, names: Sequence[str]) -> None:
+    """Raises UserError where a path of the plan names a variable that is not set."""
+    for name in names:
+        if "$" in (path := getattr(plan, name)):
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {path}: set the variable in config.sh or in the environment")
+
+
+def check(tasks: list[Task], label_sets_made: bool = False) -> list[Task]:
+    """Raises UserError, naming the task, for what would stop one of those that are not done.
+
+    Returns the runs whose label set is yet to be made, of which what depends on it has not been
+    looked at; if all sets have been made, that is an error.
+    """
+    opened: dict[tuple, settings.Materials] = {}
+    later = []
+    for task in tasks:
+        if task.is_done():
+            continue
+        with _naming(task):
+            args = parse(task)
+            if not task.facts:
+                _check_labelling(args)
+                continue
+            facts = datasets.from_arguments(args)
+            made = label_sets_made or args.label_dir is None
+            made = made or (args.label_dir / "manifest.json").exists()
+            wanted = (facts, args.data_dir, args.val_dir, args.label_dir if made else None)
+            if wanted not in opened:
+                opened[wanted] = settings.Materials.open(*wanted)
+            materials = opened[wanted]
+            _check_network(args.model, materials.dataset)
+            if made:
+                _check_run(args, materials)
+            else:
+                phases_of(args, passes=1, classes=materials.dataset.num_classes)
+                later.append(task)
+    return later
+
+
+def parse(task: Task) -> argparse.Namespace:
+    """The arguments of a task, read as its program reads them."""
+    return _PARSERS[Path(task.command[0]).name](task.command[1:])
+
+
+def phases_of(args: argparse.Namespace, passes: int, classes: int) -> list[schedule.Phase]:
+    """The phases of a run on so many labels per image; raises UserError for a wrong schedule."""
+    soft, hard = settings.count_epochs(args, passes, classes)
+    return schedule.phases(args.schedule, soft, hard, passes, [*KINDS])
+
+
+def _check_labelling(args: argparse.Namespace) -> None:
+    """Raises UserError where files that relabel/generate.py reads are missing."""
+    if hasattr(args, "teacher"):
+        dataset = datasets.from_arguments(args)
+        folder = folders.scan(args.data_dir, dataset.num_classes)
+        generate.count_passes(args, folder)
+        if missing := [file for file in args.teacher_weights or [] if not file.is_file()]:
+            raise UserError(f"--teacher-weights: no file {missing[0]}")
+
+
+def _check_network(name: str, dataset: datasets.Dataset) -> None:
+    """Raises UserError for an unknown network; code of the user's own is not run."""
+    if ":" not in name:
+        try:
+            with torch.device("meta"):
+                models.build(name, dataset.num_classes, dataset.input_size)
+        except ValueError as error:
+            raise UserError(f"--model: {error}") from None
+
+
+def _check_run(args: argparse.Namespace, materials: settings.Materials) -> None:
+    """Raises UserError for settings that clash, with each other or with a run in their folder."""
+    machine = runtime.Runtime(torch.device("cpu"), None)
+    wanted = settings.resolve(args, materials, machine)
+    run = runlog.RunFolder(args.output_dir)
+    if recorded := run.settings():
+        earlier = settings.Settings.from_record(recorded, run.path)
+        machine = {"processes": earlier.processes, "precision": earlier.precision}
+        dataclasses.replace(wanted, **machine).check_continues(earlier, run.path)
+
+
+@contextlib.contextmanager
+def _naming(task: Task) -> Iterator[None]:
+    """Keeps what is printed to itself, and puts the task's name before what is wrong with it."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+            yield
+    except UserError as error:
+        raise UserError(f"{task.name}: {error}") from None
+    except SystemExit:  # of its parser, which has printed "PROGRAM: why"
+        why = said.getvalue().strip().partition(": ")[2]
+        raise UserError(f"{task.name}: {why}") from None

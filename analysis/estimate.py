@@ -1,0 +1,114 @@
+"""What a plan will take: runs, label sets, disk and hours, before anything is started."""
+
+import argparse
+import contextlib
+import io
+import statistics
+
+import torch
+from matplotlib.ticker import EngFormatter
+
+import models
+from analysis import checks
+from analysis.runner import Task
+from utils import runlog
+from utils.cli import UserError
+from utils.labels import codecs
+
+_KLT_FACTOR = 5  # bytes of fp16 over those of klt at 1000 classes: five to seven
+_BYTES = EngFormatter("B", places=2)
+
+
+def bytes_per_label(codec: dict, classes: int) -> float:
+    """About how many bytes a label takes in a codec, given as in a manifest."""
+    match codec:
+        case {"name": "topk", "topk": k}:
+            return k * (16 + (classes - 1).bit_length()) / 8
+        case {"name": "quant", "bits": bits}:
+            return classes * bits / 8
+        case {"name": "klt", "bytes_per_label": count}:
+            return count
+        case {"name": "klt"}:
+            return 2 * classes / _KLT_FACTOR
+    return 2 * classes
+
+
+def speed(tasks: list[Task]) -> float | None:
+    """Images per second in the epochs that these runs have logged, None before the first."""
+    logged = [
+        line["images_per_second"]
+        for task in tasks
+        if task.done.parent.is_dir()
+        for line in runlog.RunFolder(task.done.parent).log_lines()
+    ]
+    return statistics.median(logged) if logged else None
+
+
+def run_bytes(student: str, classes: int, size: int) -> int:
+    """Of a run's checkpoint (weights and Adam's two moments) and its best weights, in fp32."""
+    if ":" in student:  # code of the user's own, which is not run for an estimate
+        return 0
+    try:
+        with torch.device("meta"):
+            network = models.build(student, classes, size)
+    except ValueError as error:
+        raise UserError(f"--students: {error}") from None
+    return 4 * 4 * sum(weight.numel() for weight in network.parameters())
+
+
+def label_bytes(task: Task, labels: dict, classes: int) -> float:
+    """About how many bytes a label set takes; `labels` counts those of sets before it."""
+    args = checks.parse(task)
+    out = args.label_dir if hasattr(args, "teacher") else args.out_dir
+    count = args.slc * classes if args.slc else labels[str(args.label_dir)]
+    labels[str(out)] = count
+    return count * bytes_per_label(codecs.from_arguments(args), classes)
+
+
+def estimate(plan: argparse.Namespace, classes: int, labels: list[Task], runs: list[Task]) -> str:
+    """Some lines: runs and label sets, disk, and the hours that are left of each student.
+
+    Args:
+        plan: settings of the sweep; `images_per_second` holds one number, or one per student.
+        classes: their number.
+        labels, runs: its tasks.
+
+    Raises:
+        UserError: wrong flags or networks, or another count of speeds.
+    """
+    given = plan.images_per_second or []
+    if len(given) not in (0, 1, len(plan.students)):
+        raise UserError("--images-per-second: give one number, or one for each of --students")
+    size, counts = plan.facts.input_size, {}
+    on_disk = sum(label_bytes(task, counts, classes) for task in labels)
+    checkpoints = {name: run_bytes(name, classes, size) for name in plan.students}
+    of_runs = sum(checkpoints[task.facts["student"]] for task in runs)
+    left, left_labels = ([task for task in each if not task.is_done()] for each in (runs, labels))
+    lines = [
+        f"runs: {len(runs)}, {len(left)} to do",
+        f"label sets: {len(labels)}, {len(left_labels)} to make",
+        f"disk: label sets {_BYTES(on_disk)} and headers, runs {_BYTES(of_runs)}",
+    ]
+    hours = []
+    for position, student in enumerate(plan.students):
+        views = sum(count_views(task, classes) for task in left if task.facts["student"] == student)
+        rate = given[position % len(given)] if given else None
+        rate = rate or speed([task for task in runs if task.facts["student"] == student])
+        known = f"hours: {student} {views:.3g} views"
+        if rate is None:
+            lines.append(f"{known}; no epoch is measured yet: --images-per-second X")
+            continue
+        hours.append(views / rate / 3600)
+        lines.append(f"{known} at {rate:,.0f} images/s = {hours[-1]:.1f}")
+    if len(hours) == len(plan.students):
+        total, beside = sum(hours), plan.jobs or 1
+        lines.append(f"hours in all: {total:.1f}; {beside} at a time: {total / beside:.1f}")
+    return "\n".join([*lines, "labelling and evaluation come on top"])
+
+
+def count_views(task: Task, classes: int) -> int:
+    """How many views a run trains on: images times epochs."""
+    args, ipc = checks.parse(task), task.facts["ipc"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        phases = checks.phases_of(args, max((args.slc or ipc) // ipc, 1), classes)
+    return ipc * classes * sum(epochs for _, epochs in phases)

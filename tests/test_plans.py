@@ -1,0 +1,132 @@
+"""Plans before and at their first run: what is checked, what they will take, the paper's plans."""
+
+import argparse
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import CUSTOM, ROOT, open_run, tree
+
+from analysis import checks, estimate, sweep
+from utils import runlog
+from utils.cli import UserError
+from utils.data import datasets
+
+
+def tiny_plan(world, tmp_path, *flags: object) -> argparse.Namespace:
+    """A plan for the tiny data set, its data-set flags given once."""
+    arguments = [*CUSTOM, "--data-dir", world.data, "--val-dir", world.val, "--out-dir", tmp_path]
+    arguments += ["--label-dir", world.labels, "--methods", "hard", "soft", "--slc", 3, "--ipc", 3]
+    arguments += ["--students", "ConvNetW32", "--seeds", 0, *flags]
+    return sweep.read_settings([*map(str, arguments)])
+
+
+def test_what_would_stop_a_run_is_said_before_the_first_starts(world, tmp_path):
+    def refused(match: str, *flags: object) -> None:
+        with pytest.raises(UserError, match=match):
+            checks.check(sweep.run_tasks(tiny_plan(world, tmp_path, *flags)))
+
+    checks.check(sweep.run_tasks(tiny_plan(world, tmp_path)))
+    refused(r"hard_ipc3_ConvNetW32_seed0: unknown argument --smooth", "--", "--smooth", 1)
+    refused(r"hard_ipc3_ConvNetW32_seed0: argument --lr: 'x' is not", "--", "--lr", "x")
+    refused("soft_slc9_ipc3_ConvNetW32_seed0: --slc 9: .* holds 6", "--slc", 9)
+    refused("--model: unknown model 'ConvNetW23'", "--students", "ConvNetW23")
+    refused("the labels in .* were made for something else: mean", "--mean", 0.1, 0.5, 0.5)
+    refused("nowhere", "--val-dir", tmp_path / "nowhere")
+    refused("--hard-share is for joint epochs", "--", "--hard-share", "0.3")
+    unmade = ("--label-dir", tmp_path / "labels", "--relabel", "--teacher ConvNetW32")
+    assert len(checks.check(sweep.run_tasks(tiny_plan(world, tmp_path, *unmade)))) == 1
+    with pytest.raises(UserError, match="soft_slc3_ipc3_ConvNetW32_seed0: label folder not found"):
+        checks.check(sweep.run_tasks(tiny_plan(world, tmp_path, *unmade)), label_sets_made=True)
+    no_epochs = ("--methods", "soft", "--", "--soft-epochs", 0, "--hard-epochs", 0)
+    refused("soft_slc3_ipc3_ConvNetW32_seed0: .*no epoch", *unmade, *no_epochs)
+    plan = tiny_plan(world, tmp_path, *unmade[:3], "--teacher ConvNetW32 --teacher-weights W")
+    with pytest.raises(UserError, match="goes with --estimate"):
+        tiny_plan(world, tmp_path, "--images-per-second", 5)
+    with pytest.raises(UserError, match="labels_views_ipc3: --teacher-weights: no file W"):
+        checks.check(sweep.label_tasks(plan))
+
+
+def test_a_run_with_other_settings_in_the_folder_of_the_plan_is_refused_early(world, tmp_path):
+    settings, _ = open_run(world, tmp_path / "run", "--schedule", "hard:1")
+    folder = tmp_path / "runs" / "hard_ipc3_ConvNetW32_seed0"
+    folder.mkdir(parents=True)
+    runlog.RunFolder(folder).begin(vars(settings), 0)
+    with pytest.raises(UserError, match="holds a run with other settings"):
+        checks.check(sweep.run_tasks(tiny_plan(world, tmp_path, "--", "--lr", 1)))
+
+
+def test_data_set_flags_are_given_once(world, tmp_path):
+    plan = tiny_plan(world, tmp_path, "--relabel", "--teacher ConvNetW32")
+    labels, *_, run = sweep.label_tasks(plan) + sweep.run_tasks(plan)
+    for task in (labels, run):
+        facts = datasets.from_arguments(checks.parse(task))
+        assert (facts.input_size, facts.mean) == (32, (0.5, 0.5, 0.5))
+
+
+def test_a_path_with_a_variable_that_is_not_set_is_refused(world, tmp_path, monkeypatch):
+    monkeypatch.delenv("Main_Data_Path", raising=False)
+    plan = tiny_plan(world, tmp_path, "--data-dir", "$Main_Data_Path/d{ipc}")
+    with pytest.raises(UserError, match=r"--data-dir \$Main_Data_Path/d\{ipc\}: set the variable"):
+        checks.check_folders(plan, ("data_dir",))
+    monkeypatch.setenv("Main_Data_Path", "/m")
+    plan = tiny_plan(world, tmp_path, "--data-dir", "$Main_Data_Path/d{ipc}")
+    assert sweep.images_dir(plan, 3) == Path("/m/d3")
+
+
+PAPER = sorted((ROOT / "analysis/plans/paper").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_every_run_of_the_plans_of_the_paper_has_flags_that_training_takes(path):
+    plan = sweep.read_settings(["--plan", str(path)])
+    tasks = sweep.run_tasks(plan)
+    assert all(estimate.count_views(task, plan.facts.num_classes) for task in tasks)
+    assert {task.facts["ipc"] for task in tasks} == {*plan.ipc}
+
+
+def test_what_the_plan_of_imagenet_will_take(command):
+    """3 seeds, 3 students, 3 IPC, 3 methods x 5 + hard; 10 labels of 2,000 bytes per image."""
+    arguments = ("--plan", ROOT / "analysis/plans/paper/imagenet1k.yaml", "--estimate")
+    done = command(sweep.main, *arguments, "--images-per-second", 1000, 500, 250, "--jobs", 2)
+    assert done.code == 0, done.err
+    views = 3 * 16 * 300 * (1 + 10 + 50) * 1000
+    hours = [views / rate / 3600 for rate in (1000, 500, 250)]
+    assert "runs: 432, 432 to do\nlabel sets: 3, 3 to make\n" in done.out
+    assert "label sets 1.22 GB and headers, runs 188" in done.out
+    assert f"ResNet50 {views:.3g} views at 500 images/s = {hours[1]:.1f}" in done.out
+    assert f"hours in all: {sum(hours):.1f}; 2 at a time: {sum(hours) / 2:.1f}" in done.out
+    done = command(sweep.main, *arguments)
+    assert done.code == 0 and "no epoch is measured yet" in done.out
+
+
+@pytest.mark.slow
+def test_a_cell_of_the_paper_runs_from_labels_to_its_table(world, tmp_path, command):
+    """In miniature, through the script; then one method more, measured speed, nothing to do."""
+    relabel = f"--teacher ConvNetW32 --teacher-weights {world.weights} --workers 0 --batch-size 5"
+    plan = ["--plan", ROOT / "analysis/plans/paper/imagenet1k.yaml", *CUSTOM]
+    plan += ["--data-dir", world.data, "--val-dir", world.val, "--out-dir", tmp_path]
+    plan += ["--ipc", 3, "--labels-per-image", 1, "--students", "ConvNetW32", "--seeds", 0]
+    plan += ["--relabel", relabel, "--methods", "soft"]
+    flags = ["--", "--soft-epochs", 1, "--hard-epochs", 1, "--workers", 0]
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts/run_sweep.sh"), *map(str, plan + flags)],
+        cwd="/",
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    heading, _, line = (tmp_path / "table.md").read_text().splitlines()
+    assert heading == "| IPC | labels per image | ConvNetW32 soft |"
+    assert line.startswith("| 3 | 1 | ") and r"\toprule" in (tmp_path / "table.tex").read_text()
+    done = command(sweep.main, *plan, "hard", *flags)
+    assert done.code == 0, done.err
+    heading, _, line = (tmp_path / "table.md").read_text().splitlines()
+    assert heading == "| IPC | labels per image | ConvNetW32 soft | ConvNetW32 hard |"
+    logs = tree(tmp_path / "logs")
+    assert command(sweep.main, *plan, "hard", *flags).code == 0
+    assert tree(tmp_path / "logs") == logs
+    done = command(sweep.main, *plan, "hard", "hald", "--estimate", *flags)
+    assert "runs: 3, 1 to do" in done.out and "hours in all: 0.0" in done.out
