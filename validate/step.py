@@ -10,6 +10,8 @@ from utils.metrics import correct_top1_top5
 from utils.runtime import Runtime
 from validate.kinds import Batch
 
+OPTIMIZERS = ("adamw", "sgd")
+
 
 class Step:
     """Calling it with the batches of a step makes the step; nothing in it waits for the GPU.
@@ -77,6 +79,16 @@ class Step:
         loss, top1, top5, seen = self.machine.total(sums).tolist()
         means = {"loss": loss, "train_top1": 100 * top1, "train_top5": 100 * top5}
         return {name: value / seen for name, value in means.items()}
+
+
+def make_optimizer(
+    kind: str, model: nn.Module, lr: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """An optimiser of OPTIMIZERS, which updates all parameters in one kernel."""
+    groups = parameter_groups(model, weight_decay)
+    if kind == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

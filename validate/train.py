@@ -77,10 +77,14 @@ class Training:
         self.student = student.to(machine.device, memory_format=torch.channels_last)
         what = f"--model {settings.model}"
         runtime.check_outputs(student, settings.facts, machine.device, what)
-        last = len(materials.sizes) % settings.batch_size or settings.batch_size
+        sizes, images_per_epoch = (
+            (settings.batch_size, settings.hard_batch_size),
+            len(materials.sizes),
+        )
+        last = min(images_per_epoch % size or size for size in sizes)
         runtime.check_trains(student, settings.facts, machine.device, last, what)
-        self.optimizer = torch.optim.AdamW(
-            step.parameter_groups(student, settings.weight_decay), lr=settings.lr, fused=True
+        self.optimizer = step.make_optimizer(
+            settings.optimizer, student, settings.lr, settings.weight_decay
         )
         if machine.rank > 0:  # dropout of its own on every rank
             torch.manual_seed(settings.seed + machine.rank)
