@@ -89,6 +89,13 @@ def build(name: str, num_classes: int, input_size: int) -> nn.Module:
     raise ValueError(_unknown(name, [*names(), *_torchvision_names()]))
 
 
+def without_suffix(name: str) -> str:
+    """Return the network in a teacher's name like "ResNet18_best"; other names as they are."""
+    known = [*names(), *_torchvision_names()]
+    network = name.partition("_")[0]
+    return network if not _same_name(name, known) and _same_name(network, known) else name
+
+
 def torchvision_weights(name: str) -> dict[str, Tensor]:
     """Return the pretrained ImageNet state dict that fits `build(name, 1000, 224)`.
 
