@@ -28,7 +28,7 @@
 set -euo pipefail
 
 # shellcheck source=scripts/setup.sh
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/setup.sh"
 explain "$@"
 use_environment requirements.txt
 exec "$PYTHON" "$ROOT/analysis/sweep.py" "$@"

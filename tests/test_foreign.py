@@ -2,10 +2,12 @@
 
 import argparse
 import dataclasses
+import datetime
 import multiprocessing
 import os
 import shutil
 import subprocess
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -19,7 +21,7 @@ from PIL import Image, features
 
 import models
 from relabel.teacher import load_teacher
-from utils import cli
+from utils import cli, runtime
 from utils.cli import UserError
 from utils.data import datasets, evaluation, folders, images
 from utils.data.images import StreamingImages
@@ -308,6 +310,7 @@ def clone(tmp_path) -> Path:
         "Main_Data_Path='~/d a'\r\nval_dir=\"~/v\"\r\n# IPC=50\r\n",
         'export Main_Data_Path="$HOME/d a" val_dir=~/v\nMETHOD=fadrm\n',
         "# only a comment\n",
+        "\ufeffMain_Data_Path='{home}/d a'\nval_dir='{home}/v'\n[[ -d /nowhere ]] && IPC=50\n",
     ],
 )
 @pytest.mark.parametrize("shell", ["bash", "sh", "posix"])
@@ -332,6 +335,33 @@ def test_any_config_that_sets_the_two_paths_works(clone, tmp_path, config, shell
     )
     assert f"no validation images at {tmp_path}/v/cifar100: " in done.stderr
     assert "\r" not in done.stderr and "unbound" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("IPC=10\nval_dir = /v\n", "line 2: val_dir: command not found"),
+        ("val_dir= /nowhere/v\n", "/nowhere/v: No such file or directory"),
+        ("val_dir=/v\ncd /nowhere\n", "line 2: cd: /nowhere"),
+        ("val_dir=/v\nfalse\n", "a command in it failed"),
+        ("val_dir='/v\n", "unexpected EOF"),
+        ("val_dir=$NO_SUCH/v\n", "NO_SUCH: unbound variable"),
+    ],
+)
+def test_a_config_that_fails_is_told_in_one_line(clone, config, message):
+    (clone / "config.sh").write_text(config)
+    command = ["bash", "scripts/run_cifar10.sh"]
+    done = subprocess.run(command, cwd=clone, capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("config.sh: ") and message in line and "NAME=value" in line
+
+
+def test_scripts_may_be_called_through_links(clone, tmp_path):
+    link = tmp_path / "hald"
+    link.symlink_to(clone / "scripts" / "run_imagewoof.sh")
+    done = subprocess.run([str(link)], cwd="/", capture_output=True, text=True)
+    assert done.returncode == 2 and f"in {clone}/config.sh" in done.stderr
 
 
 @pytest.mark.slow
@@ -421,4 +451,22 @@ def test_a_published_checkpoint_is_evaluated_once_it_is_named(tmp_path, command)
     done = command(evaluate.main, *arguments, *named)
     assert done.code == 0 and "top-1 10.0000 %" in done.out
     other = command(evaluate.main, *arguments, "--model", "ConvNetW128", "--dataset", "cifar100")
-    assert (other.code == 2 and "10 class folders" in other.err) or "do not fit" in other.err
+    assert other.code == 2 and "do not fit ConvNetW128" in other.err
+
+
+@pytest.mark.slow
+def test_output_that_nobody_reads_any_more_ends_a_program_quietly():
+    program = "from utils import cli; cli.run(lambda: [print(n) for n in range(100_000)])"
+    command = f"{sys.executable} -c '{program}' | head -1; exit ${{PIPESTATUS[0]}}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + 13, "0\n", "")
+
+
+def test_processes_that_never_come_are_not_waited_for_for_ever(monkeypatch):
+    monkeypatch.setattr(runtime, "_MEETING", datetime.timedelta(seconds=1))
+    environment = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**environment, "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="2 processes of this job did not meet"):
+        runtime.start(device="cpu", amp="off")

@@ -253,6 +253,26 @@ def _exit_beside_threads(code: int) -> NoReturn:
     os._exit(code)
 
 
+def _call(main: Callable[[], None]) -> None:
+    """Calls `main`, and prints what it wrote while errors of that can still be told."""
+    try:
+        main()
+    except SystemExit:  # of --help
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+
+
+def _output_unread() -> bool:
+    """Whether nobody reads what is printed any more, as in `... | head -1`; then drops the rest."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
 def _run(main: Callable[[], None]) -> NoReturn:
     program = Path(sys.argv[0]).name
     if _rank() > 0:
@@ -261,7 +281,7 @@ def _run(main: Callable[[], None]) -> NoReturn:
         signal.signal(number, lambda number, frame: end_by_signal(number))
     try:
         extensions.load()
-        main()
+        _call(main)
     except UserError as error:
         message = str(error)
     except torch.OutOfMemoryError:
@@ -286,6 +306,9 @@ def _run(main: Callable[[], None]) -> NoReturn:
         else:
             raise
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _output_unread():
+            kill_children()
+            sys.exit(128 + signal.SIGPIPE)  # as any program behind which head has ended
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" at {error.filename}" if error.filename else ""
             message = f"the disk is full{where}; free some space, then run the same command again"

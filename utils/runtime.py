@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torchvision
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 
 from utils.cli import UserError, bounded, world_size
 from utils.data.datasets import Dataset
@@ -29,6 +30,7 @@ AMP_CHOICES = ("auto", "fp16", "bf16", "off")
 # Ranks wait for rank 0 while it alone decodes, fits or writes, which may take long; a rank that
 # fails is no reason to wait, as torchrun then ends the others.
 _PATIENCE = datetime.timedelta(days=7)
+_MEETING = datetime.timedelta(minutes=5)  # for all processes to have come and found each other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,7 +310,18 @@ def _join(machine: Runtime) -> Runtime:
         device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group(backend, timeout=_PATIENCE)
+        try:
+            store, _, _ = next(rendezvous("env://", timeout=_MEETING))
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=world, timeout=_PATIENCE
+            )
+        except (dist.DistError, ValueError) as error:
+            port, reason = os.environ.get("MASTER_PORT"), str(error).splitlines()[0][:200]
+            raise UserError(
+                f"the {world} processes of this job did not meet at {os.environ['MASTER_ADDR']}, "
+                f"port {port} ({reason}): start all of them, with torchrun, and let them reach "
+                "each other"
+            ) from None
     return dataclasses.replace(machine, device=device, rank=rank, world=world)
 
 
