@@ -455,12 +455,20 @@ def test_a_published_checkpoint_is_evaluated_once_it_is_named(tmp_path, command)
 
 
 @pytest.mark.slow
-def test_output_that_nobody_reads_any_more_ends_a_program_quietly():
-    program = "from utils import cli; cli.run(lambda: [print(n) for n in range(100_000)])"
-    command = f"{sys.executable} -c '{program}' | head -1; exit ${{PIPESTATUS[0]}}"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+@pytest.mark.parametrize(
+    ("body", "code", "error"),
+    [
+        ("lambda: [print(n) for n in range(100_000)]", 128 + 13, ""),
+        ('lambda: print(exec("raise cli.UserError(str(7))"))', 2, "-c: 7\n"),
+        ('lambda: cli.Parser().parse_args(["--help"])', 0, ""),
+    ],
+)
+def test_output_that_nobody_reads_ends_a_program_quietly(body, code, error):
+    program = f"import time; from utils import cli; print(1); time.sleep(.5); cli.run({body})"
+    command = f"{sys.executable} -c '{program}' | head -0; exit ${{PIPESTATUS[0]}}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
     done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (128 + 13, "0\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", error)
 
 
 def test_processes_that_never_come_are_not_waited_for_for_ever(monkeypatch):

@@ -227,6 +227,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     try:
         _run(main)
     except SystemExit as stopped:
+        _output_unread()
         if dist.is_initialized():
             if stopped.code == 0:  # else other processes may be waiting for this one, or gone
                 dist.destroy_process_group()
@@ -253,20 +254,13 @@ def _exit_beside_threads(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _call(main: Callable[[], None]) -> None:
-    """Calls `main`, and prints what it wrote while errors of that can still be told."""
-    try:
-        main()
-    except SystemExit:  # of --help
-        sys.stdout.flush()
-        raise
-    sys.stdout.flush()
+def _output_unread(probe: str = "") -> bool:
+    """Whether nobody reads what is printed any more, as in `... | head -1`; then drops the rest.
 
-
-def _output_unread() -> bool:
-    """Whether nobody reads what is printed any more, as in `... | head -1`; then drops the rest."""
+    `probe` is printed to find out where nothing waits to be written.
+    """
     try:
-        print(flush=True)
+        print(end=probe, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
@@ -281,7 +275,7 @@ def _run(main: Callable[[], None]) -> NoReturn:
         signal.signal(number, lambda number, frame: end_by_signal(number))
     try:
         extensions.load()
-        _call(main)
+        main()
     except UserError as error:
         message = str(error)
     except torch.OutOfMemoryError:
@@ -306,7 +300,7 @@ def _run(main: Callable[[], None]) -> NoReturn:
         else:
             raise
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and _output_unread():
+        if isinstance(error, BrokenPipeError) and _output_unread("\n"):
             kill_children()
             sys.exit(128 + signal.SIGPIPE)  # as any program behind which head has ended
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
