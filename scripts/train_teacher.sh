@@ -47,11 +47,11 @@ if [[ -e "$weights" ]] && ! cmp -s "$weights" "$run/checkpoint.pt"; then
 fi
 length=200
 [[ "$dataset" != imagenet1k ]] || length=90
-mkdir -p "$home" "$(dirname "$run")"
 in_processes "$TRAIN_GPUS" "$ROOT/validate/train.py" --data-dir "$train" --val-dir "$validation" \
     --output-dir "$run" --dataset "$dataset" --model "$TEACHER" --schedule "hard:$length" \
     --hard-mix none --label-smoothing 0 --optimizer sgd --lr 0.1 --eta 1 --weight-decay 0.0005 \
     --batch-size 128 --seed "$SEED" --workers "$WORKERS" "$@"
+mkdir -p "$home"
 cp "$run/checkpoint.pt" "$weights.partial"
 mv "$weights.partial" "$weights"
 echo "teacher: $weights"
