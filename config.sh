@@ -6,21 +6,23 @@
 #   $Main_Data_Path/generated_data/syn_data/<dataset>/<METHOD>_ipc<IPC>/               images
 #   $Main_Data_Path/generated_data/new_labels/<dataset>/<METHOD>_bs16_slc<SLC>_ipc<IPC>/  labels
 #       (published ones there; those made here in codec fp16 too, in others with _<CODEC> behind)
-#   $Main_Data_Path/<TEACHER>.pth                                    teacher weights, if local
+#   $Main_Data_Path/<dataset>/<TEACHER>.pth, else $Main_Data_Path/<TEACHER>.pth   teacher weights
 #   $Main_Data_Path/runs/<dataset>/...                                                 students
+# imagenette may be called imagenet-nette, as in the published data.
 export Main_Data_Path="${Main_Data_Path:-}"
 
 # Validation images: $val_dir/<dataset>/<class>/*.JPEG
 export val_dir="${val_dir:-}"
 
 # Further settings with their defaults; remove the # in front to change one.
-# METHOD=fadrm        # how the images were distilled: fadrm, sre2l, lpld, rded, ...
+# METHOD=fadrm        # how the images were distilled: fadrm, sre2l, lpld, rded, ...; rded, for
+#                     # selected images, is what labels without BSSL
 # IPC=10              # distilled images per class
 # SLC=150             # soft labels per class, a multiple of IPC
 # BATCH_SIZE=16
 # CODEC=klt           # how labels are stored; fp16 keeps the published precision
 # TEACHER=ResNet18
-# TEACHER_WEIGHTS=    # a file; default $Main_Data_Path/$TEACHER.pth or torchvision's
+# TEACHER_WEIGHTS=    # a file; default as above, then torchvision's
 # MODEL=ResNet18      # the student
 # SCHEDULE=hald
 # SOFT_EPOCHS=        # of a schedule given by name: a number (default 150), or auto
@@ -28,5 +30,7 @@ export val_dir="${val_dir:-}"
 # SEED=0              # of the student
 # WORKERS=4           # processes that decode images
 # GPUS=all            # GPUs that label: all that are visible, or a number
+# RELABEL_FLAGS=      # further flags of relabel/generate.py: RELABEL_FLAGS="--min-scale 0.2"
+# RUN_NAME=           # folder of the run in runs/<dataset>/; default: a name of all that decides it
 # TRAIN_GPUS=1        # GPUs that train the student: each adds a batch per step, so that more than
 #                     # one is no longer the published recipe

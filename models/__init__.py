@@ -12,8 +12,9 @@ from torch import Tensor, hub, nn
 from torchvision import models as torchvision_models
 
 from models.convnet import convnet
-from models.densenet import small_densenet121
+from models.densenet import small_densenet
 from models.mobilenet import small_mobilenet_v2
+from models.published import under_our_names as under_our_names
 from models.resnet import small_resnet
 from models.shufflenet import small_shufflenet_v2
 from models.wideresnet import wide_resnet_28_10
@@ -26,7 +27,10 @@ _SMALL: dict[str, Callable[[int], nn.Module]] = {
     "ResNet101": partial(small_resnet, "resnet101"),
     "MobileNetV2": small_mobilenet_v2,
     "ShuffleNetV2": small_shufflenet_v2,
-    "DenseNet121": small_densenet121,
+    "DenseNet121": partial(small_densenet, "densenet121"),
+    "DenseNet161": partial(small_densenet, "densenet161"),
+    "DenseNet169": partial(small_densenet, "densenet169"),
+    "DenseNet201": partial(small_densenet, "densenet201"),
     "WideResNet": wide_resnet_28_10,
 }
 _LARGE = {
@@ -36,8 +40,16 @@ _LARGE = {
     "MobileNetV2": "mobilenet_v2",
     "ShuffleNetV2": "shufflenet_v2_x1_0",
     "DenseNet121": "densenet121",
+    "DenseNet161": "densenet161",
+    "DenseNet169": "densenet169",
+    "DenseNet201": "densenet201",
 }
-_CONVNET_WIDTH = {"ConvNet": 128, "ConvNetW32": 32}
+_CONVNETS = {  # "ConvNetW128" is the name of the published code
+    "ConvNet": partial(convnet, width=128),
+    "ConvNetW32": partial(convnet, width=32),
+    "ConvNetW128": partial(convnet, width=128, instance_norm=True),
+}
+_PUBLISHED_NAMES = {"EfficientNet": "efficientnet_b0"}
 
 # Without these two, training mode would return a tuple with the auxiliary heads. Their pretrained
 # weights expect inputs in [-1, 1]; transform_input maps ImageNet-normalised inputs to that.
@@ -49,7 +61,7 @@ _TORCHVISION_ARGUMENTS = {
 
 def names() -> list[str]:
     """Return the house names, the ones with a meaning of their own in `build`."""
-    return [*_SMALL, *_CONVNET_WIDTH]
+    return [*_SMALL, *_CONVNETS]
 
 
 def build(name: str, num_classes: int, input_size: int) -> nn.Module:
@@ -75,6 +87,13 @@ def build(name: str, num_classes: int, input_size: int) -> nn.Module:
     if torchvision_name := _same_name(name, _torchvision_names()):
         return _build_torchvision(torchvision_name, num_classes)
     raise ValueError(_unknown(name, [*names(), *_torchvision_names()]))
+
+
+def without_suffix(name: str) -> str:
+    """Return the network in a teacher's name like "ResNet18_best"; other names as they are."""
+    known = [*names(), *_torchvision_names()]
+    network = name.partition("_")[0]
+    return network if not _same_name(name, known) and _same_name(network, known) else name
 
 
 def torchvision_weights(name: str) -> dict[str, Tensor]:
@@ -119,6 +138,8 @@ def _torchvision_names() -> list[str]:
 
 
 def _same_name(name: str, candidates: Iterable[str]) -> str | None:
+    published = {alias.lower(): known for alias, known in _PUBLISHED_NAMES.items()}
+    name = published.get(name.lower(), name)
     return next((known for known in candidates if known.lower() == name.lower()), None)
 
 
@@ -133,13 +154,17 @@ def _unknown(name: str, candidates: Iterable[str]) -> str:
 
 
 def _build_house(name: str, num_classes: int, input_size: int) -> nn.Module:
-    if name in _CONVNET_WIDTH:
-        return convnet(num_classes, input_size, _CONVNET_WIDTH[name])
+    if name in _CONVNETS:
+        return _CONVNETS[name](num_classes, input_size)
     if input_size < LARGE_INPUT:
-        return _SMALL[name](num_classes)
+        net = _SMALL[name](num_classes)
+        for module in net.modules():  # published: PyTorch's default, not torchvision's
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        return net
     if name in _LARGE:
         return _build_torchvision(_LARGE[name], num_classes)
-    fitting = ", ".join([*_LARGE, *_CONVNET_WIDTH])
+    fitting = ", ".join([*_LARGE, *_CONVNETS])
     raise ValueError(f"{name} is for 32 and 64 pixels; at {input_size} take one of {fitting}")
 
 

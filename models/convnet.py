@@ -18,18 +18,20 @@ def convnet_depth(input_size: int) -> int:
     return depth
 
 
-def convnet(num_classes: int, input_size: int, width: int) -> nn.Sequential:
+def convnet(
+    num_classes: int, input_size: int, width: int, instance_norm: bool = False
+) -> nn.Sequential:
     """Return the ConvNet: [B, 3, input_size, input_size] -> [B, num_classes].
 
-    Blocks of 3x3 convolution, BatchNorm, ReLU and 2x2 average pooling, then one linear layer (Zhao
-    et al. 2021, with BatchNorm in place of InstanceNorm). Raises ValueError on `input_size` <= 4.
+    Blocks of 3x3 convolution, norm, ReLU and 2x2 average pooling, then one linear layer. The norm
+    is BatchNorm, or InstanceNorm as in Zhao et al. 2021. Raises ValueError on `input_size` <= 4.
     """
     depth = convnet_depth(input_size)
     layers: list[nn.Module] = []
     for block in range(depth):
         layers += [
             nn.Conv2d(width if block else 3, width, kernel_size=3, padding=1),
-            nn.BatchNorm2d(width),
+            nn.GroupNorm(width, width) if instance_norm else nn.BatchNorm2d(width),
             nn.ReLU(inplace=True),
             nn.AvgPool2d(2),
         ]

@@ -36,11 +36,11 @@ class ProjectedResidual(nn.Module):
     ) -> None:
         super().__init__()
         hidden = in_channels * expand_ratio
-        relu6 = {"norm_layer": norm_layer, "activation_layer": nn.ReLU6}
+        relu = {"norm_layer": norm_layer, "activation_layer": nn.ReLU}
         linear = {"norm_layer": norm_layer, "activation_layer": None}
-        self.residual = nn.Sequential(
-            Conv2dNormActivation(in_channels, hidden, 1, **relu6),
-            Conv2dNormActivation(hidden, hidden, 3, stride, groups=hidden, **relu6),
+        self.branch = nn.Sequential(
+            Conv2dNormActivation(in_channels, hidden, 1, **relu),
+            Conv2dNormActivation(hidden, hidden, 3, stride, groups=hidden, **relu),
             Conv2dNormActivation(hidden, out_channels, 1, **linear),
         )
         self.shortcut: nn.Module | None = None
@@ -51,17 +51,20 @@ class ProjectedResidual(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map [B, in_channels, H, W] to [B, out_channels, H / stride, W / stride]."""
-        residual = self.residual(features)
-        return residual if self.shortcut is None else residual + self.shortcut(features)
+        branch = self.branch(features)
+        return branch if self.shortcut is None else branch + self.shortcut(features)
 
 
 def small_mobilenet_v2(num_classes: int) -> models.MobileNetV2:
     """Return MobileNetV2 in its CIFAR form: [B, 3, S, S] -> [B, num_classes].
 
-    Stride-1 stem and second stage, so 32 pixels end in a 4x4 map; projected shortcuts; no dropout.
+    Stride-1 stem and second stage, so 32 pixels end in a 4x4 map; projected shortcuts; no dropout;
+    ReLU, as in HALD's published code, where the paper has ReLU6.
     """
     net = models.MobileNetV2(
         num_classes, inverted_residual_setting=STAGES, block=ProjectedResidual, dropout=0.0
     )
     net.features[0][0].stride = (1, 1)
+    for ends in (net.features[0], net.features[-1]):
+        ends[2] = nn.ReLU(inplace=True)
     return net

@@ -12,6 +12,5 @@ def small_resnet(name: str, num_classes: int) -> models.ResNet:
     """
     net = models.get_model(name, weights=None, num_classes=num_classes)
     net.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
-    nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
     net.maxpool = nn.Identity()
     return net

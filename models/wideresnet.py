@@ -37,7 +37,7 @@ def wide_resnet_28_10(num_classes: int) -> nn.Sequential:
             stride = 2 if stage > 0 and block == 0 else 1
             layers.append(PreActivationBlock(in_channels, channels, stride))
             in_channels = channels
-    net = nn.Sequential(
+    return nn.Sequential(
         *layers,
         nn.BatchNorm2d(in_channels),
         nn.ReLU(inplace=True),
@@ -45,7 +45,3 @@ def wide_resnet_28_10(num_classes: int) -> nn.Sequential:
         nn.Flatten(),
         nn.Linear(in_channels, num_classes),
     )
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return net

@@ -3,9 +3,7 @@
 import dataclasses
 import os
 import re
-import textwrap
 import urllib.error
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,9 +14,10 @@ from torch.overrides import TorchFunctionMode
 
 import models
 from utils.cli import UserError
-from utils.data.datasets import Dataset
+from utils.data.datasets import Dataset, folder_names
 from utils.files import load_tensors, sha256_state
 from utils.runtime import Runtime, check_outputs
+from utils.weights import load_state, unwrap_state
 
 # Index of each class among ImageNet's 1000, which are in the order of their WordNet ids.
 _IMAGENETTE = {
@@ -31,8 +30,6 @@ _IMAGEWOOF = {
 }
 _SUBSETS = {"imagenette": _IMAGENETTE, "imagewoof": _IMAGEWOOF}
 _IMAGENET_CLASSES = 1000
-_USUAL_KEYS = ("state_dict", "model", "net", "network", "model_state_dict", "model_state")
-_PREFIXES = ("module.", "_orig_mod.")
 
 
 @dataclasses.dataclass
@@ -116,26 +113,32 @@ def load_teacher(
 ) -> Teacher:
     """Builds a network and loads its weights, the averaged ones of a file where `ema` asks for it.
 
-    Weights come from `weights`; else from $Main_Data_Path/<name>.pth; else, for a
-    `package.module:factory`, from the factory itself; else, for ImageNet-1K and its subsets, from
-    torchvision. Weights with an output for each of a subset's `total` classes label by its rows.
+    Weights come from `weights`; else from `default_weights`; else, for a `package.module:factory`,
+    from the factory itself; else, for ImageNet-1K and its subsets, from torchvision. Those of a
+    file may have the published small networks' keys, and its name a suffix behind the network's
+    ("ResNet18_best"). Weights with an output for each of a subset's `total` classes label by its
+    rows.
 
     Raises:
         UserError: unknown name, no weights to be had, or weights that do not fit.
     """
     subset = subset or find_subset(dataset, [], None)
     listed = subset is not None and subset.listed
+    weights = weights or default_weights(name, dataset)
+    network = models.without_suffix(name) if weights else name
     try:
         outputs = subset.total if listed else dataset.num_classes
-        model = models.build(name, outputs, dataset.input_size)
-        state = _find_weights(name, weights, dataset, ema)
-        if subset and not listed and state and _needs_outputs(model, state[0], subset.total):
-            outputs = subset.total
-            model = models.build(name, outputs, dataset.input_size)
+        model = models.build(network, outputs, dataset.input_size)
+        weights_found = _find_weights(name, weights, dataset, ema)
+        if weights_found:
+            state, source = weights_found
+            if subset and not listed and _needs_outputs(model, state, subset.total):
+                outputs = subset.total
+                model = models.build(network, outputs, dataset.input_size)
+            state = models.under_our_names(model, state)
+            load_state(model, state, f"teacher weights {source}", network)
     except ValueError as error:
         raise UserError(f"--teacher: {error}") from None
-    if state is not None:
-        load_state(model, state[0], f"teacher weights {state[1]}", name)
     if subset and outputs == subset.total:
         model = SomeClasses(model, subset)
         print(f"teacher {name}: {len(subset.rows)} of its {outputs} classes")
@@ -143,6 +146,16 @@ def load_teacher(
     model.to(runtime.device, memory_format=torch.channels_last)
     check_outputs(model, dataset, runtime.device, f"teacher {name}")
     return Teacher(name, model, sha256_state(model.state_dict()))
+
+
+def default_weights(name: str, dataset: Dataset) -> Path | None:
+    """$Main_Data_Path/<dataset>/<name>.pth if it is there, else $Main_Data_Path/<name>.pth."""
+    data_path = os.environ.get("Main_Data_Path")  # noqa: SIM112 - config.sh's published name
+    if not data_path:
+        return None
+    folders = [*folder_names(dataset.name), ""]
+    files = [Path(data_path) / folder / f"{name}.pth" for folder in folders]
+    return next((file for file in files if file.is_file()), None)
 
 
 def training_facts(files: list[Path]) -> dict | None:
@@ -165,9 +178,6 @@ def _find_weights(
     name: str, weights: Path | None, dataset: Dataset, ema: bool
 ) -> tuple[dict[str, torch.Tensor], str] | None:
     """The state dict and where it came from; None when the factory brings its own weights."""
-    data_path = os.environ.get("Main_Data_Path")  # noqa: SIM112 - config.sh's published name
-    if weights is None and data_path and (Path(data_path) / f"{name}.pth").is_file():
-        weights = Path(data_path) / f"{name}.pth"
     if weights is not None:
         content = load_tensors(weights, "teacher weights")
         return unwrap_state(content, weights, ema), str(weights)
@@ -183,69 +193,8 @@ def _find_weights(
             reason = f"download failed ({error})"
     raise UserError(
         f"no weights for teacher {name}: {reason}; give a file with --teacher-weights, or put it "
-        f"at $Main_Data_Path/{name}.pth"
+        f"at $Main_Data_Path/{dataset.name}/{name}.pth"
     )
-
-
-def unwrap_state(content: object, path: Path, ema: bool = False) -> dict[str, torch.Tensor]:
-    """The network in a checkpoint: the one dict of tensors in it, wherever training scripts put it.
-
-    Args:
-        content: of the file.
-        path: of the file, for messages.
-        ema: take the averaged weights, under a key with "ema" in it, instead of the others.
-
-    Returns:
-        The state dict, without the prefixes of DistributedDataParallel and torch.compile.
-
-    Raises:
-        UserError: no such dict, or several.
-    """
-    states = dict(_find_states(content, ""))
-    averaged = {key for key in states if "ema" in key.lower()}
-    chosen = [key for key in states if (key in averaged) == ema]
-    usual = [key for key in chosen if key.split(".")[-1] in _USUAL_KEYS]
-    if len(chosen) > 1 and len(usual) == 1:
-        chosen = usual
-    if len(chosen) != 1:
-        keys = ", ".join(map(repr, content)) if isinstance(content, dict) else "no dict at all"
-        which = f"several networks ({', '.join(chosen)})" if chosen else "no state dict"
-        hint = "; --teacher-ema takes the averaged weights" if averaged and not ema else ""
-        keys = textwrap.shorten(keys, 200, placeholder=" ...")
-        raise UserError(f"{path} holds {which}; its top-level keys: {keys}{hint}")
-    state = states[chosen[0]]
-    while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in state)), None):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
-
-
-def _find_states(content: object, key: str) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """Dicts of tensors by their keys, at most two dicts deep; not those of an optimiser."""
-    if not isinstance(content, dict) or not content:
-        return
-    if all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in content.items()):
-        yield key, content
-    elif key.count(".") < 2:
-        for name, value in content.items():
-            if not re.search("optim|sched|scaler", str(name)):
-                yield from _find_states(value, f"{key}.{name}" if key else str(name))
-
-
-def load_state(model: nn.Module, state: dict[str, torch.Tensor], what: str, name: str) -> None:
-    """Loads a state dict; raises UserError with one line that names the first misfit."""
-    own = model.state_dict()
-    for key, value in own.items():
-        if key in state and state[key].shape != value.shape:
-            raise UserError(
-                f"{what} do not fit {name} for this data set: {key} is {tuple(state[key].shape)}, "
-                f"expected {tuple(value.shape)} (other number of classes or input size?)"
-            )
-    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in state if key not in own]
-    if missing or unexpected:
-        counts = f"{len(missing)} tensors missing, {len(unexpected)} unexpected"
-        raise UserError(f"{what} do not fit {name}: {counts} (first: {(missing + unexpected)[0]})")
-    model.load_state_dict(state, strict=False)
 
 
 def use_batch_statistics(model: nn.Module) -> int:

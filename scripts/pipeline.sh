@@ -2,19 +2,26 @@
 # Sourced by run_imagenet.sh and its siblings: checks the paths, relabels, trains a student.
 
 # shellcheck source=scripts/setup.sh
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/setup.sh"
 explain "$@"
 
 # The environment overrides config.sh, which may set as little as the two paths.
 declare -A settings=(
     [Main_Data_Path]="" [val_dir]="" [METHOD]=fadrm [IPC]=10 [SLC]=150 [BATCH_SIZE]=16 [CODEC]=klt
     [TEACHER]=ResNet18 [TEACHER_WEIGHTS]="" [MODEL]=ResNet18 [SCHEDULE]=hald [SOFT_EPOCHS]=""
-    [HARD_EPOCHS]="" [SEED]=0 [WORKERS]=4 [GPUS]=all [TRAIN_GPUS]=1
+    [HARD_EPOCHS]="" [SEED]=0 [WORKERS]=4 [GPUS]=all [TRAIN_GPUS]=1 [RELABEL_FLAGS]="" [RUN_NAME]=""
 )
 declare -A given=()
 for name in "${!settings[@]}"; do given[$name]="${!name:-}"; done
-# shellcheck source=config.sh
-source <(tr -d '\r' < "$ROOT/config.sh") # as an editor of Windows may have written it
+config="$(tr -d '\r' < "$ROOT/config.sh")" # as an editor of Windows may have written it
+config="${config#$'\xef\xbb\xbf'}"$'\ntrue' # a last line like [[ -d /x ]] && IPC=50 may be false
+if ! complaint="$(bash -euc "$config" config.sh 2>&1 >/dev/null)"; then
+    complaint="${complaint%%$'\n'*}"
+    echo "${complaint:-config.sh: a command in it failed}; it must be lines of NAME=value, without" \
+        "spaces around the =" >&2
+    exit 2
+fi
+eval "$config"
 for name in "${!settings[@]}"; do
     value="${given[$name]:-${!name:-${settings[$name]}}}"
     printf -v "$name" %s "${value/#\~\//${HOME:-}/}" # ~/ within quotes
@@ -23,8 +30,18 @@ export Main_Data_Path val_dir
 
 DOWNLOADS="https://drive.google.com/drive/folders"
 
+folder_of() { # PARENT DATASET: its folder, which the published data may name otherwise
+    local published="$1/${2/#imagenette/imagenet-nette}"
+    if [[ -d "$published" && ! -d "$1/$2" ]]; then echo "$published"; else echo "$1/$2"; fi
+}
+
+flags_name() { # FLAG ...: those that decide the result, as the end of a folder's name
+    sed -E 's/ --(device|workers|val-cache|resume|wandb-project)[= ][^ ]+//g
+        s/ --(compile|tensorboard|force)//g; s/[^A-Za-z0-9.]+/-/g; s/^-/_/; s/-$//' <<< " $*"
+}
+
 check_paths() { # DATASET IMAGES VALIDATION LABELS: one line for each thing that is missing
-    local dataset="$1" images="$2" validation="$3" published="$4" missing=0
+    local dataset="$1" images="$2" validation="$3" published="$4" missing=0 sort local_weights
     if [[ -z "$Main_Data_Path" || -z "$val_dir" ]]; then
         echo "config.sh: set Main_Data_Path (images, labels, runs) and val_dir (validation images)" \
             "in $ROOT/config.sh or in the environment; to see everything work without any data," \
@@ -33,23 +50,28 @@ check_paths() { # DATASET IMAGES VALIDATION LABELS: one line for each thing that
     fi
     if [[ ! -d "$images" ]]; then
         echo "no distilled images at $images: download them from" \
-            "$DOWNLOADS/1H99ui_LZxyNYfaAEfDVX7rvobP3J-Lwp or select some with: python" \
+            "$DOWNLOADS/1H99ui_LZxyNYfaAEfDVX7rvobP3J-Lwp or select some (METHOD=rded) with: python" \
             "scripts/prepare_distilled.py --help; METHOD=$METHOD and IPC=$IPC choose the folder" >&2
         missing=1
     fi
     if [[ ! -d "$validation" ]]; then
+        case "$dataset" in
+            cifar*) sort="make them (val/) with: python scripts/prepare_torchvision.py --help" ;;
+            imagenette | imagewoof) sort="link val/ of the data set's own archive there" ;;
+            *) sort="sort your own with: python scripts/prepare_val.py --help" ;;
+        esac
         echo "no validation images at $validation: download them from" \
-            "$DOWNLOADS/1BCWWdvo1MnwtTUIEK-t3QcS0KwwAMVqH or sort your own with: python" \
-            "scripts/prepare_val.py --help" >&2
+            "$DOWNLOADS/1BCWWdvo1MnwtTUIEK-t3QcS0KwwAMVqH or $sort" >&2
         missing=1
     fi
+    local_weights="$(folder_of "$Main_Data_Path" "$dataset")/$TEACHER.pth"
     if [[ -n "$TEACHER_WEIGHTS" && ! -f "$TEACHER_WEIGHTS" ]]; then
         echo "no teacher weights at TEACHER_WEIGHTS=$TEACHER_WEIGHTS" >&2
         missing=1
     elif [[ -z "$TEACHER_WEIGHTS" && "$dataset" != imagenet1k && "$TEACHER" != *:* &&
-        ! -f "$published" && ! -f "$Main_Data_Path/$TEACHER.pth" ]]; then
-        echo "no teacher weights at $Main_Data_Path/$TEACHER.pth: put a $TEACHER trained on" \
-            "$dataset there, or name a file with TEACHER_WEIGHTS" >&2
+        ! -f "$published" && ! -f "$local_weights" && ! -f "$Main_Data_Path/$TEACHER.pth" ]]; then
+        echo "no teacher weights at $local_weights: put a $TEACHER trained on $dataset there, train" \
+            "one with: bash scripts/train_teacher.sh $dataset, or name a file with TEACHER_WEIGHTS" >&2
         missing=1
     fi
     return $((missing * 2))
@@ -76,9 +98,12 @@ run_pipeline() { # DATASET [-- FLAG ...]: the flags go to validate/train.py
         return 2
     fi
     local name="${METHOD}_bs${BATCH_SIZE}_slc${SLC}_ipc${IPC}"
-    local images="$Main_Data_Path/generated_data/syn_data/$dataset/${METHOD}_ipc$IPC"
-    local published="$Main_Data_Path/generated_data/new_labels/$dataset/$name" kind=""
-    local order="$published/sampler_indices_dict.pt"
+    local images published order validation kind="" flags=() run phases
+    images="$(folder_of "$Main_Data_Path/generated_data/syn_data" "$dataset")/${METHOD}_ipc$IPC"
+    published="$(folder_of "$Main_Data_Path/generated_data/new_labels" "$dataset")/$name"
+    order="$published/sampler_indices_dict.pt"
+    validation="$(folder_of "$val_dir" "$dataset")"
+    read -ra flags <<< "$RELABEL_FLAGS"
     if [[ ! "$GPUS" =~ ^(all|[1-9][0-9]*)$ || ! "$TRAIN_GPUS" =~ ^[1-9][0-9]*$ ]]; then
         echo "GPUS=$GPUS, TRAIN_GPUS=$TRAIN_GPUS: must be numbers from 1 on; GPUS may be all" >&2
         return 2
@@ -88,15 +113,20 @@ run_pipeline() { # DATASET [-- FLAG ...]: the flags go to validate/train.py
             "config.sh" >&2
         return 2
     fi
-    check_paths "$dataset" "$images" "$val_dir/$dataset" "$order"
+    check_paths "$dataset" "$images" "$validation" "$order"
     use_environment requirements.txt
     if [[ -f "$order" ]]; then
         kind=_imported
-    elif [[ "$CODEC" != fp16 ]]; then
-        kind="_$CODEC"
+    else
+        [[ "$CODEC" == fp16 ]] || kind="_$CODEC"
+        [[ "$TEACHER" == ResNet18 ]] || kind+="_${TEACHER//[:\/]/-}"
+        kind+="$(flags_name "${flags[@]}")"
     fi
     local labels="$published$kind"
-    local run="$Main_Data_Path/runs/$dataset/$name${kind}_${MODEL}_${SCHEDULE//[:,]/-}_seed$SEED"
+    phases="${SCHEDULE//[:,]/-}${SOFT_EPOCHS:+_soft$SOFT_EPOCHS}${HARD_EPOCHS:+_hard$HARD_EPOCHS}"
+    [[ "$TRAIN_GPUS" == 1 ]] || phases+="_gpus$TRAIN_GPUS"
+    run="$name${kind}_${MODEL//[:\/]/-}_${phases}_seed$SEED$(flags_name "$@")"
+    run="$Main_Data_Path/runs/$dataset/${RUN_NAME:-$run}"
     if [[ "$kind" == _imported ]]; then
         echo "== 1/2 labels: importing the published ones in $published"
         "$PYTHON" "$ROOT/relabel/convert.py" --fkd-dir "$published" --data-dir "$images" \
@@ -111,7 +141,7 @@ run_pipeline() { # DATASET [-- FLAG ...]: the flags go to validate/train.py
         mkdir -p "$(dirname "$labels")"
         in_processes "$GPUS" "$ROOT/relabel/generate.py" --data-dir "$images" --label-dir "$labels" \
             --dataset "$dataset" --slc "$SLC" --batch-size "$BATCH_SIZE" --codec "$CODEC" \
-            --workers "$WORKERS" "${labelling[@]}"
+            --workers "$WORKERS" "${labelling[@]}" "${flags[@]}"
     fi
     local epochs=()
     [[ -z "$SOFT_EPOCHS" ]] || epochs+=(--soft-epochs "$SOFT_EPOCHS")
@@ -119,6 +149,6 @@ run_pipeline() { # DATASET [-- FLAG ...]: the flags go to validate/train.py
     echo "== 2/2 student: $run"
     mkdir -p "$(dirname "$run")"
     in_processes "$TRAIN_GPUS" "$ROOT/validate/train.py" --data-dir "$images" --label-dir "$labels" \
-        --val-dir "$val_dir/$dataset" --output-dir "$run" --dataset "$dataset" --model "$MODEL" \
+        --val-dir "$validation" --output-dir "$run" --dataset "$dataset" --model "$MODEL" \
         --schedule "$SCHEDULE" "${epochs[@]}" --seed "$SEED" --workers "$WORKERS" "$@"
 }

@@ -36,6 +36,7 @@ from torchvision.datasets.utils import check_integrity, extract_archive
 
 from utils import cli
 from utils.cli import UserError, bounded
+from utils.data import datasets
 from utils.files import atomic_write, read_json, to_json, whole_folder
 
 _RECORD = "dataset.json"
@@ -173,7 +174,8 @@ def write_images(out: Path, splits: Splits, classes: int) -> None:
 
 def main() -> None:
     parser = cli.Parser(description="Write CIFAR or Fashion-MNIST as train/ and val/ folders.")
-    parser.add_argument("--dataset", choices=list(_SOURCES), required=True, help="to write")
+    names = {"type": datasets.canonical, "choices": list(_SOURCES)}
+    parser.add_argument("--dataset", **names, required=True, help="to write")
     parser.add_argument("--out-dir", type=Path, required=True, help="gets train/ and val/")
     parser.add_argument(
         "--source-dir", type=Path, metavar="S", help="a copy that is there already; else download"

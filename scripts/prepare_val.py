@@ -50,7 +50,8 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = cli.Parser(description="Sort flat validation images into class folders, by links.")
     add = parser.add_argument
-    add("--kind", choices=("tiny_imagenet", "imagenet1k"), required=True, help="whose images")
+    kinds = ("tiny_imagenet", "imagenet1k")
+    add("--kind", type=datasets.canonical, choices=kinds, required=True, help="whose images")
     add("--data-dir", type=Path, required=True, help="the images as they came")
     add("--out-dir", type=Path, required=True, help="class folders to make")
     add("--labels", type=Path, metavar="FILE", help="imagenet1k: lines of image and WordNet id")

@@ -8,7 +8,7 @@
 set -euo pipefail
 
 # shellcheck source=scripts/setup.sh
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/setup.sh"
 explain "$@"
 for folder in "$@"; do
     if [[ -n "$folder" && ! -d "$folder" ]]; then

@@ -36,7 +36,7 @@
 set -euo pipefail
 
 # shellcheck source=scripts/setup.sh
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/setup.sh"
 explain "$@"
 given_data="${Main_Data_Path:-}" given_val="${val_dir:-}"
 # shellcheck source=config.sh

@@ -7,5 +7,5 @@ fi
 set -euo pipefail
 
 # shellcheck source=scripts/pipeline.sh
-source "$(dirname "${BASH_SOURCE[0]}")/pipeline.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/pipeline.sh"
 run_pipeline tiny_imagenet "$@"

@@ -3,7 +3,7 @@
 # Sets ROOT (the repository) and PYTHON. An active conda or virtual environment that satisfies the
 # requirements is used as it is; otherwise a .venv is made in the repository, once.
 
-ROOT="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
+ROOT="$(CDPATH='' cd -- "$(dirname -- "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)"
 
 explain() { # ARGUMENT ...: with --help, prints the comment at the head of the script, and ends
     local argument

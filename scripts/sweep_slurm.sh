@@ -12,7 +12,7 @@ set -euo pipefail
 
 # SLURM runs a copy of this file: the repository is where sbatch was called.
 # shellcheck source=scripts/setup.sh
-source "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}/scripts/setup.sh"
+source "${SLURM_SUBMIT_DIR:-$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/..}/scripts/setup.sh"
 explain "$@"
 if [[ $# -ne 1 || -z "${SLURM_ARRAY_TASK_ID:-}" ]]; then
     echo "sweep_slurm.sh: takes a PLAN.yaml, as a task of a job array (--help shows how)" >&2

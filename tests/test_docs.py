@@ -2,14 +2,18 @@
 
 import importlib
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
+from string import Template
 
 import numpy as np
 import pytest
-from conftest import ROOT, generate_arguments, script, train_arguments
+from conftest import ROOT, generate_arguments, script, train_arguments, write_images
+from PIL import Image
 
 from analysis import checks, estimate, sweep
 from utils.labels import LabelSet
@@ -141,6 +145,55 @@ def test_the_sweep_and_the_plan_of_the_page_are_read(tmp_path, monkeypatch):
     assert sweep.images_dir(plan, 50) == Path("/data/generated_data/syn_data/cifar100/fadrm_ipc50")
     assert [checks.parse(task).soft_epochs for task in tasks[:3]] == [None, 100, 100]
     assert "runs: 54, 54 to do" in estimate.estimate(plan, 100, sweep.label_tasks(plan), tasks)
+
+
+QUICK = {  # what makes a command of docs/own-images.md short
+    "scripts/train_teacher.sh": "--schedule hard:2 --lr 0.01 --device cpu --workers 0",
+    "scripts/prepare_distilled.py": "--device cpu --workers 0",
+    "relabel/generate.py": "--device cpu --workers 0 --force",  # the teacher has learnt nothing yet
+    "relabel/report.py": "",
+    "validate/train.py": "--soft-epochs 1 --hard-epochs 1 --device cpu --workers 0",
+    "validate/evaluate.py": "--device cpu",
+}
+
+
+@pytest.mark.slow
+def test_the_commands_for_own_images_run_one_after_the_other(tmp_path, command, monkeypatch):
+    """As they stand, but on tiny images, with a small network and few epochs."""
+    training = write_images(tmp_path / "photos/train", 12, seed=0, size=40)
+    write_images(tmp_path / "photos/val", 3, seed=1, size=40)
+    (training / "00000/0.png").unlink()  # classes of different sizes
+    Image.new("RGB", (60, 44)).save(training / "00001/0.png")  # decoded when needed
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs/own-images.md").read_text()
+    text = "".join(re.findall(r"<!-- run: own images -->\n```\n(.*?)```\n", page, re.DOTALL))
+    for given, small in (("/data", f"{tmp_path}"), ("ResNet18", "ConvNetW32"), (" 64 ", " 32 ")):
+        text = text.replace(given, small)
+    variables: dict[str, str] = {}
+    ran = []
+    for line in text.replace("\\\n", "").splitlines():
+        words = shlex.split(Template(line).substitute(variables), comments=True)
+        while words and "=" in words[0]:
+            variable, _, variables[variable] = words.pop(0).partition("=")
+        if not words:
+            continue
+        program, entry, *flags = words
+        flags += QUICK[entry].split()
+        if program == "bash":
+            environment = {**os.environ, **variables}
+            done = subprocess.run([program, entry, *flags], env=environment, capture_output=True)
+            assert done.returncode == 0, done.stderr
+        else:
+            module = importlib.import_module(entry.removesuffix(".py").replace("/", "."))
+            done = command(module.main, *flags)
+            assert done.code == 0, done.err
+        ran.append(entry)
+    assert {*ran} == {*QUICK} and len(ran) == 8
+    assert kinds_logged(tmp_path / "hald/student") == ["hard", "soft"]
+    labels = LabelSet.open(tmp_path / "hald/labels")
+    assert labels.manifest["bssl"] is False and labels.passes == 3
+    full = LabelSet.open(tmp_path / "hald/labels_full")
+    assert full.manifest["images"]["count"] == 47 and full.passes == 2
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

@@ -1,10 +1,12 @@
 """What people really have: other codes' checkpoints, untidy folders, their shells and machines."""
 
 import argparse
+import datetime
 import multiprocessing
 import os
 import shutil
 import subprocess
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -16,13 +18,14 @@ from conftest import CPU, CUSTOM, ROOT, TINY, script, train_arguments, write_ima
 from PIL import Image, features
 
 import models
-from relabel.teacher import load_teacher, unwrap_state
-from utils import cli
+from relabel.teacher import load_teacher
+from utils import cli, runtime
 from utils.cli import UserError
 from utils.data import datasets, evaluation, folders, images
 from utils.data.images import StreamingImages
 from utils.data.views import ViewSpec, draw
 from utils.files import content_name, load_tensors
+from utils.weights import unwrap_state
 from validate import train
 
 
@@ -305,6 +308,7 @@ def clone(tmp_path) -> Path:
         "Main_Data_Path='~/d a'\r\nval_dir=\"~/v\"\r\n# IPC=50\r\n",
         'export Main_Data_Path="$HOME/d a" val_dir=~/v\nMETHOD=fadrm\n',
         "# only a comment\n",
+        "\ufeffMain_Data_Path='{home}/d a'\nval_dir='{home}/v'\n[[ -d /nowhere ]] && IPC=50\n",
     ],
 )
 @pytest.mark.parametrize("shell", ["bash", "sh", "posix"])
@@ -331,6 +335,33 @@ def test_any_config_that_sets_the_two_paths_works(clone, tmp_path, config, shell
     assert "\r" not in done.stderr and "unbound" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("IPC=10\nval_dir = /v\n", "line 2: val_dir: command not found"),
+        ("val_dir= /nowhere/v\n", "/nowhere/v: No such file or directory"),
+        ("val_dir=/v\ncd /nowhere\n", "line 2: cd: /nowhere"),
+        ("val_dir=/v\nfalse\n", "a command in it failed"),
+        ("val_dir='/v\n", "unexpected EOF"),
+        ("val_dir=$NO_SUCH/v\n", "NO_SUCH: unbound variable"),
+    ],
+)
+def test_a_config_that_fails_is_told_in_one_line(clone, config, message):
+    (clone / "config.sh").write_text(config)
+    command = ["bash", "scripts/run_cifar10.sh"]
+    done = subprocess.run(command, cwd=clone, capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("config.sh: ") and message in line and "NAME=value" in line
+
+
+def test_scripts_may_be_called_through_links(clone, tmp_path):
+    link = tmp_path / "hald"
+    link.symlink_to(clone / "scripts" / "run_imagewoof.sh")
+    done = subprocess.run([str(link)], cwd="/", capture_output=True, text=True)
+    assert done.returncode == 2 and f"in {clone}/config.sh" in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGHUP"])
 def test_schedulers_and_closed_terminals_end_any_program_as_sigterm_does(name):
@@ -340,3 +371,29 @@ def test_schedulers_and_closed_terminals_end_any_program_as_sigterm_does(name):
     done = script("-c", program, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 128 + {"SIGUSR1": 10, "SIGHUP": 1}[name]
     assert f"ended by {name}; the same command again continues" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("body", "code", "error"),
+    [
+        ("lambda: [print(n) for n in range(100_000)]", 128 + 13, ""),
+        ('lambda: print(exec("raise cli.UserError(str(7))"))', 2, "-c: 7\n"),
+        ('lambda: cli.Parser().parse_args(["--help"])', 0, ""),
+    ],
+)
+def test_output_that_nobody_reads_ends_a_program_quietly(body, code, error):
+    program = f"import time; from utils import cli; print(1); time.sleep(.5); cli.run({body})"
+    command = f"{sys.executable} -c '{program}' | head -0; exit ${{PIPESTATUS[0]}}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", error)
+
+
+def test_processes_that_never_come_are_not_waited_for_for_ever(monkeypatch):
+    monkeypatch.setattr(runtime, "_MEETING", datetime.timedelta(seconds=1))
+    environment = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**environment, "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="2 processes of this job did not meet"):
+        runtime.start(device="cpu", amp="off")

@@ -16,6 +16,7 @@ from conftest import (
 from torch import nn
 
 from relabel.teacher import load_teacher
+from utils.cli import UserError
 from utils.data import folders, images
 from utils.data.views import normalise
 from utils.labels import LabelSet
@@ -143,6 +144,39 @@ def test_an_optimiser_step_takes_its_batches_and_the_last_what_is_left(world, tm
     training = train.Training(settings, materials, CPU)
     kind = training.begin_epoch(0)
     assert [len(together) for together in training.batches(kind, 0)] == [2, 1]
+
+
+def test_hard_epochs_have_a_batch_size_of_their_own(world, tmp_path):
+    """Of 12 images: stored batches of 5, 5, 2; fresh ones of 7 and 5."""
+    more = ("--schedule", "soft:1,hard:1", "--hard-batch-size", 7)
+    settings, materials = open_run(world, tmp_path, *more)
+    training = train.Training(settings, materials, CPU)
+    sizes = []
+    for epoch in (0, 1):
+        batches = training.begin_epoch(epoch).batches(epoch)
+        sizes.append([len(batch.pixels) for batch in batches])
+    assert sorted(sizes[0]) in ([2, 5, 5], [5, 5, 5], [2, 2, 5]) and sizes[1] == [7, 5]
+    with pytest.raises(UserError, match="--hard-batch-size is for hard or static epochs"):
+        open_run(world, tmp_path, "--schedule", "soft:1", "--hard-batch-size", 7)
+
+
+def test_sgd_is_a_step_with_momentum_and_decay_of_matrices_alone():
+    """Two steps at rate 0.1 on a gradient of 1, by hand: v = 0.9 v + g + wd w."""
+    model = nn.Linear(1, 1)
+    with torch.no_grad():
+        model.weight.fill_(2.0)
+        model.bias.fill_(2.0)
+    optimizer = step.make_optimizer("sgd", model, lr=0.1, weight_decay=0.5)
+    for _ in range(2):
+        model.weight.grad, model.bias.grad = torch.ones(1, 1), torch.ones(1)
+        optimizer.step()
+    assert model.weight.item() == pytest.approx(2 - 0.2 - 0.1 * (0.9 * 2 + 1 + 0.5 * 1.8))
+    assert model.bias.item() == pytest.approx(2 - 0.1 - 0.1 * (0.9 + 1))
+
+
+def test_sgd_wants_a_rate_of_its_own(world, tmp_path):
+    with pytest.raises(UserError, match="--optimizer sgd needs --lr"):
+        open_run(world, tmp_path, "--optimizer", "sgd")
 
 
 def test_a_run_of_every_new_kind_records_what_it_used(world, tmp_path, command):

@@ -11,16 +11,21 @@ from conftest import ROOT, tree
 from PIL import Image
 
 from analysis import sweep
+from utils.files import read_json
 
 
 def bash(script: str, *arguments: str, **settings: object) -> subprocess.CompletedProcess:
-    cleared = {name: value for name, value in os.environ.items() if name != "TEACHER_WEIGHTS"}
+    ours = {"TEACHER_WEIGHTS", "RELABEL_FLAGS", "RUN_NAME"}
+    cleared = {name: value for name, value in os.environ.items() if name not in ours}
     environment = {**cleared, **{name: str(value) for name, value in settings.items()}}
     command = ["bash", str(ROOT / "scripts" / script), *arguments]
     return subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("script", ["run_imagenet.sh", "run_tiny_imagenet.sh", "run_cifar100.sh"])
+PIPELINES = ["imagenet", "tiny_imagenet", "cifar100", "cifar10", "imagenette", "imagewoof"]
+
+
+@pytest.mark.parametrize("script", [f"run_{name}.sh" for name in PIPELINES])
 def test_an_untouched_configuration_is_explained(script):
     done = bash(script, Main_Data_Path="", val_dir="")
     assert done.returncode == 2
@@ -40,8 +45,8 @@ def test_everything_that_is_missing_is_named_at_once(tmp_path):
     images, validation, teacher = done.stderr.splitlines()
     assert f"{tmp_path}/a/generated_data/syn_data/cifar100/fadrm_ipc7" in images
     assert "prepare_distilled.py" in images
-    assert f"{tmp_path}/b/cifar100" in validation and "prepare_val.py" in validation
-    assert f"{tmp_path}/a/ResNet18.pth" in teacher
+    assert f"{tmp_path}/b/cifar100" in validation and "prepare_torchvision.py" in validation
+    assert f"{tmp_path}/a/cifar100/ResNet18.pth" in teacher and "train_teacher.sh" in teacher
     assert tree(tmp_path) == {}
 
 
@@ -71,7 +76,7 @@ def bare(tmp_path) -> Path:
     for name in ("config.sh", "requirements.txt", "requirements-dev.txt"):
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "bin").mkdir()
-    for name in ("bash", "dirname", "sed"):
+    for name in ("bash", "dirname", "readlink", "sed"):
         (tmp_path / "bin" / name).symlink_to(shutil.which(name))
     fake = tmp_path / "bin" / "python3"
     fake.write_text(f"#!/bin/sh\ntouch {tmp_path / 'python was started'}\nexit 1\n")
@@ -122,6 +127,29 @@ def test_the_study_wants_folders_that_exist(tmp_path):
     assert done.returncode == 2 and f"folder not found: {tmp_path}/fonts" in done.stderr
 
 
+def test_imagenette_is_found_under_its_published_name(tmp_path):
+    (tmp_path / "generated_data/syn_data/imagenet-nette/fadrm_ipc10").mkdir(parents=True)
+    (tmp_path / "imagenet-nette").mkdir()
+    (tmp_path / "imagenet-nette" / "ResNet18.pth").touch()
+    done = bash("run_imagenette.sh", Main_Data_Path=tmp_path, val_dir=tmp_path / "v")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"no validation images at {tmp_path}/v/imagenette: ")
+
+
+@pytest.mark.parametrize("wrong", [[], ["--lr", "1"], ["custom", "/train"], ["a", "b", "c", "d"]])
+def test_what_trains_a_teacher_wants_a_data_set_and_two_folders_or_none(tmp_path, wrong):
+    done = bash("train_teacher.sh", *wrong, Main_Data_Path=tmp_path)
+    assert done.returncode == 2 and "takes DATASET [TRAIN VAL]" in done.stderr
+
+
+def test_weights_of_another_teacher_are_left_as_they_are(tmp_path):
+    (tmp_path / "cifar10").mkdir()
+    (tmp_path / "cifar10" / "ResNet18.pth").write_text("mine")
+    done = bash("train_teacher.sh", "CIFAR-10", Main_Data_Path=tmp_path)
+    assert done.returncode == 2 and "is there already and is left as it is" in done.stderr
+    assert tree(tmp_path) == {"cifar10/ResNet18.pth": b"mine"}
+
+
 def test_flags_for_training_follow_two_dashes(tmp_path):
     done = bash("run_imagenet.sh", "--lr", "1", Main_Data_Path=tmp_path, val_dir=tmp_path)
     assert done.returncode == 2 and "flags for validate/train.py follow --" in done.stderr
@@ -144,19 +172,23 @@ def test_the_pipeline_runs_and_passes_flags_on(tmp_path):
         **{"Main_Data_Path": main, "val_dir": validation, "METHOD": "rded", "IPC": 1, "SLC": 1},
         **{"SOFT_EPOCHS": 1, "HARD_EPOCHS": 0, "MODEL": "ConvNetW32", "WORKERS": 0},
         **{"TEACHER": "tests.fixed_teacher:factory", "GPUS": 2, "TRAIN_GPUS": 2},
+        "RELABEL_FLAGS": "--min-scale 0.2",
     }
-    done = bash("run_cifar100.sh", "--", "--temperature", "4", **settings)
+    flags = ("--", "--temperature", "4", "--device", "cpu")
+    done = bash("run_cifar100.sh", *flags, **settings)
     assert done.returncode == 0, done.stderr
-    run = main / "runs/cifar100/rded_bs16_slc1_ipc1_klt_ConvNetW32_hald_seed0"
+    labels = "rded_bs16_slc1_ipc1_klt_tests.fixed_teacher-factory_min-scale-0.2"
+    flags = "hald_soft1_hard0_gpus2_seed0_temperature-4"
+    run = main / f"runs/cifar100/{labels}_ConvNetW32_{flags}"
     recorded = (run / "args.yaml").read_text()
     assert "temperature: 4.0" in recorded and "processes: 2" in recorded
-    manifest = main / "generated_data/new_labels/cifar100/rded_bs16_slc1_ipc1_klt/manifest.json"
-    assert '"bssl": false' in manifest.read_text()
+    manifest = read_json(main / "generated_data/new_labels/cifar100" / labels / "manifest.json")
+    assert manifest["bssl"] is False and manifest["crop_scale"] == [0.2, 1.0]
     refused = bash("run_cifar100.sh", **{**settings, "SLC": 2, "BATCH_SIZE": 0})
     assert refused.returncode == 2
     (line,) = refused.stderr.splitlines()
     assert "--batch-size: 0 is out of range" in line
-    again = bash("run_cifar100.sh", "--", "--temperature", "4", **settings)
+    again = bash("run_cifar100.sh", "--", "--temperature", "4", "--workers", "0", **settings)
     assert again.returncode == 0
     assert "nothing to do" in again.stdout and "is done" in again.stdout
 

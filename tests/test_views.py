@@ -100,6 +100,18 @@ def test_cutmix_is_drawn_as_documented():
         assert drawn[batch].mix_box[0].tolist() == [top, left, bottom - top, right - left]
 
 
+@pytest.mark.parametrize("mix", ["cutmix", "mixup"])
+def test_partners_of_hard_epochs_are_the_reversed_batch_and_never_the_view_itself(mix):
+    """By hand: a batch of 4, an odd one whose middle takes the view before it, a last one of 1."""
+    sizes = np.full((13, 2), 40)
+    even = draw(ViewSpec(32, 4, mix=mix), sizes, seed=3, epoch=1).mix_index.tolist()
+    assert even == [3, 2, 1, 0] * 3 + [0]
+    odd = draw(ViewSpec(32, 5, mix=mix), sizes, seed=3, epoch=2).mix_index.tolist()
+    assert odd == [4, 3, 1, 1, 0] * 2 + [2, 0, 0]
+    stored = draw(ViewSpec(32, 5, mix=mix), sizes, seed=3).mix_index.tolist()
+    assert sorted(stored[:5]) == [0, 1, 2, 3, 4] and stored[:5] != [4, 3, 2, 1, 0]
+
+
 def test_mixup_weights_follow_beta():
     """Quantiles of Beta(0.8, 0.8) by numeric integration of its density."""
     lam = draw(ViewSpec(32, 1, mix="mixup"), np.full((40000, 2), 32), seed=0).mix_lam.numpy()

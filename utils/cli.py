@@ -253,6 +253,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     try:
         _run(main)
     except SystemExit as stopped:
+        _output_unread()
         if dist.is_initialized():
             if stopped.code == 0:  # else other processes may be waiting for this one, or gone
                 dist.destroy_process_group()
@@ -277,6 +278,19 @@ def _exit_beside_threads(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _output_unread(probe: str = "") -> bool:
+    """Whether nobody reads what is printed any more, as in `... | head -1`; then drops the rest.
+
+    `probe` is printed to find out where nothing waits to be written.
+    """
+    try:
+        print(end=probe, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _run(main: Callable[[], None]) -> NoReturn:
@@ -315,6 +329,9 @@ def _run(main: Callable[[], None]) -> NoReturn:
         else:
             raise
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _output_unread("\n"):
+            kill_children()
+            sys.exit(128 + signal.SIGPIPE)  # as any program behind which head has ended
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" at {error.filename}" if error.filename else ""
             message = f"the disk is full{where}; free some space, then run the same command again"

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torchvision
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 
 from utils.cli import UserError, bounded, gpu_failure, world_size
 from utils.data.datasets import Dataset
@@ -32,6 +33,7 @@ _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 # Of a step for the others'. Where rank 0 alone decodes, fits or writes, the others wait for long.
 _PATIENCE = datetime.timedelta(minutes=30)
 _PATIENCE_FOR_FIRST = datetime.timedelta(days=7)
+_MEETING = datetime.timedelta(minutes=5)  # for all processes to have come and found each other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -355,7 +357,18 @@ def _join(machine: Runtime) -> Runtime:
         device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group(backend, timeout=_PATIENCE)
+        try:
+            store, _, _ = next(rendezvous("env://", timeout=_MEETING))
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=world, timeout=_PATIENCE
+            )
+        except (dist.DistError, ValueError) as error:
+            port, reason = os.environ.get("MASTER_PORT"), str(error).splitlines()[0][:200]
+            raise UserError(
+                f"the {world} processes of this job did not meet at {os.environ['MASTER_ADDR']}, "
+                f"port {port} ({reason}): start all of them, with torchrun, and let them reach "
+                "each other"
+            ) from None
     patient = dist.new_group(backend="gloo", timeout=_PATIENCE_FOR_FIRST)
     return dataclasses.replace(machine, device=device, rank=rank, world=world, patient=patient)
 

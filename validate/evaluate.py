@@ -19,11 +19,12 @@ from torch import nn
 import models
 from utils import cli, runtime
 from utils.cli import UserError
-from utils.data import evaluation, folders
+from utils.data import datasets, evaluation, folders
 from utils.data.datasets import Dataset
 from utils.data.views import normalise, send
 from utils.files import load_tensors
 from utils.metrics import hits
+from utils.weights import load_state, unwrap_state
 
 _BATCH_SIZE = 256
 
@@ -34,8 +35,10 @@ def main() -> None:
     parser.add_argument("--val-dir", type=Path, required=True, help="validation images")
     parser.add_argument(
         "--model",
-        help="the network, when it is a package.module:factory: code named by a file is never run",
+        help="the network, when it is a package.module:factory (code named by a file is never run) "
+        "or the checkpoint is of other code",
     )
+    parser.add_argument("--dataset", help="of a checkpoint of other code, such as published ones")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object instead of a line"
     )
@@ -51,13 +54,15 @@ def main() -> None:
     runtime.add_arguments(parser, decodes=False)
     evaluation.add_arguments(parser)
     args = parser.parse_args()
-    model, saved = load_student(args.checkpoint, args.model)
+    named = datasets.named(args.dataset) if args.dataset else None
+    model, saved = load_student(args.checkpoint, args.model, named)
     machine = runtime.from_arguments(args)
     if args.amp == "auto" and (saved["precision"], machine.device.type) != ("fp16", "cpu"):
         machine = runtime.start(device=args.device, amp=saved["precision"])  # as in training
     dataset = Dataset(**saved["dataset"])
-    folder = folders.scan(args.val_dir)
-    folders.check_same_classes(folder, saved["classes"], str(args.checkpoint))
+    folder = folders.scan(args.val_dir, dataset.num_classes)
+    if saved["classes"]:
+        folders.check_same_classes(folder, saved["classes"], str(args.checkpoint))
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
         pixels = evaluation.load(folder, dataset, machine.device, args.val_cache)
     model.to(machine.device, memory_format=torch.channels_last)
@@ -128,33 +133,44 @@ def check_confirmed(network: str, confirmed: str | None, path: Path) -> None:
         raise UserError(f"{path} names the code {network!r}; confirm with --model {network}")
 
 
-def load_student(checkpoint: Path, name: str | None = None) -> tuple[nn.Module, dict]:
+def load_student(
+    checkpoint: Path, name: str | None = None, dataset: Dataset | None = None
+) -> tuple[nn.Module, dict]:
     """A trained student on the CPU, and all that its checkpoint holds.
 
     Args:
-        checkpoint: checkpoint.pt or best.pt of a run.
-        name: the network; needed only when it is code, which a file may not name.
+        checkpoint: checkpoint.pt or best.pt of a run, or one of other code: a state dict, alone or
+            in a dict such as the published checkpoint.pth.tar.
+        name: the network; needed where it is code, which a file may not name, and for other code.
+        dataset: what a checkpoint of other code was trained on.
 
     Raises:
-        UserError: not a checkpoint of validate/train.py, or weights that do not fit.
+        UserError: no checkpoint, one that must be named, or weights that do not fit.
     """
     saved = load_tensors(checkpoint, "checkpoint")
     if not isinstance(saved, dict) or saved.get("format") != "hald-student":
-        raise UserError(f"{checkpoint} is not a checkpoint of validate/train.py")
+        if name is None or dataset is None:
+            raise UserError(
+                f"{checkpoint} is not a checkpoint of validate/train.py; say with --model and "
+                "--dataset what it is of"
+            )
+        state = unwrap_state(saved, checkpoint)
+        saved = {"network": name, "dataset": vars(dataset), "model": state}
+        saved |= {"precision": "off", "classes": None}
+    elif dataset is not None:
+        raise UserError(f"--dataset is for checkpoints of other code; {checkpoint} names its own")
     needed = ("dataset", "network", "classes", "precision", "model")
     if missing := [field for field in needed if field not in saved]:
         raise UserError(f"{checkpoint} is incomplete: it has no {missing[0]!r}")
     network = name or saved["network"]
     check_confirmed(network, name, checkpoint)
-    dataset = Dataset(**saved["dataset"])
+    facts = Dataset(**saved["dataset"])
     try:
-        model = models.build(network, dataset.num_classes, dataset.input_size)
+        model = models.build(network, facts.num_classes, facts.input_size)
     except ValueError as error:
         raise UserError(f"--model: {error}") from None
-    try:
-        model.load_state_dict(saved["model"])
-    except RuntimeError:
-        raise UserError(f"the weights in {checkpoint} do not fit {network}") from None
+    state = models.under_our_names(model, saved["model"])
+    load_state(model, state, f"the weights in {checkpoint}", network)
     return model, saved
 
 

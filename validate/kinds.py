@@ -214,6 +214,7 @@ class Hard(Kind):
     name = "hard"
     colour = "tab:orange"
     needs_labels = False
+    flags = ("hard_batch_size",)
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         return self.data.render(self.data.fresh_views(epoch))
@@ -243,7 +244,7 @@ class Static(Kind):
 
     name = "static"
     colour = "tab:purple"
-    flags = ("temperature_end",)
+    flags = ("temperature_end", "hard_batch_size")
 
     @classmethod
     def check(cls, settings: Settings, labels: LabelSet | None) -> None:

@@ -8,7 +8,8 @@ from utils.cli import UserError, did_you_mean
 from utils.data.views import POOL, shuffle
 
 Phase = tuple[str, int]  # a kind of epoch, and how many of them follow one another
-NAMES = ("hald", "S1", "S2", "S3", "S4", "S5", "S6", "S7", "S8")
+ALTERNATING = ("S2", "S3", "S4", "S5")
+NAMES = ("hald", "S1", *ALTERNATING, "S6", "S7", "S8")
 
 
 def phases(schedule: str, soft: int, hard: int, passes: int, kinds: Sequence[str]) -> list[Phase]:
@@ -18,7 +19,8 @@ def phases(schedule: str, soft: int, hard: int, passes: int, kinds: Sequence[str
         schedule: a name of NAMES (HALD's ablation table, arXiv 2512.15647; hald = S6), a kind, or
             the free form "soft:75,hard:150,soft:75". A kind's name trains all soft + hard epochs on
             that one kind, so that baselines take equally many steps.
-        soft, hard: number of soft-label and hard-label epochs.
+        soft, hard: number of soft-label and hard-label epochs; of S2 to S5 their sum alone counts,
+            as in the published code.
         passes: stored soft labels per image; the n of S2 to S5.
         kinds: the names of all kinds of epoch.
 
@@ -34,13 +36,13 @@ def phases(schedule: str, soft: int, hard: int, passes: int, kinds: Sequence[str
         case "S1":
             parts = [("hard", hard), ("soft", soft)]
         case "S2":
-            parts = _alternate({"hard": hard, "soft": soft}, passes)
+            parts = _alternate(("hard", "soft"), soft + hard, passes)
         case "S3":
-            parts = _alternate({"hard": hard, "soft": soft}, 2 * passes)
+            parts = _alternate(("hard", "soft"), soft + hard, 2 * passes)
         case "S4":
-            parts = _alternate({"soft": soft, "hard": hard}, passes)
+            parts = _alternate(("soft", "hard"), soft + hard, passes)
         case "S5":
-            parts = _alternate({"soft": soft, "hard": hard}, 2 * passes)
+            parts = _alternate(("soft", "hard"), soft + hard, 2 * passes)
         case "S7":
             parts = _sandwich("hard", hard, "soft", soft)
         case "S8":
@@ -71,15 +73,10 @@ def _sandwich(outer: str, outer_epochs: int, inner: str, inner_epochs: int) -> l
     return [(outer, first), (inner, inner_epochs), (outer, outer_epochs - first)]
 
 
-def _alternate(remaining: dict[str, int], every: int) -> list[Phase]:
-    """Turns of `every` epochs per kind, in the dict's order, until both kinds are used up."""
-    turns = []
-    while any(remaining.values()):
-        for kind in remaining:
-            epochs = min(every, remaining[kind])
-            remaining[kind] -= epochs
-            turns.append((kind, epochs))
-    return turns
+def _alternate(kinds: tuple[str, str], epochs: int, every: int) -> list[Phase]:
+    """Turns of `every` epochs per kind until `epochs` are spent in all; the last may be shorter."""
+    starts = range(0, epochs, every)
+    return [(kinds[turn % 2], min(every, epochs - start)) for turn, start in enumerate(starts)]
 
 
 def parse(text: str, kinds: Sequence[str]) -> list[Phase]:

@@ -14,7 +14,7 @@ from utils.data import custom, datasets, evaluation, folders, images
 from utils.data.views import MIXES, ViewSpec
 from utils.files import sha256_file
 from utils.labels import LabelSet, first_difference
-from validate import schedule
+from validate import schedule, step
 from validate.kinds import KINDS
 
 _DEFAULT_EPOCHS = 150
@@ -76,6 +76,10 @@ class Settings:
     batch_size: int = _flag(
         f"the label set's; without one, default {_DEFAULT_BATCH_SIZE}", type=bounded(int, 1)
     )
+    hard_batch_size: int = _flag(
+        "of freshly drawn views, in hard and static epochs (default: the other batches')",
+        type=bounded(int, 1),
+    )
     grad_accum: int = _flag("batches per optimiser step", type=bounded(int, 1), default=1)
     eval_every: int = _flag(
         "epochs between evaluations; the last is always evaluated", type=bounded(int, 1), default=10
@@ -121,11 +125,17 @@ class Settings:
         "validate/hyper.yaml)",
         type=bounded(float, 0.01),
     )
+    optimizer: str = _flag(
+        "adamw: as published; sgd: with momentum 0.9, usual for teachers; needs --lr",
+        choices=step.OPTIMIZERS,
+        default="adamw",
+    )
     weight_decay: float = _flag(
-        "AdamW's, of tensors with more than one dimension", type=bounded(float, 0), default=0.01
+        "of tensors with more than one dimension", type=bounded(float, 0), default=0.01
     )
     reset_optimizer: bool = _flag(
-        "forget Adam's moments at each switch to another kind of epoch", action="store_true"
+        "forget the optimiser's moments at each switch to another kind",
+        action="store_true",
     )
     compile: bool = _flag("compile the student; needs a C++ compiler", action="store_true")
     graph: bool = _flag(
@@ -154,7 +164,7 @@ class Settings:
     def view_spec(self) -> ViewSpec:
         """What freshly drawn views are drawn from."""
         scale = self.min_scale
-        return ViewSpec(self.input_size, self.batch_size, min_scale=scale, mix=self.hard_mix)
+        return ViewSpec(self.input_size, self.hard_batch_size, min_scale=scale, mix=self.hard_mix)
 
     def label_batches(self, labels: LabelSet) -> list[int]:
         """The stored label batches that epochs of this run draw from."""
@@ -300,9 +310,12 @@ def resolve(args: argparse.Namespace, materials: Materials, machine: runtime.Run
     for kind in kinds:
         if KINDS[kind].needs_labels and labels is None:
             raise UserError(f"schedule {args.schedule} has {kind} epochs: give --label-dir")
+    if args.optimizer == "sgd" and args.lr is None:
+        raise UserError("--optimizer sgd needs --lr: the published rates are those of AdamW")
     lr, eta, entry = published_hyper(dataset.name, args.model, materials.folder.counts())
     if args.lr is None or args.eta is None:
         print(f"learning rate: {entry}")
+    batch_size = _batch_size(args, labels)
     hard_share = _DEFAULT_HARD_SHARE if args.hard_share is None else args.hard_share
     crops_stored = labels is not None and labels.spec.min_scale < 1
     stored_scale = labels.spec.min_scale if crops_stored else _DEFAULT_MIN_SCALE
@@ -323,7 +336,8 @@ def resolve(args: argparse.Namespace, materials: Materials, machine: runtime.Run
         "data_dir": str(args.data_dir),
         "label_dir": str(args.label_dir) if labels else None,
         "val_dir": str(args.val_dir),
-        "batch_size": _batch_size(args, labels),
+        "batch_size": batch_size,
+        "hard_batch_size": args.hard_batch_size or batch_size,
         "min_scale": args.min_scale or stored_scale,
         "hard_share": hard_share if "joint" in kinds else None,
         "lr": lr if args.lr is None else args.lr,
@@ -353,7 +367,7 @@ def count_epochs(args: argparse.Namespace, passes: int, classes: int) -> tuple[i
     if soft != "auto":
         return soft, hard
     total = 2 * hard
-    if args.schedule in KINDS:  # which trains all of them, however they are shared
+    if args.schedule in (*KINDS, *schedule.ALTERNATING):  # which share them in their own way
         return total, 0
     if not passes:
         raise UserError("--soft-epochs auto needs --label-dir: it looks at the labels per image")

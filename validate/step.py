@@ -17,6 +17,7 @@ from validate.kinds import Batch
 
 _WARM_UP = 3  # steps before a capture, in which cuDNN, cuBLAS, autocast and Adam set themselves up
 
+OPTIMIZERS = ("adamw", "sgd")
 Loss = Callable[[torch.Tensor, Batch], torch.Tensor]
 
 
@@ -193,12 +194,16 @@ class _Recording:
     graph: torch.cuda.CUDAGraph | None = None
 
 
-def adamw(model: nn.Module, weight_decay: float, lr: torch.Tensor) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`, fused, which a CUDA graph can hold.
+def make_optimizer(
+    kind: str, model: nn.Module, lr: torch.Tensor, weight_decay: float
+) -> torch.optim.Optimizer:
+    """An optimiser of OPTIMIZERS over `parameter_groups`, fused, which a CUDA graph can hold.
 
     lr, float32 [] on the model's device, is filled when the rate changes, never replaced.
     """
     groups = parameter_groups(model, weight_decay)
+    if kind == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=True)
     return torch.optim.AdamW(groups, lr=lr, fused=True, capturable=True)
 
 

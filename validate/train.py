@@ -78,10 +78,13 @@ class Training:
         self.student = student.to(machine.device, memory_format=torch.channels_last)
         what = f"--model {settings.model}"
         runtime.check_outputs(student, settings.facts, machine.device, what)
-        last = len(materials.sizes) % settings.batch_size or settings.batch_size
+        batch_sizes = settings.batch_size, settings.hard_batch_size
+        last = min(len(materials.sizes) % size or size for size in batch_sizes)
         runtime.check_trains(student, settings.facts, machine.device, last, what)
         self.lr = torch.zeros((), device=machine.device)
-        self.optimizer = step.adamw(student, settings.weight_decay, self.lr)
+        self.optimizer = step.make_optimizer(
+            settings.optimizer, student, self.lr, settings.weight_decay
+        )
         if machine.rank > 0:  # dropout of its own on every rank
             torch.manual_seed(settings.seed + machine.rank)
         source = images.open_images(

@@ -2,12 +2,21 @@
 
 import argparse
 import dataclasses
+import re
 from pathlib import Path
 
 import yaml
 
 from utils.cli import UserError, bounded, did_you_mean
 
+# Spellings of the field, without "-" and "_"; those of datasets.yaml are known in the same way.
+_SPELLINGS = {
+    "imagenet": "imagenet1k",
+    "imagenetnette": "imagenette",
+    "imagenetwoof": "imagewoof",
+    "tinyimagenet200": "tiny_imagenet",
+}
+_PUBLISHED_FOLDERS = {"imagenette": "imagenet-nette"}
 _FACTS = yaml.safe_load(Path(__file__).with_name("datasets.yaml").read_text())
 
 
@@ -38,6 +47,18 @@ class Dataset:
 def names() -> list[str]:
     """All data sets that are known by name."""
     return list(_FACTS)
+
+
+def canonical(name: str) -> str:
+    """The name of datasets.yaml that a spelling means, whatever its case; others as they are."""
+    plain = re.sub("[-_]", "", name.lower())
+    known = {re.sub("[-_]", "", each): each for each in _FACTS}
+    return known.get(plain) or _SPELLINGS.get(plain, name)
+
+
+def folder_names(name: str) -> list[str]:
+    """Names of folders for a data set's files: its own, and the published one if that differs."""
+    return [name, *filter(None, [_PUBLISHED_FOLDERS.get(name)])]
 
 
 def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -95,7 +116,8 @@ def from_arguments(args: argparse.Namespace, inferred: bool = False) -> Dataset:
 
 
 def named(name: str) -> Dataset:
-    """The data set of that name; raises UserError for an unknown one."""
+    """The data set of that name or spelling; raises UserError for an unknown one."""
+    name = canonical(name)
     if name not in _FACTS:
         close = did_you_mean(name, names())
         raise UserError(f"unknown data set {name!r}{close} (known: {', '.join(names())}, custom)")

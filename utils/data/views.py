@@ -308,11 +308,15 @@ def _draw_mix(spec: ViewSpec, views: Views, seed: int, epoch: int) -> Views:
     size, per_batch = spec.input_size, spec.batch_size + _RAWS_PER_MIX
     numbers = raws(seed, MIX, epoch, per_batch * len(views)).reshape(len(views), per_batch)
     order, rest = numbers[:, : spec.batch_size], numbers[:, spec.batch_size :]
+    if epoch > 0:  # as in the published code, students mix a batch with itself in reverse order
+        order = np.broadcast_to(np.arange(spec.batch_size)[::-1], order.shape)
     mix_index = np.argsort(order, axis=1, kind="stable").reshape(-1)
     last = len(views.index) - (len(views) - 1) * spec.batch_size
     if last < spec.batch_size:
         tail = np.argsort(order[-1, :last], kind="stable")
         mix_index = np.concatenate([mix_index[: -spec.batch_size], tail])
+    if epoch > 0:  # the middle view of an odd batch, not with itself
+        mix_index -= (mix_index == np.arange(len(mix_index)) % spec.batch_size) & (mix_index > 0)
     mixed = dataclasses.replace(views, mix_index=torch.from_numpy(mix_index))
     if spec.mix == "mixup":
         return dataclasses.replace(mixed, mix_lam=torch.from_numpy(_mixup_lam(rest)))

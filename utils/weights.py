@@ -1,0 +1,75 @@
+"""State dicts in the checkpoints of all kinds of training scripts."""
+
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from utils.cli import UserError
+
+_USUAL_KEYS = ("state_dict", "model", "net", "network", "model_state_dict", "model_state")
+_PREFIXES = ("module.", "_orig_mod.")
+
+
+def unwrap_state(content: object, path: Path, ema: bool = False) -> dict[str, torch.Tensor]:
+    """The network in a checkpoint: the one dict of tensors in it, wherever training scripts put it.
+
+    Args:
+        content: of the file.
+        path: of the file, for messages.
+        ema: take the averaged weights, under a key with "ema" in it, instead of the others.
+
+    Returns:
+        The state dict, without the prefixes of DistributedDataParallel and torch.compile.
+
+    Raises:
+        UserError: no such dict, or several.
+    """
+    states = dict(_find_states(content, ""))
+    averaged = {key for key in states if "ema" in key.lower()}
+    chosen = [key for key in states if (key in averaged) == ema]
+    usual = [key for key in chosen if key.split(".")[-1] in _USUAL_KEYS]
+    if len(chosen) > 1 and len(usual) == 1:
+        chosen = usual
+    if len(chosen) != 1:
+        keys = ", ".join(map(repr, content)) if isinstance(content, dict) else "no dict at all"
+        which = f"several networks ({', '.join(chosen)})" if chosen else "no state dict"
+        hint = "; --teacher-ema takes the averaged weights" if averaged and not ema else ""
+        keys = textwrap.shorten(keys, 200, placeholder=" ...")
+        raise UserError(f"{path} holds {which}; its top-level keys: {keys}{hint}")
+    state = states[chosen[0]]
+    while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in state)), None):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def _find_states(content: object, key: str) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Dicts of tensors by their keys, at most two dicts deep; not those of an optimiser."""
+    if not isinstance(content, dict) or not content:
+        return
+    if all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in content.items()):
+        yield key, content
+    elif key.count(".") < 2:
+        for name, value in content.items():
+            if not re.search("optim|sched|scaler", str(name)):
+                yield from _find_states(value, f"{key}.{name}" if key else str(name))
+
+
+def load_state(model: nn.Module, state: dict[str, torch.Tensor], what: str, name: str) -> None:
+    """Loads a state dict; raises UserError with one line that names the first misfit."""
+    own = model.state_dict()
+    for key, value in own.items():
+        if key in state and state[key].shape != value.shape:
+            raise UserError(
+                f"{what} do not fit {name} for this data set: {key} is {tuple(state[key].shape)}, "
+                f"expected {tuple(value.shape)} (other number of classes or input size?)"
+            )
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in own]
+    if missing or unexpected:
+        counts = f"{len(missing)} tensors missing, {len(unexpected)} unexpected"
+        raise UserError(f"{what} do not fit {name}: {counts} (first: {(missing + unexpected)[0]})")
+    model.load_state_dict(state, strict=False)
