@@ -17,10 +17,10 @@ from utils import runtime
 from utils.cli import UserError
 from utils.data import images
 from utils.data.images import ResidentImages
-from utils.data.views import ViewSpec, draw, in_groups
+from utils.data.views import ViewSpec, draw
 from utils.runtime import Runtime
 from validate import step
-from validate.kinds import Batch
+from validate.kinds import Batch, in_groups
 from validate.settings import Materials, Settings
 from validate.train import Training
 

@@ -143,6 +143,13 @@ class Runtime:
                     self.total(buffer).div_(self.world)
 
 
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device; nothing waits for a copy to a GPU."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def check_trains(
     model: nn.Module, dataset: Dataset, device: torch.device, views: int, what: str
 ) -> None:

@@ -21,9 +21,10 @@ from utils import cli, runtime
 from utils.cli import UserError
 from utils.data import datasets, evaluation, folders
 from utils.data.datasets import Dataset
-from utils.data.views import normalise, send
+from utils.data.views import normalise
 from utils.files import load_tensors
 from utils.metrics import hits
+from utils.runtime import send
 from utils.weights import load_state, unwrap_state
 
 _BATCH_SIZE = 256

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from utils.cli import UserError
-from utils.data.views import Mixture, Views, draw, in_groups
+from utils.data.views import Mixture, Views, draw
 from utils.labels import LabelSet
 from utils.runtime import Runtime
 from validate import schedule
@@ -135,6 +135,20 @@ class TrainingData:
             indices = [*itertools.islice(remaining, len(views))]
             group = group._replace(teacher=self.labels.logits(indices, group.mixture))
             yield from group.split(views.batch_size)
+
+
+def in_groups(batches: Iterable[Views], most: int) -> list[Views]:
+    """Neighbouring batches joined, up to `most` views; a batch that is not whole ends a group."""
+    groups: list[list[Views]] = []
+    room = 0
+    for views in batches:
+        count = len(views.index)
+        if count > room:
+            groups.append([])
+            room = max(most, count)
+        groups[-1].append(views)
+        room = 0 if count % views.batch_size else room - count
+    return [Views.joined(group) for group in groups]
 
 
 class Kind:

@@ -25,9 +25,9 @@ from torchvision.transforms import functional as transforms
 from utils.cli import ENDING_SIGNALS, UserError, ending_at_once, kill_children, progress
 from utils.data.datasets import Dataset
 from utils.data.folders import ImageFolder
-from utils.data.views import Views, crop_resize, mix, normalise, render, send
+from utils.data.views import Views, crop_resize, mix, normalise, render
 from utils.files import content_name
-from utils.runtime import usable_cores
+from utils.runtime import send, usable_cores
 
 # Never formats like EPS, which PIL hands to an interpreter. Of several frames the first is read.
 _FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM", "GIF"]

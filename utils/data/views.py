@@ -11,12 +11,14 @@ Source of the distributions: torchvision's RandomResizedCrop; CutMix (arXiv 1905
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from utils.runtime import send
 
 MIXES = ("cutmix", "mixup", "none")
 RATIO = (3 / 4, 4 / 3)
@@ -129,11 +131,10 @@ class Views:
         first = parts[0]
         if len(parts) == 1:
             return first
-        fields = (field.name for field in dataclasses.fields(first))
         tensors = {
             name: torch.cat([getattr(part, name) for part in parts])
-            for name in fields
-            if isinstance(getattr(first, name), torch.Tensor)
+            for name, value in vars(first).items()
+            if isinstance(value, torch.Tensor)
         }
         return dataclasses.replace(first, **tensors)
 
@@ -143,9 +144,9 @@ class Views:
     def to(self, device: torch.device) -> "Views":
         """The same views on another device."""
         moved = {
-            field.name: send(value, device)
-            for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), torch.Tensor)
+            name: send(value, device)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
         }
         return dataclasses.replace(self, **moved)
 
@@ -182,27 +183,6 @@ class Views:
         """What these views show; hard_labels int64 [images], the class of every image."""
         own, partner = hard_labels[self.index], self.partner()
         return Mixture(own, own if partner is None else own[partner], self.lam(input_size))
-
-
-def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on a device; nothing waits for a copy to a GPU."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
-def in_groups(batches: Iterable[Views], most: int) -> list[Views]:
-    """Neighbouring batches joined, up to `most` views; a batch that is not whole ends a group."""
-    groups: list[list[Views]] = []
-    room = 0
-    for views in batches:
-        count = len(views.index)
-        if count > room:
-            groups.append([])
-            room = max(most, count)
-        groups[-1].append(views)
-        room = 0 if count % views.batch_size else room - count
-    return [Views.joined(group) for group in groups]
 
 
 def raws(seed: int, purpose: int, epoch: int, count: int) -> np.ndarray:
@@ -324,8 +304,7 @@ def _draw_mix(spec: ViewSpec, views: Views, seed: int, epoch: int) -> Views:
     side = _isqrt(area).astype(np.int64)
     centre = np.stack([rest[:, 1] >> _HALF, rest[:, 1] & _LOW], axis=1) * np.uint64(size) >> _HALF
     start = centre.astype(np.int64) - side[:, None] // 2
-    end = (start + side[:, None] // 2 * 2).clip(0, size)
-    start = start.clip(0, size)
+    start, end = start.clip(0, size), (start + side[:, None] // 2 * 2).clip(0, size)
     box = np.concatenate([start, end - start], axis=1).astype(np.int32)
     return dataclasses.replace(mixed, mix_box=torch.from_numpy(box))
 

@@ -9,12 +9,13 @@ import torch
 
 from utils.cli import UserError
 from utils.data.datasets import Dataset
-from utils.data.views import Mixture, Views, draw, send
+from utils.data.views import Mixture, Views, draw
 from utils.files import sha256_file
 from utils.labels import codecs
 from utils.labels import manifest as layout
 from utils.labels.arrays import read_npz, views_from_arrays
 from utils.labels.codecs.base import Codec, Codes
+from utils.runtime import send
 
 _ROWS = 1024  # labels expanded at once where a whole pass is read, as codecs need room meanwhile
 
