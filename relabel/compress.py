@@ -69,6 +69,14 @@ def main() -> None:
         source.passes = source.passes_for(args.slc)
     if args.out_dir.resolve() == args.label_dir.resolve():
         raise UserError("--out-dir is --label-dir; the labels need a folder of their own")
+    labels = source.passes * source.manifest["images"]["count"]
+    before, budget = source.bytes_on_disk(), parameters.get("bytes_per_label", 0)
+    if budget > before / labels:
+        raise UserError(
+            f"--bytes-per-label {budget:g}: the labels in {args.label_dir} take "
+            f"{before / labels:.1f} bytes each already, and more bytes do not bring back what is "
+            "lost; give a smaller budget, or --distortion"
+        )
     packer = {k: v for k, v in runtime.versions().items() if k == "pcodec"}
     settings = {
         **source.manifest,
@@ -100,13 +108,14 @@ def main() -> None:
                 )
         writer.finish()
     result = LabelSet.open(args.out_dir)
-    labels = source.passes * source.manifest["images"]["count"]
     (lost,), _ = compare(result, source, [0], (20.0,))
-    before, after = source.bytes_on_disk(), result.bytes_on_disk()
+    after, counted = result.bytes_on_disk(), result.budgeted_bytes() / labels
     print(
         f"{labels} soft labels in {args.out_dir}: {after:,} bytes, {after / labels:.1f} per label "
-        f"(before: {before / labels:.1f}, a factor of {before / after:.1f}); distortion at "
-        f"temperature 20 of the first pass {lost:.4f}, against the labels in {args.label_dir}"
+        f"(before: {before / labels:.1f}, a factor of {before / after:.1f}), {counted:.1f} "
+        "of them for labels and codec, which a budget counts, the rest for manifest and checksums; "
+        f"distortion at temperature 20 of the first pass {lost:.4f}, against the labels in "
+        f"{args.label_dir}"
     )
 
 

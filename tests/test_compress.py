@@ -56,6 +56,20 @@ def test_generating_and_recoding_give_equal_labels(world, long_set, tmp_path, co
     assert distortion(all_logits(long_set), other) < 0.5
 
 
+def test_a_budget_above_what_labels_take_is_refused_and_its_bytes_are_told_apart(
+    long_set, tmp_path, command
+):
+    refused = recode(command, long_set, tmp_path / "b", "--codec", "klt", "--bytes-per-label", 900)
+    assert refused.code == 2 and "bytes each already" in refused.err
+    assert not (tmp_path / "b").exists()
+    done = recode(command, long_set, tmp_path / "b", "--codec", "klt", "--bytes-per-label", 24)
+    labels = LabelSet.open(tmp_path / "b")
+    payloads = [np.load(path)["payload"] for path in sorted((tmp_path / "b").glob("pass_*.npz"))]
+    counted = sum(map(len, payloads)) + sum(a.nbytes for a in labels.codec.arrays().values())
+    assert labels.budgeted_bytes() == counted < labels.bytes_on_disk()
+    assert f"{counted / (12 * PASSES):.1f} of them for labels and codec" in done.out
+
+
 def test_views_hard_labels_and_manifest_stay(long_set, tmp_path, command):
     assert recode(command, long_set, tmp_path / "b", "--codec", "klt").code == 0
     before, after = LabelSet.open(long_set), LabelSet.open(tmp_path / "b")

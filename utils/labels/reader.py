@@ -143,6 +143,12 @@ class LabelSet:
         extra = [name for name in (layout.CODEC, layout.SIZES) if name in self.manifest["files"]]
         return sum((self.path / name).stat().st_size for name in [layout.MANIFEST, *extra, *names])
 
+    def budgeted_bytes(self) -> int:
+        """Bytes of the packed labels and the fitted codec, which --bytes-per-label counts."""
+        names = [layout.pass_name(pass_index) for pass_index in range(self.passes)]
+        packed = sum(len(read_npz(self.path / name)["payload"]) for name in names)
+        return packed + sum(array.nbytes for array in self.codec.arrays().values())
+
     def check(self, dataset: Dataset, classes: Sequence[str], images: str) -> None:
         """Raises UserError, naming the field, unless the labels were made for exactly this.
 
