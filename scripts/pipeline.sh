@@ -1,6 +1,11 @@
 # shellcheck shell=bash
 # Sourced by run_imagenet.sh and its siblings: checks the paths, relabels, trains a student.
 
+if [ -z "${BASH_VERSION:-}" ] || [ -o posix ]; then # started by sh
+    exec env -u POSIXLY_CORRECT -u SHELLOPTS bash "$0" "$@"
+fi
+set -euo pipefail
+
 # shellcheck source=scripts/setup.sh
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/setup.sh"
 explain "$@"
@@ -13,20 +18,16 @@ declare -A settings=(
 )
 declare -A given=()
 for name in "${!settings[@]}"; do given[$name]="${!name:-}"; done
-config="$(tr -d '\r' < "$ROOT/config.sh")" # as an editor of Windows may have written it
-config="${config#$'\xef\xbb\xbf'}"$'\ntrue' # a last line like [[ -d /x ]] && IPC=50 may be false
-if ! complaint="$(bash -euc "$config" config.sh 2>&1 >/dev/null)"; then
-    complaint="${complaint%%$'\n'*}"
-    echo "${complaint:-config.sh: a command in it failed}; it must be lines of NAME=value, without" \
-        "spaces around the =" >&2
-    exit 2
-fi
-eval "$config"
+read_config
 for name in "${!settings[@]}"; do
     value="${given[$name]:-${!name:-${settings[$name]}}}"
     printf -v "$name" %s "${value/#\~\//${HOME:-}/}" # ~/ within quotes
 done
 export Main_Data_Path val_dir
+if [[ ! "$GPUS" =~ ^(all|[1-9][0-9]*)$ || ! "$TRAIN_GPUS" =~ ^[1-9][0-9]*$ ]]; then
+    echo "GPUS=$GPUS, TRAIN_GPUS=$TRAIN_GPUS: must be numbers from 1 on; GPUS may be all" >&2
+    exit 2
+fi
 
 DOWNLOADS="https://drive.google.com/drive/folders"
 
@@ -36,8 +37,8 @@ folder_of() { # PARENT DATASET: its folder, which the published data may name ot
 }
 
 flags_name() { # FLAG ...: those that decide the result, as the end of a folder's name
-    sed -E 's/ --(device|workers|val-cache|resume|wandb-project)[= ][^ ]+//g
-        s/ --(compile|tensorboard|force)//g; s/[^A-Za-z0-9.]+/-/g; s/^-/_/; s/-$//' <<< " $*"
+    sed -E 's/ --(device|workers|packers|val-cache|resume|wandb-project)[= ][^ ]+//g
+        s/ --(compile|graph|no-graph|tensorboard|force)( |$)/\2/g; s/[^A-Za-z0-9.]+/-/g; s/^-/_/; s/-$//' <<< " $*"
 }
 
 check_paths() { # DATASET IMAGES VALIDATION LABELS: one line for each thing that is missing
@@ -104,10 +105,6 @@ run_pipeline() { # DATASET [-- FLAG ...]: the flags go to validate/train.py
     order="$published/sampler_indices_dict.pt"
     validation="$(folder_of "$val_dir" "$dataset")"
     read -ra flags <<< "$RELABEL_FLAGS"
-    if [[ ! "$GPUS" =~ ^(all|[1-9][0-9]*)$ || ! "$TRAIN_GPUS" =~ ^[1-9][0-9]*$ ]]; then
-        echo "GPUS=$GPUS, TRAIN_GPUS=$TRAIN_GPUS: must be numbers from 1 on; GPUS may be all" >&2
-        return 2
-    fi
     if [[ "$SCHEDULE" == *:* && -n "$SOFT_EPOCHS$HARD_EPOCHS" ]]; then
         echo "SCHEDULE=$SCHEDULE names its epochs itself: unset SOFT_EPOCHS and HARD_EPOCHS, also in" \
             "config.sh" >&2

@@ -39,8 +39,7 @@ set -euo pipefail
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/setup.sh"
 explain "$@"
 given_data="${Main_Data_Path:-}" given_val="${val_dir:-}"
-# shellcheck source=config.sh
-source <(tr -d '\r' < "$ROOT/config.sh")
+read_config
 export Main_Data_Path="${given_data:-${Main_Data_Path:-}}" val_dir="${given_val:-${val_dir:-}}"
 [[ -n "$Main_Data_Path" ]] || unset Main_Data_Path
 [[ -n "$val_dir" ]] || unset val_dir

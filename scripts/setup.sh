@@ -11,11 +11,24 @@ explain() { # ARGUMENT ...: with --help, prints the comment at the head of the s
         case "$argument" in
             --) return ;;
             -h | --help)
-                sed -n '2,/^[^#]/ { /^#\( \|$\)/ s/^# \{0,1\}//p }' "$0"
+                sed -n '2,/^\([^#]\|$\)/ { /^#\( \|$\)/ s/^# \{0,1\}//p }' "$0"
                 exit 0
                 ;;
         esac
     done
+}
+
+read_config() { # reads config.sh, whatever editor wrote it; one line and 2 where that fails
+    local config complaint
+    config="$(tr -d '\r' < "$ROOT/config.sh")"       # as an editor of Windows may have written it
+    config="${config#$'\xef\xbb\xbf'}"$'\ntrue' # a last line like [[ -d /x ]] && IPC=50 may be false
+    if ! complaint="$(bash -euc "$config" config.sh 2>&1 >/dev/null)"; then
+        complaint="${complaint%%$'\n'*}"
+        echo "${complaint:-config.sh: a command in it failed}; it must be lines of NAME=value," \
+            "without spaces around the =" >&2
+        return 2
+    fi
+    eval "$config"
 }
 
 satisfies() { # PYTHON REQUIREMENTS: whether every requirement is installed in a version it allows

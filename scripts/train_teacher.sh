@@ -8,13 +8,9 @@
 # decay 0.0005, batches of 128, a cosine from 0.1 to 0 over 200 epochs (imagenet1k: 90). FLAGs of
 # validate/train.py win over it: -- --lr 0.02 --schedule hard:60
 # May be stopped and repeated. Ends with $Main_Data_Path/<dataset>/<TEACHER>.pth.
-if [ -z "${BASH_VERSION:-}" ] || [ -o posix ]; then # started by sh
-    exec env -u POSIXLY_CORRECT -u SHELLOPTS bash "$0" "$@"
-fi
-set -euo pipefail
 
 # shellcheck source=scripts/pipeline.sh
-source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/pipeline.sh"
+. "$(dirname "$(readlink -f "$0")")/pipeline.sh"
 
 folders=()
 dataset="${1:-}"
@@ -43,6 +39,10 @@ run="$Main_Data_Path/runs/$dataset/teacher_${TEACHER//[:\/]/-}_seed$SEED$(flags_
 weights="$home/$TEACHER.pth"
 if [[ -e "$weights" ]] && ! cmp -s "$weights" "$run/checkpoint.pt"; then
     echo "train_teacher.sh: $weights is there already and is left as it is; move it away first" >&2
+    exit 2
+fi
+if [[ -z "$val_dir" && ${#folders[@]} == 0 ]]; then
+    echo "config.sh: set val_dir, the validation images, or give TRAIN VAL (--help)" >&2
     exit 2
 fi
 length=200

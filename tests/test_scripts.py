@@ -142,6 +142,13 @@ def test_what_trains_a_teacher_wants_a_data_set_and_two_folders_or_none(tmp_path
     assert done.returncode == 2 and "takes DATASET [TRAIN VAL]" in done.stderr
 
 
+def test_a_teacher_without_validation_images_or_with_two_gpus_in_words_is_refused(tmp_path):
+    done = bash("train_teacher.sh", "CIFAR-10", Main_Data_Path=tmp_path)
+    assert done.returncode == 2 and "set val_dir" in done.stderr
+    done = bash("train_teacher.sh", "CIFAR-10", Main_Data_Path=tmp_path, TRAIN_GPUS="two")
+    assert done.returncode == 2 and "TRAIN_GPUS=two: must be numbers" in done.stderr
+
+
 def test_weights_of_another_teacher_are_left_as_they_are(tmp_path):
     (tmp_path / "cifar10").mkdir()
     (tmp_path / "cifar10" / "ResNet18.pth").write_text("mine")
