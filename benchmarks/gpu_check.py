@@ -22,6 +22,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -113,30 +114,15 @@ def loss_curve(bench: Bench, dtype: torch.dtype | None, **settings: bool) -> tor
     return torch.stack(losses[:STEPS]).cpu()
 
 
-def training_checks(bench: Bench) -> Iterator[Check]:
+def training_checks(bench: Bench, compile_student: bool = False) -> Iterator[Check]:
     """The losses of the first steps in graphs and all precisions, against eager fp32."""
     exact = loss_curve(bench, None, graph=False)
-    variants = {"fp32 in graphs": (None, 0.01)}
-    for name, dtype in PRECISIONS[bench.machine.device.type].items():
-        variants[f"{name} in graphs"] = (dtype, 0.05)
-    for name, (dtype, limit) in variants.items():
-        yield _curve_check(name, loss_curve(bench, dtype), exact, limit)
-
-
-def compiled_checks(bench: Bench) -> Iterator[Check]:
-    """The same for a compiled student."""
-    exact = loss_curve(bench, None, graph=False)
-    variants = {"compiled, fp32": (None, 0.01)}
-    if bench.machine.device.type == "cuda":
-        variants["compiled, fp16"] = (torch.float16, 0.05)
-    for name, (dtype, limit) in variants.items():
-        yield _curve_check(name, loss_curve(bench, dtype, compile=True), exact, limit)
-
-
-def _curve_check(name: str, curve: torch.Tensor, exact: torch.Tensor, limit: float) -> Check:
-    difference = float(((curve - exact).abs() / exact).mean())
-    what = f"training: {name}, mean difference of the loss over {STEPS} steps, relative"
-    return Check(what, difference, limit)
+    how = "compiled, in graphs" if compile_student else "in graphs"
+    for name, dtype in {"fp32": None, **PRECISIONS[bench.machine.device.type]}.items():
+        curve = loss_curve(bench, dtype, compile=compile_student)
+        difference = float(((curve - exact).abs() / exact).mean())
+        what = f"training: {name} {how}, mean difference of the loss over {STEPS} steps, relative"
+        yield Check(what, difference, 0.05 if dtype else 0.01)
 
 
 def launch_checks(bench: Bench) -> Iterator[Check]:
@@ -216,7 +202,7 @@ CHECKS = {
     "views": view_checks,
     "training": training_checks,
     "launches": launch_checks,
-    "compiled": compiled_checks,
+    "compiled": partial(training_checks, compile_student=True),
 }
 
 

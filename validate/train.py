@@ -78,7 +78,9 @@ class Training:
         self.student = student.to(machine.device, memory_format=torch.channels_last)
         what = f"--model {settings.model}"
         runtime.check_outputs(student, settings.facts, machine.device, what)
-        batch_sizes = settings.batch_size, settings.hard_batch_size
+        batch_sizes = [settings.hard_batch_size]
+        if any(KINDS[name].draws_from_pool for name in settings.kinds):
+            batch_sizes.append(settings.batch_size)
         last = min(len(materials.sizes) % size or size for size in batch_sizes)
         runtime.check_trains(student, settings.facts, machine.device, last, what)
         self.lr = torch.zeros((), device=machine.device)
