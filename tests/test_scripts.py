@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,25 @@ def test_weights_of_another_teacher_are_left_as_they_are(tmp_path):
     done = bash("train_teacher.sh", "CIFAR-10", Main_Data_Path=tmp_path)
     assert done.returncode == 2 and "is there already and is left as it is" in done.stderr
     assert tree(tmp_path) == {"cifar10/ResNet18.pth": b"mine"}
+
+
+def test_a_signal_to_a_script_reaches_its_program_and_is_waited_for(tmp_path):
+    """As a scheduler sends it, or `timeout`: to the shell alone."""
+    (tmp_path / "program.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        "def end(*_):\n    time.sleep(0.3); pathlib.Path('ended').touch(); sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, end)\nprint('ready', flush=True)\ntime.sleep(30)\n"
+    )
+    text = f". {ROOT}/scripts/pipeline.sh; PYTHON={sys.executable}; in_processes 1 program.py"
+    process = subprocess.Popen(
+        ["bash", "-c", text, ROOT / "scripts/run_imagenet.sh"],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.terminate()
+    assert process.wait(10) == 143 and (tmp_path / "ended").exists()
 
 
 def test_flags_for_training_follow_two_dashes(tmp_path):

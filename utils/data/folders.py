@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 import shlex
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -184,23 +185,28 @@ def check_same_classes(folder: ImageFolder, classes: list[str], owner: str) -> N
     Index folders (00000 ..., 0 ... or new000 ...) and WordNet ids (n01440764 ...) name the same
     classes in the same order; any other difference in names is a difference of class lists.
     """
-    if len(folder.classes) != len(classes):
-        raise UserError(
-            f"{folder.root} has {len(folder.classes)} class folders, {owner} has {len(classes)}"
-        )
     sides = (folder.classes, classes)
-    if folder.classes == classes or {_kind(side) for side in sides} == {"index", "WordNet"}:
-        return
-    if {_kind(side) for side in sides} == {"index"}:
-        first, second = ([int(name.removeprefix("new")) for name in side] for side in sides)
-        if first == second:
+    if len(folder.classes) == len(classes):
+        if folder.classes == classes or {_kind(side) for side in sides} == {"index", "WordNet"}:
             return
-    for position, (found, expected) in enumerate(zip(folder.classes, classes, strict=True)):
-        if found != expected:
-            raise UserError(
-                f"class {position} is {found!r} in {folder.root} but {expected!r} in {owner}; "
-                "the class lists must be the same"
-            )
+        if {_kind(side) for side in sides} == {"index"}:
+            first, second = ([int(name.removeprefix("new")) for name in side] for side in sides)
+            if first == second:
+                return
+    only = [
+        f"only in {where}: {textwrap.shorten(', '.join(names), 100, placeholder=' ...')}"
+        for where, names in (
+            (folder.root, [name for name in folder.classes if name not in classes]),
+            (owner, [name for name in classes if name not in folder.classes]),
+        )
+        if names
+    ]
+    inside = {"train", "val", "test"} & {*folder.classes}
+    hint = f"; give {folder.root / min(inside)}?" if inside else ""
+    raise UserError(
+        f"{folder.root} has {len(folder.classes)} class folders, {owner} has {len(classes)}; the "
+        f"class lists must be the same ({'; '.join(only) or 'they differ in order'}){hint}"
+    )
 
 
 def _kind(classes: list[str]) -> str:
