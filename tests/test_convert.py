@@ -232,6 +232,24 @@ def test_an_imported_set_trains_and_importing_again_does_nothing(world, tmp_path
     assert done.code == 0, done.err
 
 
+@pytest.mark.parametrize("complete", [True, False])
+def test_labels_of_another_teacher_do_not_continue_a_set(world, tmp_path, command, complete):
+    """Same images, order and views: only the logits differ."""
+    first, second, out = tmp_path / "first", tmp_path / "second", tmp_path / "labels"
+    write_published(first, "SRe2L")
+    shutil.copytree(first, second)
+    for file in second.glob("epoch_*/*"):
+        change_batch(file, lambda batch: [*batch[:5], 2 * batch[5]])
+    assert command(convert.main, *arguments(world, first, out)).code == 0
+    if not complete:
+        (out / "pass_0001.npz").unlink()
+        (out / "manifest.json").rename(out / "manifest.partial.json")
+    before = tree(out)
+    done = command(convert.main, *arguments(world, second, out))
+    assert done.code == 2 and "imported" in done.err, done.err
+    assert tree(out) == before
+
+
 def test_unmixed_labels(world, tmp_path, command):
     write_published(tmp_path / "fkd", mixed=False)
     done = command(convert.main, *arguments(world, tmp_path / "fkd", tmp_path / "labels"))
@@ -266,7 +284,11 @@ def test_labels_of_other_images_are_refused_unless_forced(world, tmp_path, comma
 
 REFUSED = {
     "no folder": (shutil.rmtree, "published label folder not found"),
-    "missing pass": (lambda fkd: (fkd / "epoch_1.tar").unlink(), "epoch_1.tar"),
+    "missing pass": (lambda fkd: (fkd / "epoch_1.tar").unlink(), "has 1 files epoch_*.tar, but"),
+    "missing order": (
+        lambda fkd: shutil.copy(fkd / "epoch_1.tar", fkd / "epoch_2.tar"),
+        "sampler_indices_dict.pt the image orders of 2 passes",
+    ),
     "other images": (
         lambda fkd: torch.save({"0": list(range(13))}, fkd / "sampler_indices_dict.pt"),
         "lists 13 images",
