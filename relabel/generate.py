@@ -123,8 +123,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="views that the teacher labels in one forward pass, in whole batches; BSSL's "
         "statistics stay those of single batches (default: 256 on a GPU, one batch on a CPU)",
     )
-    packing = "processes that pack labels, as many as keep up (default: up to 4 beside a GPU; 0, "
-    packing += "the labelling process itself, on a CPU)"
+    packing = "processes that pack labels, as many as keep up (default: up to 4 beside a GPU, "
+    packing += "as cores and memory allow; 0, the labelling process itself, on a CPU)"
     parser.add_argument("--packers", type=bounded(int, 0), metavar="N", help=packing)
     return parser.parse_args(arguments)
 
@@ -344,7 +344,7 @@ def main() -> None:
         check_class_order(args, teachers, source, sizes, folder.labels, passes)
     if args.bssl and not sum(use_batch_statistics(one.model) for one in teachers.teachers):
         print("no teacher has BatchNorm: BSSL changes nothing")
-    packers = default_packers(machine.device) if args.packers is None else args.packers
+    packers = default_packers(machine.device, writer) if args.packers is None else args.packers
     if machine.rank > 0:
         make_passes(writer, teachers, source, folder.labels, packers)
         return
