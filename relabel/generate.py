@@ -21,6 +21,7 @@ from relabel.packers import default_packers, pass_writer
 from relabel.teacher import (
     Ensemble,
     SomeClasses,
+    default_weights,
     find_subset,
     load_teacher,
     training_facts,
@@ -61,7 +62,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         nargs="+",
         type=Path,
         metavar="FILE",
-        help="a state dict per teacher; default: $Main_Data_Path/NAME.pth, else torchvision's",
+        help="a state dict per teacher; default: $Main_Data_Path/<dataset>/NAME.pth, else "
+        "$Main_Data_Path/NAME.pth, else torchvision's",
     )
     teacher.add_argument(
         "--teacher-ema",
@@ -311,7 +313,8 @@ def main() -> None:
     sizes, fingerprint = images.inspect(folder)
     trained_with = None
     if None in (dataset.input_size, dataset.mean, dataset.std):
-        trained_with = training_facts(args.teacher_weights or [])
+        defaults = [default_weights(name, dataset) for name in args.teacher]
+        trained_with = training_facts(args.teacher_weights or [*filter(None, defaults)])
     dataset = custom.complete(dataset, folder, sizes, trained_with, "the teacher's checkpoint")
     with machine.first_rank_first():  # so that only one downloads
         teachers = load_teachers(args, dataset, folder.classes, machine)
