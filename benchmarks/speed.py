@@ -101,7 +101,7 @@ class Relabelling:
                 fit_codec(self.writer, self.ensemble, self.source, self.labels)
         # For all timings, as processes take seconds to start; the first timing does not count.
         self.beside = contextlib.ExitStack()
-        writing = pass_writer(self.writer, default_packers(machine.device))
+        writing = pass_writer(self.writer, default_packers(machine.device, self.writer))
         self.write_pass = self.beside.enter_context(writing)
 
     def run(self, passes: range) -> int:

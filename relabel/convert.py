@@ -26,7 +26,7 @@ from relabel.published import TEMPERATURE, PublishedLabels
 from utils import cli
 from utils.cli import UserError, bounded
 from utils.data import custom, datasets, folders, images
-from utils.data.views import Mixture, Views, ViewSpec
+from utils.data.views import Mixture, ViewSpec
 from utils.labels import LabelWriter, codecs, make_settings
 from utils.metrics import near_chance
 
@@ -117,12 +117,6 @@ class Fit(NamedTuple):
         return self.score < min(other.score / 2, other.score - self.noise())
 
 
-def fit_of_pass(published: PublishedLabels, pass_index: int, labels: torch.Tensor) -> Fit:
-    """How well the labels of a pass fit int64 [images] hard labels."""
-    views, logits = published.read_pass(pass_index)
-    return Fit.of(logits, views.mixture(labels, published.input_size))
-
-
 def check_fit(published: PublishedLabels, labels: torch.Tensor, seed: int, force: bool) -> Fit:
     """Takes the image order that fits the first passes best; returns how well it fits.
 
@@ -134,7 +128,7 @@ def check_fit(published: PublishedLabels, labels: torch.Tensor, seed: int, force
     tried = []
     for orders in published.derived_orders(seed) if published.derived else [published.orders]:
         published.orders = orders
-        fits = [fit_of_pass(published, pass_index, labels) for pass_index in first_passes]
+        fits = [Fit.of(*published.read_pass(index, labels)[1:]) for index in first_passes]
         tried.append((Fit.joined(fits), fits, orders))
     fit, fits, published.orders = max(tried, key=lambda each: each[0].score)
     late = any(each.falls_behind(fits[0]) for each in fits)
@@ -159,8 +153,8 @@ def check_fit(published: PublishedLabels, labels: torch.Tensor, seed: int, force
 
 def names_other_classes(published: PublishedLabels, labels: torch.Tensor) -> bool:
     """Whether views of one class are labelled alike: the image order fits, the classes do not."""
-    views, logits = published.read_pass(0)
-    main = views.mixture(labels, published.input_size).main_class()
+    _, logits, mixture = published.read_pass(0, labels)
+    main = mixture.main_class()
     order = main.argsort(stable=True)
     main, named = main[order], logits.argmax(dim=1)[order]
     pairs = main[1:] == main[:-1]
@@ -181,6 +175,7 @@ def origin_of(published: PublishedLabels, seed: int) -> dict:
         "boxes": published.boxes,
         "order_seed": seed if published.derived else None,
         "order_sha256": digest.hexdigest(),
+        "source_sha256": published.fingerprint(),
     }
     return {"teachers": [], "imported": imported}
 
@@ -192,12 +187,12 @@ def describe(published: PublishedLabels, seed: int) -> str:
         f"derived from seed {seed}" if published.derived else f"from {published.order_file.name}"
     )
     text = (
-        f"{published.folder}: layout of {published.layout}, {len(published.places)} batches of "
+        f"{published.folder}: layout of {published.layout}, {len(published.stored)} batches of "
         f"{published.batch_size} views, {kind}; image order {order}; boxes {published.boxes}"
     )
     if published.boxes == "rounded":
         text += " to the pixels that the teacher saw (--boxes published truncates)"
-    if repeated := published.passes * published.per_pass - len(published.places):
+    if repeated := published.passes * published.per_pass - len(published.stored):
         text += f"; the last pass is filled up with the first {repeated} batches"
     return text
 
@@ -209,18 +204,13 @@ def write_labels(
 
     Raises UserError where a pass fits the images far less than `least`.
     """
-
-    def read(pass_index: int) -> tuple[Views, torch.Tensor, Mixture]:
-        views, logits = published.read_pass(pass_index)
-        return views, logits, views.mixture(hard_labels, published.input_size)
-
     if needed := writer.passes_to_fit():
         print(f"fitting codec {writer.settings['codec']['name']}", flush=True)
-        writer.fit([read(pass_index)[1:] for pass_index in range(needed)])
+        writer.fit([published.read_pass(index, hard_labels)[1:] for index in range(needed)])
     for pass_index in cli.progress(range(published.passes), desc="convert", unit="pass"):
         if writer.verified(pass_index):
             continue
-        views, logits, mixture = read(pass_index)
+        views, logits, mixture = published.read_pass(pass_index, hard_labels)
         fit = Fit.of(logits, mixture)
         if least and fit.falls_behind(least):
             raise UserError(

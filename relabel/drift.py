@@ -90,13 +90,13 @@ def measure(labels: LabelSet) -> Drift:
         shown = covering_most(labels, whole.views)
         # A cut-out may be empty: then the partner is not in the view.
         other = torch.where(shown["share"] < 1, shown["partner"], shown["label"])
-        classes = torch.stack([shown["label"], other], 1)
-        known = soft.gather(1, classes)
+        shown_classes = torch.stack([shown["label"], other], 1)
+        known = soft.gather(1, shown_classes)
         largest, first = soft.max(1)
         measured = {
             "known": torch.where(other == shown["label"], known[:, 0], known.sum(1)),
             "gap": largest - known.max(1).values,
-            "drifts": (first[:, None] != classes).all(1),
+            "drifts": (first[:, None] != shown_classes).all(1),
         }
         passes.append({**shown, **measured})
         for rows, now in zip(whole.views.index.split(1024), soft.split(1024), strict=True):

@@ -21,6 +21,7 @@ from relabel.packers import default_packers, pass_writer
 from relabel.teacher import (
     Ensemble,
     SomeClasses,
+    default_weights,
     find_subset,
     load_teacher,
     training_facts,
@@ -61,7 +62,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         nargs="+",
         type=Path,
         metavar="FILE",
-        help="a state dict per teacher; default: $Main_Data_Path/NAME.pth, else torchvision's",
+        help="a state dict per teacher; default: $Main_Data_Path/<dataset>/NAME.pth, else "
+        "$Main_Data_Path/NAME.pth, else torchvision's",
     )
     teacher.add_argument(
         "--teacher-ema",
@@ -123,8 +125,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="views that the teacher labels in one forward pass, in whole batches; BSSL's "
         "statistics stay those of single batches (default: 256 on a GPU, one batch on a CPU)",
     )
-    packing = "processes that pack labels, as many as keep up (default: up to 4 beside a GPU; 0, "
-    packing += "the labelling process itself, on a CPU)"
+    packing = "processes that pack labels, as many as keep up (default: up to 4 beside a GPU, "
+    packing += "as cores and memory allow; 0, the labelling process itself, on a CPU)"
     parser.add_argument("--packers", type=bounded(int, 0), metavar="N", help=packing)
     return parser.parse_args(arguments)
 
@@ -311,7 +313,8 @@ def main() -> None:
     sizes, fingerprint = images.inspect(folder)
     trained_with = None
     if None in (dataset.input_size, dataset.mean, dataset.std):
-        trained_with = training_facts(args.teacher_weights or [])
+        defaults = [default_weights(name, dataset) for name in args.teacher]
+        trained_with = training_facts(args.teacher_weights or [*filter(None, defaults)])
     dataset = custom.complete(dataset, folder, sizes, trained_with, "the teacher's checkpoint")
     with machine.first_rank_first():  # so that only one downloads
         teachers = load_teachers(args, dataset, folder.classes, machine)
@@ -344,7 +347,7 @@ def main() -> None:
         check_class_order(args, teachers, source, sizes, folder.labels, passes)
     if args.bssl and not sum(use_batch_statistics(one.model) for one in teachers.teachers):
         print("no teacher has BatchNorm: BSSL changes nothing")
-    packers = default_packers(machine.device) if args.packers is None else args.packers
+    packers = default_packers(machine.device, writer) if args.packers is None else args.packers
     if machine.rank > 0:
         make_passes(writer, teachers, source, folder.labels, packers)
         return

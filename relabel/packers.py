@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import multiprocessing.connection
+import os
 import signal
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -13,21 +14,27 @@ import torch
 
 from utils import runtime
 from utils.cli import ENDING_SIGNALS, UserError, world_size
+from utils.data import images
 from utils.data.views import Views
 from utils.labels import LabelWriter
 
 _MOST = 4  # packers beside a GPU, unless told otherwise
+_COPIES = 4  # of the float32 logits of a pass that a packer is reckoned to hold while packing
 
 
-def default_packers(device: torch.device) -> int:
-    """How many processes pack beside a device: none on a CPU.
+def default_packers(device: torch.device, writer: LabelWriter) -> int:
+    """How many processes pack beside a device: as many as cores and memory allow, none on a CPU.
 
     There, labelling itself needs the cores, and its threads wait for each other at every layer: a
     small network labelled half as fast beside a second thread (measured).
     """
     if device.type != "cuda":
         return 0
-    return min(_MOST, max(1, runtime.usable_cores() // world_size() - 1))
+    local = os.environ.get("LOCAL_WORLD_SIZE", "")  # torchrun's processes on this machine
+    sharing = max(1, int(local)) if local.isdecimal() else world_size()
+    pass_bytes = 4 * len(writer.sizes) * writer.settings["num_classes"]
+    with_room = images.available_memory() // (sharing * _COPIES * pass_bytes)
+    return min(_MOST, max(1, runtime.usable_cores() // sharing - 1), with_room)
 
 
 @contextlib.contextmanager
@@ -111,21 +118,19 @@ def _end_noticed() -> Iterator[None]:
 
 def _pack(connection: Connection, path: Path, settings: dict, sizes: np.ndarray) -> None:
     """In a process of its own: packs and writes the passes that come, until it is ended."""
-    for number in ENDING_SIGNALS:  # the process that labels is told, too, and ends this one
-        signal.signal(number, signal.SIG_IGN)
+    for signal_number in ENDING_SIGNALS:  # the process that labels is told, and ends this one
+        signal.signal(signal_number, signal.SIG_IGN)
     torch.set_num_threads(1)
     runtime.keep_freed_memory()
-    writer = LabelWriter(path, settings, sizes)
-    logits = np.empty((len(sizes), settings["num_classes"]), dtype=np.float32)
-    error = None
     with contextlib.suppress(EOFError, ConnectionError):  # when the process that labels is gone
-        while True:
-            connection.send(error)
-            pass_index, hard_labels = connection.recv()
-            connection.recv_bytes_into(logits.reshape(-1))
-            labels, views = torch.from_numpy(hard_labels), writer.draw(pass_index)
-            try:
+        try:
+            writer = LabelWriter(path, settings, sizes)
+            logits = np.empty((len(sizes), settings["num_classes"]), dtype=np.float32)
+            while True:
+                connection.send(None)  # ready for the next pass
+                pass_index, hard_labels = connection.recv()
+                connection.recv_bytes_into(logits.reshape(-1))
+                labels, views = torch.from_numpy(hard_labels), writer.draw(pass_index)
                 writer.write_pass(pass_index, torch.from_numpy(logits), views, labels)
-                error = None
-            except (UserError, OSError) as raised:
-                error = raised
+        except Exception as error:  # whatever it is, the process that labels raises it
+            connection.send(error)

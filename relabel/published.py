@@ -12,7 +12,7 @@ height / H, width / W), and labels that are softmax(logits / 20) or logits. LPQL
 values and the indices of the k largest logits instead, whose softmax it takes over these k alone.
 """
 
-import functools
+import hashlib
 import itertools
 import math
 import re
@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from utils.cli import UserError
-from utils.data.views import Views
-from utils.files import load_tensors, read_json
+from utils.data.views import Mixture, Views
+from utils.files import load_tensors, read_json, sha256_file
 from utils.labels import centre
 
 TEMPERATURE = 20.0
@@ -37,12 +37,12 @@ _ROUNDING = 0.01  # of a sum of half-precision probabilities
 _REST = 1 / 1024
 
 
-class _Place(NamedTuple):
-    """Where a batch is: its file, its pass (in LPQLD's layout, its order), its number there."""
+class _StoredBatch(NamedTuple):
+    """Where a batch is: its file, its pass (in LPQLD's layout, its order), its position there."""
 
     file: Path
     pass_index: int
-    number: int
+    position: int
 
 
 class PublishedLabels:
@@ -54,7 +54,7 @@ class PublishedLabels:
 
     Attributes:
         layout: which codes have it.
-        places: where the batches are, in order.
+        stored: where the batches are, in order.
         passes, per_pass: how many a label set of them has, and batches in each.
         derived: whether the image order is not stored: `orders` is to be set to a derived one.
         orders: images of each pass, or of each batch in LPQLD's layout; `order_file` holds them.
@@ -82,47 +82,54 @@ class PublishedLabels:
             raise UserError(f"published label folder not found: {folder}")
         self.folder, self.sizes, self.boxes = folder, sizes, boxes
         self.num_classes, self.input_size = num_classes, input_size
-        self.kind = self.topk = self.mix = None
+        self._last_file: tuple[Path, list] | None = None
         self._find()
-        self.batch_size = len(self._entries(self.places[0])[0])
+        coords, _, mix_index, _, bbox, labels = self._entries(self.stored[0])
+        self.batch_size, self.mix = len(coords), _mix(mix_index, bbox)
+        self.kind, self.topk = _kind(labels)
         self.per_pass = math.ceil(len(sizes) / self.batch_size)
-        self.passes = math.ceil(len(self.places) / self.per_pass)
-        whole = self.per_pass * (1 + self.places[-1].pass_index)
-        if (self.layout == "HALD" or self.derived) and len(self.places) != whole:
+        self.passes = math.ceil(len(self.stored) / self.per_pass)
+        whole = self.per_pass * (1 + self.stored[-1].pass_index)
+        if (self.layout == "HALD" or self.derived) and len(self.stored) != whole:
             raise UserError(
-                f"{folder} has {len(self.places)} batches of {self.batch_size} views where "
+                f"{folder} has {len(self.stored)} batches of {self.batch_size} views where "
                 f"{len(sizes)} images fill {whole}; are files missing, or are these other images?"
             )
-        self.mix = _mix(self.read(self.places[0])[0])
 
     def _find(self) -> None:
-        """Sets layout, order_file, derived, orders, and the places of all batches."""
+        """Sets layout, order_file, derived, orders, and where all batches are stored."""
         folder, self.derived, self.orders = self.folder, False, []
         if (folder / HALD_ORDER).exists():
             self.layout, self.order_file = "HALD", folder / HALD_ORDER
             self.orders = self._listed(load_tensors(self.order_file, _FILE))
-            batches = range(len(self._batches(folder / "epoch_0.tar")))
-            self.places = [
-                _Place(folder / f"epoch_{pass_index}.tar", pass_index, number)
-                for pass_index in range(len(self.orders))
-                for number in batches
+            files = _numbered(folder, "epoch_*.tar")
+            if len(files) != len(self.orders):
+                raise UserError(
+                    f"{folder} has {len(files)} files epoch_*.tar, but {HALD_ORDER} the image "
+                    f"orders of {len(self.orders)} passes; are files missing?"
+                )
+            positions = range(len(self._batches(files[0])))
+            self.stored = [
+                _StoredBatch(file, pass_index, position)
+                for pass_index, file in enumerate(files)
+                for position in positions
             ]
         elif files := _numbered(folder, "batch_*.tar"):
             self.layout, self.order_file = "LPQLD", folder / "sampler_indices_batch.json"
             self.orders = self._listed(read_json(self.order_file))
-            self.places = [_Place(file, order, 0) for order, file in enumerate(files)]
+            self.stored = [_StoredBatch(file, order, 0) for order, file in enumerate(files)]
         elif passes := _numbered(folder, "epoch_*"):
             self.layout, self.order_file = "LPLD", folder / "sampler_indices_epoch.json"
             if self.order_file.exists():
                 self.orders = self._listed(read_json(self.order_file))
             else:
                 self.layout, self.derived = "SRe2L, FADRM or CV-DD", True
-            self.places = [
-                _Place(file, pass_index, number)
+            self.stored = [
+                _StoredBatch(file, pass_index, position)
                 for pass_index, path in enumerate(passes)
-                for number, file in enumerate(_numbered(path, "batch_*.tar"))
+                for position, file in enumerate(_numbered(path, "batch_*.tar"))
             ]
-            counts = np.bincount([place.pass_index for place in self.places])
+            counts = np.bincount([batch.pass_index for batch in self.stored])
             if len(counts) < len(passes) or (counts[:-1] != counts[0]).any():
                 raise UserError(f"{folder}: batches are missing; there are {counts.tolist()}")
         else:
@@ -132,10 +139,10 @@ class PublishedLabels:
                 "epoch_0/batch_0.tar, or batch_0.tar; "
                 + (f"is it {inside[0]}?" if inside else "relabel/generate.py labels images anew")
             )
-        if not self.derived and self.places[-1].pass_index >= len(self.orders):
+        if not self.derived and self.stored[-1].pass_index >= len(self.orders):
             raise UserError(
                 f"{self.order_file} ends with entry {len(self.orders) - 1}, before that of "
-                f"{self.places[-1].file}"
+                f"{self.stored[-1].file}"
             )
 
     def _listed(self, content: Any) -> list[np.ndarray]:
@@ -162,63 +169,89 @@ class PublishedLabels:
 
         Newer ones draw a second permutation in every pass, of which they use nothing.
         """
-        numbers = range(1 + self.places[-1].pass_index)
+        pass_indices = range(1 + self.stored[-1].pass_index)
         images = range(len(self.sizes))
         sampler = torch.utils.data.RandomSampler(
             images, generator=torch.Generator().manual_seed(seed)
         )
-        yield [np.array(list(sampler), dtype=np.int32) for _ in numbers]
+        yield [np.array(list(sampler), dtype=np.int32) for _ in pass_indices]
         generator = torch.Generator().manual_seed(seed)
-        yield [torch.randperm(len(images), generator=generator).int().numpy() for _ in numbers]
+        yield [torch.randperm(len(images), generator=generator).int().numpy() for _ in pass_indices]
 
-    def read_pass(self, pass_index: int) -> tuple[Views, torch.Tensor]:
-        """The views of a pass, and their float32 [N, C] centred logits.
+    def fingerprint(self) -> str:
+        """The hex SHA-256 over names and sizes of all files, and contents of the first and last.
+
+        The files of two teachers' labels often agree in names and sizes, never in contents.
+        """
+        files = [*dict.fromkeys(batch.file for batch in self.stored)]
+        digest = hashlib.sha256()
+        for file in files:
+            name = file.relative_to(self.folder).as_posix()
+            digest.update(f"{name} {file.stat().st_size}\n".encode())
+        for file in (files[0], files[-1]):
+            digest.update(f"{sha256_file(file)}\n".encode())
+        return digest.hexdigest()
+
+    def read_pass(
+        self, pass_index: int, labels: torch.Tensor
+    ) -> tuple[Views, torch.Tensor, Mixture]:
+        """The views of a pass, their float32 [N, C] centred logits, and the classes in them.
+
+        Args:
+            pass_index: from 0.
+            labels: int64 [images], the hard ones.
 
         Raises:
             UserError: damaged files, or what fits neither the images nor the other batches.
         """
         start = pass_index * self.per_pass
-        places = itertools.islice(itertools.cycle(self.places), start, start + self.per_pass)
-        views, logits = zip(*map(self.read, places), strict=True)
-        if any(len(part.index) != self.batch_size for part in views[:-1]):
+        batches = itertools.islice(itertools.cycle(self.stored), start, start + self.per_pass)
+        parts, logits = zip(*map(self.read, batches), strict=True)
+        if any(len(part.index) != self.batch_size for part in parts[:-1]):
             raise UserError(
                 f"{self.folder}: a smaller batch within pass {pass_index}: are files missing?"
             )
-        return Views.joined(views), torch.cat(logits)
+        views = Views.joined(parts)
+        return views, torch.cat(logits), views.mixture(labels, self.input_size)
 
-    @functools.lru_cache(maxsize=1)  # noqa: B019 - a process reads one folder
     def _batches(self, file: Path) -> list:
-        """The batches of a file of HALD's."""
-        batches = load_tensors(file, _FILE)
-        if not isinstance(batches, list) or not batches:
-            raise UserError(f"{file} is not a list of label batches")
-        return batches
+        """The batches of a file of HALD's; those of the last one asked for are kept."""
+        if self._last_file is None or self._last_file[0] != file:
+            batches = load_tensors(file, _FILE)
+            if not isinstance(batches, list) or not batches:
+                raise UserError(f"{file} is not a list of label batches")
+            self._last_file = file, batches
+        return self._last_file[1]
 
-    def _entries(self, place: _Place) -> tuple:
+    def _where(self, batch: _StoredBatch) -> str:
+        """Names a batch in messages."""
+        inside = f", batch {batch.position}" if self.layout == "HALD" else ""
+        return f"{batch.file}{inside}"
+
+    def _entries(self, batch: _StoredBatch) -> tuple:
         """The entries of a batch, checked to be some."""
         if self.layout != "HALD":
-            return _entries(load_tensors(place.file, _FILE), str(place.file))
-        batches = self._batches(place.file)
-        if len(batches) != self.places[-1].number + 1:
-            belong = self.places[-1].number + 1
-            raise UserError(f"{place.file} has {len(batches)} batches where {belong} belong")
-        return _entries(batches[place.number], f"{place.file}, batch {place.number}")
+            return _entries(load_tensors(batch.file, _FILE), self._where(batch))
+        batches, belong = self._batches(batch.file), self.stored[-1].position + 1
+        if len(batches) != belong:
+            raise UserError(f"{batch.file} has {len(batches)} batches where {belong} belong")
+        return _entries(batches[batch.position], self._where(batch))
 
-    def read(self, place: _Place) -> tuple[Views, torch.Tensor]:
+    def read(self, batch: _StoredBatch) -> tuple[Views, torch.Tensor]:
         """Views and centred logits of one batch, checked; raises UserError."""
-        coords, flips, mix_index, lam, bbox, labels = self._entries(place)
-        where = f"{place.file}, batch {place.number}" if self.layout == "HALD" else str(place.file)
-        start = place.number * self.batch_size
+        coords, flips, mix_index, lam, bbox, labels = self._entries(batch)
+        where = self._where(batch)
+        start = batch.position * self.batch_size
         index = torch.arange(min(len(coords), len(self.sizes)))
         if self.orders:
-            order = self.orders[place.pass_index][start : start + self.batch_size]
+            order = self.orders[batch.pass_index][start : start + self.batch_size]
             index = torch.from_numpy(order.astype(np.int64))
         if len(index) != len(coords):
             raise UserError(f"{where}: {len(coords)} views where {len(index)} belong")
         views = Views(index, self._pixels(coords, index, where), flips, self.batch_size)
         self._mixed(views, mix_index, lam, bbox, where)
-        if self.mix not in (None, _mix(views)):
-            raise UserError(f"{where}: mixed otherwise ({_mix(views)}) than the first batch")
+        if (mix := _mix(mix_index, bbox)) != self.mix:
+            raise UserError(f"{where}: mixed otherwise ({mix}) than the first batch")
         return views, self._logits(labels, where)
 
     def _pixels(self, coords: torch.Tensor, index: torch.Tensor, where: str) -> torch.Tensor:
@@ -255,26 +288,19 @@ class PublishedLabels:
 
     def _logits(self, labels: list[torch.Tensor], where: str) -> torch.Tensor:
         """float32 [B, C] centred logits of labels as stored."""
-        values, topk = labels[0], None
-        if len(labels) == 2:
-            kind, topk = "k logits", values.shape[-1]
+        values, (kind, topk) = labels[0], _kind(labels)
+        if topk:
             if values.shape != labels[1].shape or not 0 <= labels[1].min() <= labels[1].max() < (
                 self.num_classes
             ):
                 raise UserError(f"{where}: class indices do not fit {self.num_classes} classes")
-        else:
-            if values.shape[1:] != (self.num_classes,):
-                raise UserError(
-                    f"{where}: soft labels are {tuple(values.shape)}, expected "
-                    f"({len(values)}, {self.num_classes})"
-                )
-            sums = values.sum(dim=1)
-            whole = (values >= 0).all() and (sums - 1).abs().max() <= _ROUNDING
-            kind = "probabilities" if whole else "logits"
+        elif values.shape[1:] != (self.num_classes,):
+            raise UserError(
+                f"{where}: soft labels are {tuple(values.shape)}, expected "
+                f"({len(values)}, {self.num_classes})"
+            )
         if not values.isfinite().all():
             raise UserError(f"{where}: soft labels are not finite")
-        if self.kind is None:
-            self.kind, self.topk = kind, topk
         if (kind, topk) != (self.kind, self.topk):
             raise UserError(
                 f"{where}: soft labels are no {self.kind}, as in the first batch, but {kind}"
@@ -296,10 +322,20 @@ def _numbered(folder: Path, pattern: str) -> list[Path]:
     return [found[number] for number in range(len(found))]
 
 
-def _mix(views: Views) -> str:
-    if views.mix_index is None:
+def _mix(mix_index: torch.Tensor | None, bbox: torch.Tensor | None) -> str:
+    """How a batch with these entries was mixed."""
+    if mix_index is None:
         return "none"
-    return "mixup" if views.mix_box is None else "cutmix"
+    return "mixup" if bbox is None else "cutmix"
+
+
+def _kind(labels: list[torch.Tensor]) -> tuple[str, int | None]:
+    """What labels as stored are, and how many of each label's logits, where not all of them."""
+    values = labels[0]
+    if len(labels) == 2:
+        return "k logits", values.shape[1]
+    whole = (values >= 0).all() and (values.sum(dim=1) - 1).abs().max() <= _ROUNDING
+    return "probabilities" if whole else "logits", None
 
 
 def _entries(record: Any, where: str) -> tuple:

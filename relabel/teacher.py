@@ -4,6 +4,7 @@ import dataclasses
 import os
 import re
 import urllib.error
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,12 +73,14 @@ def find_subset(dataset: Dataset, classes: list[str], listing: Path | None) -> S
             whatever else the class folder is called.
 
     Raises:
-        UserError: a class that the list or the data set does not have.
+        UserError: a class that the list or the data set does not have, or has twice.
     """
     if listing is not None:
         lines = listing.read_text(errors="replace").splitlines()
         names = [line.split()[0] for line in lines if line.strip()]
         total, source = len(names), f"--teacher-classes {listing}"
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise UserError(f"{source} lists {twice[0]} more than once, so its row is not known")
         row_of = {name: row for row, name in enumerate(names)}
     elif dataset.name in _SUBSETS:
         total, source, row_of = _IMAGENET_CLASSES, dataset.name, _SUBSETS[dataset.name]
@@ -159,12 +162,24 @@ def default_weights(name: str, dataset: Dataset) -> Path | None:
 
 
 def training_facts(files: list[Path]) -> dict | None:
-    """The data set, as a dict, of the first checkpoint that validate/train.py wrote."""
+    """The data set, as a dict, of those checkpoints that validate/train.py wrote, or None.
+
+    Raises UserError where their input sizes, means or standard deviations differ.
+    """
+    first, first_path = None, None
     for path in files:
         content = load_tensors(path, "teacher weights")
-        if isinstance(content, dict) and content.get("format") == "hald-student":
-            return content.get("dataset")
-    return None
+        ours = isinstance(content, dict) and content.get("format") == "hald-student"
+        if not ours or not (facts := content.get("dataset")):
+            continue
+        first, first_path = first or facts, first_path or path
+        for fact in ("input_size", "mean", "std"):
+            if facts[fact] != first[fact]:
+                raise UserError(
+                    f"the teachers were trained with different facts: {fact} is {first[fact]} in "
+                    f"{first_path}, {facts[fact]} in {path}; give --input-size, --mean and --std"
+                )
+    return first
 
 
 def _needs_outputs(model: nn.Module, state: dict[str, torch.Tensor], total: int) -> bool:
@@ -180,7 +195,13 @@ def _find_weights(
     """The state dict and where it came from; None when the factory brings its own weights."""
     if weights is not None:
         content = load_tensors(weights, "teacher weights")
-        return unwrap_state(content, weights, ema), str(weights)
+        hint = "--teacher-ema takes the averaged weights"
+        return unwrap_state(content, weights, ema, hint), str(weights)
+    if ema:
+        raise UserError(
+            f"--teacher-ema takes the averaged weights of a file, and there is none for teacher "
+            f"{name}: give it with --teacher-weights"
+        )
     if ":" in name and not name.startswith("timm:"):
         return None
     reason = f"there are no public weights for {dataset.name}"

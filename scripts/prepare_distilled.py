@@ -42,7 +42,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--out-dir", type=Path, required=True, help="distilled images to make")
     datasets.add_arguments(parser)
     add("--teacher", required=True, metavar="NAME", help="the network that scores the crops")
-    weights = "a state dict; default: $Main_Data_Path/NAME.pth, else torchvision's"
+    weights = "a state dict; default: $Main_Data_Path/<dataset>/NAME.pth, else "
+    weights += "$Main_Data_Path/NAME.pth, else torchvision's"
     add("--teacher-weights", type=Path, metavar="FILE", help=weights)
     add("--ipc", type=bounded(int, 1), required=True, help="images per class to make")
     add("--crops", type=bounded(int, 0), default=5, help="crops per image; 0: the central square")

@@ -232,6 +232,20 @@ def test_an_imported_set_trains_and_importing_again_does_nothing(world, tmp_path
     assert done.code == 0, done.err
 
 
+def test_labels_of_another_teacher_do_not_continue_a_set(world, tmp_path, command):
+    """Same images, order and views: only the logits differ."""
+    first, second, out = tmp_path / "first", tmp_path / "second", tmp_path / "labels"
+    write_published(first, "SRe2L")
+    shutil.copytree(first, second)
+    for file in second.glob("epoch_*/*"):
+        change_batch(file, lambda batch: [*batch[:5], 2 * batch[5]])
+    assert command(convert.main, *arguments(world, first, out)).code == 0
+    before = tree(out)
+    done = command(convert.main, *arguments(world, second, out))
+    assert done.code == 2 and "imported" in done.err, done.err
+    assert tree(out) == before
+
+
 def test_unmixed_labels(world, tmp_path, command):
     write_published(tmp_path / "fkd", mixed=False)
     done = command(convert.main, *arguments(world, tmp_path / "fkd", tmp_path / "labels"))
@@ -266,7 +280,8 @@ def test_labels_of_other_images_are_refused_unless_forced(world, tmp_path, comma
 
 REFUSED = {
     "no folder": (shutil.rmtree, "published label folder not found"),
-    "missing pass": (lambda fkd: (fkd / "epoch_1.tar").unlink(), "epoch_1.tar"),
+    "missing pass": (lambda fkd: (fkd / "epoch_1.tar").unlink(), "has 1 files epoch_*.tar, but"),
+    "missing order": (lambda f: shutil.copy(f / "epoch_1.tar", f / "epoch_2.tar"), "has 3 files"),
     "other images": (
         lambda fkd: torch.save({"0": list(range(13))}, fkd / "sampler_indices_dict.pt"),
         "lists 13 images",
@@ -433,11 +448,3 @@ def test_an_exported_set_is_as_published_and_comes_back_equal(world, tmp_path, c
         for number, (views, logits) in enumerate(LabelSet.open(back)):
             assert views.checksum() == labels.views(number).checksum()
             assert torch.allclose(logits, labels[number].logits, atol=0.03)
-
-
-def test_stored_views_take_at_most_ten_bytes_each_at_224_pixels():
-    from utils.data.views import ViewSpec, draw
-    from utils.labels.arrays import views_to_arrays
-
-    views = draw(ViewSpec(224, 16), np.full((10000, 2), 224), 0)
-    assert sum(array.nbytes for array in views_to_arrays(views).values()) <= 10 * 10000

@@ -1,5 +1,7 @@
 """Custom data sets, whose facts come from their images, and teachers of more classes than one's."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from PIL import Image
 
 import models
 from relabel import generate
-from relabel.teacher import find_subset, load_teacher
+from relabel.teacher import find_subset, load_teacher, training_facts
 from utils.cli import UserError
 from utils.data import datasets
 from utils.data.datasets import Dataset
@@ -23,7 +25,7 @@ def bare(arguments: list) -> list:
     return arguments[:start] + arguments[start + 10 :]
 
 
-def test_facts_come_from_the_images_and_labels_pass_them_on(world, tmp_path, command):
+def test_facts_come_from_the_images_and_labels_pass_them_on(world, tmp_path, command, monkeypatch):
     arguments = generate_arguments(world.data, tmp_path / "labels", world.weights, "--slc", 3)
     done = command(generate.main, *bare(arguments), "--force")
     assert done.code == 0, done.err
@@ -48,6 +50,26 @@ def test_facts_come_from_the_images_and_labels_pass_them_on(world, tmp_path, com
     assert done.code == 0 and "from the teacher's checkpoint" in done.out, done.err
     made = LabelSet.open(tmp_path / "l").manifest
     assert (made["input_size"], made["mean"]) == (32, manifest["mean"])
+    # From the place where it is looked for, too.
+    (tmp_path / "models" / "custom").mkdir(parents=True)
+    shutil.copy(checkpoint, tmp_path / "models" / "custom" / "ConvNetW32.pth")
+    monkeypatch.setenv("Main_Data_Path", str(tmp_path / "models"))
+    place = arguments.index("--teacher-weights")
+    del arguments[place : place + 2]
+    arguments[arguments.index("--label-dir") + 1] = tmp_path / "same"
+    done = command(generate.main, *bare(arguments), "--force")
+    assert done.code == 0 and "from the teacher's checkpoint" in done.out, done.err
+    assert LabelSet.open(tmp_path / "same").manifest["mean"] == manifest["mean"]
+
+
+def test_teachers_that_were_trained_with_different_facts_are_refused(tmp_path):
+    files = [tmp_path / f"{number}.pth" for number in range(3)]
+    for path, mean in zip(files, [(0.5, 0.5, 0.5), (0.5, 0.5, 0.5), (0.4, 0.5, 0.5)], strict=True):
+        facts = vars(Dataset("custom", 4, 32, mean, (0.25, 0.25, 0.25)))
+        torch.save({"format": "hald-student", "dataset": facts}, path)
+    assert training_facts(files[:2])["mean"] == (0.5, 0.5, 0.5)
+    with pytest.raises(UserError, match=r"mean is \(0.5, 0.5, 0.5\) in .*0.pth, \(0.4, "):
+        training_facts(files)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +132,9 @@ def test_a_list_of_the_teachers_classes_gives_the_rows(tmp_path):
     assert torch.allclose(loaded.model(pixels), teacher(pixels)[:, [1, 3]], atol=1e-6)
     with pytest.raises(UserError, match="class folder n05 is none of the classes of --teacher-cl"):
         find_subset(data, ["n01", "n05"], listing)
+    listing.write_text("n03\nn01\nn01\nn02\n")
+    with pytest.raises(UserError, match="lists n01 more than once"):
+        find_subset(data, ["n02", "n03"], listing)
     assert find_subset(data, ["n01", "n02"], None) is None
 
 

@@ -263,7 +263,7 @@ def test_an_unreadable_image_is_named(val, tmp_path):
 def test_files_are_mapped_ahead_by_a_few_only(monkeypatch):
     started = []
     monkeypatch.setattr(images, "usable_cores", lambda: 2)
-    results = images._map_files(lambda item: started.append(item) or item, range(1000), "")
+    results = images.map_files(lambda item: started.append(item) or item, range(1000), "")
     assert next(results) == 0 and len(started) <= 8 * 2 + 1
     assert list(results) == list(range(1, 1000))
 

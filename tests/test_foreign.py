@@ -27,6 +27,7 @@ from utils.data.views import ViewSpec, draw
 from utils.files import content_name, load_tensors
 from utils.weights import unwrap_state
 from validate import train
+from validate.evaluate import load_student
 
 
 def state(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -50,6 +51,8 @@ def prefixed(prefix: str) -> dict[str, torch.Tensor]:
         {"state_dict": prefixed("module._orig_mod.module.")},
         {"model": prefixed("_orig_mod.module.")},
         prefixed("_orig_mod."),
+        {"schema": state(), "epoch": 3},
+        {"n_averaged": torch.tensor(5), **prefixed("module.")},
         {
             "net": state(),
             "args": argparse.Namespace(lr=0.1, out=Path("runs")),
@@ -64,7 +67,7 @@ def test_the_one_network_in_a_checkpoint_is_taken(tmp_path, content):
     assert all(torch.equal(loaded[key], value) for key, value in state().items())
 
 
-@pytest.mark.parametrize("key", ["state_dict_ema", "model_ema", "ema"])
+@pytest.mark.parametrize("key", ["state_dict_ema", "model_ema", "ema", "EMA_model", "net-ema"])
 def test_averaged_weights_are_taken_when_asked_for(tmp_path, key):
     torch.save({"state_dict": state(), key: state(1)}, tmp_path / "c.pth")
     teacher = load_teacher("ConvNetW32", tmp_path / "c.pth", TINY, CPU, ema=True)
@@ -77,14 +80,35 @@ def test_averaged_weights_are_taken_when_asked_for(tmp_path, key):
     [
         ({"generator": state(), "critic": state()}, "several networks (generator, critic)"),
         ({"epoch": 3, "lr": 0.1}, "no state dict; its top-level keys: 'epoch', 'lr'"),
-        ({"model_ema": state(), "epoch": 3}, "--teacher-ema takes the averaged weights"),
+        ({"model_ema": state(), "epoch": 3}, "'model_ema', 'epoch'; what the caller says"),
         ([1, 2], "no dict at all"),
     ],
 )
 def test_a_checkpoint_without_exactly_one_network_says_what_it_holds(content, told):
     with pytest.raises(UserError) as refused:
-        unwrap_state(content, Path("c.pth"))
+        unwrap_state(content, Path("c.pth"), hint="what the caller says")
     assert told in str(refused.value)
+
+
+def test_the_way_to_averaged_weights_is_one_that_the_command_has(tmp_path):
+    torch.save({"model_ema": state(), "epoch": 3}, tmp_path / "c.pth")
+    with pytest.raises(UserError, match="--teacher-ema takes the averaged weights"):
+        load_teacher("ConvNetW32", tmp_path / "c.pth", TINY, CPU)
+    with pytest.raises(UserError, match="save the averaged weights alone"):
+        load_student(tmp_path / "c.pth", "ConvNetW32", TINY)
+
+
+def test_torchvisions_averaged_weights_are_taken(tmp_path):
+    averaged = torch.optim.swa_utils.AveragedModel(models.build("ConvNetW32", 4, 32))
+    torch.save({"model": state(), "model_ema": averaged.state_dict()}, tmp_path / "c.pth")
+    teacher = load_teacher("ConvNetW32", tmp_path / "c.pth", TINY, CPU, ema=True)
+    expected = averaged.module.state_dict()
+    assert all(torch.equal(expected[k], v) for k, v in teacher.model.state_dict().items())
+
+
+def test_averaged_weights_need_a_file():
+    with pytest.raises(UserError, match="there is none for teacher fixed_teacher:factory"):
+        load_teacher("fixed_teacher:factory", None, TINY, CPU, ema=True)
 
 
 def torchscript(path: Path) -> None:

@@ -14,7 +14,9 @@ from relabel import generate, teacher
 from utils.cli import UserError
 from utils.data import folders, images
 from utils.data.images import ResidentImages
+from utils.data.views import ViewSpec, draw
 from utils.labels import LabelSet, LabelWriter
+from utils.labels.arrays import views_to_arrays
 
 
 def tiny_teacher(world) -> teacher.Teacher:
@@ -254,3 +256,8 @@ def test_labels_for_something_else_are_refused(world, field, facts, classes, ima
     given = dataclasses.replace(TINY, **facts)
     with pytest.raises(UserError, match=field):
         labels.check(given, classes or right[0], images_sha256 or right[1])
+
+
+def test_stored_views_take_at_most_ten_bytes_each_at_224_pixels():
+    views = draw(ViewSpec(224, 16), np.full((10000, 2), 224), 0)
+    assert sum(array.nbytes for array in views_to_arrays(views).values()) <= 10 * 10000

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,6 +62,15 @@ def test_an_error_of_a_packer_is_raised_and_names_the_file(inline, writer):
     assert not multiprocessing.active_children()
 
 
+def test_any_error_of_a_packer_is_raised_as_what_it_is(inline, writer):
+    whole = inline.whole_pass(0)
+    with pytest.raises(IndexError, match="size 11"), pass_writer(writer, 1) as write_pass:
+        write_pass(0, whole.logits, whole.views, inline.hard_labels[:-1])
+    writer.settings = {**writer.settings, "codec": {"name": "none such"}}  # it cannot even start
+    with pytest.raises(UserError, match="none such"), pass_writer(writer, 1) as write_pass:
+        write_pass(0, whole.logits, whole.views, inline.hard_labels)
+
+
 def test_the_end_of_a_packer_is_told(inline, writer):
     whole = inline.whole_pass(0)
     with pytest.raises(UserError, match="ended from outside"), pass_writer(writer, 1) as write_pass:
@@ -70,8 +80,24 @@ def test_the_end_of_a_packer_is_told(inline, writer):
         write_pass(1, whole.logits, whole.views, inline.hard_labels)
 
 
-def test_packers_are_for_machines_with_a_gpu(monkeypatch):
-    assert default_packers(torch.device("cpu")) == 0
-    for cores, expected in ((1, 1), (3, 2), (32, 4)):
-        monkeypatch.setattr("utils.runtime.usable_cores", lambda cores=cores: cores)
-        assert default_packers(torch.device("cuda")) == expected
+@pytest.mark.parametrize(
+    ("cores", "gigabytes", "world", "on_machine", "expected"),
+    [
+        *((1, 64, 1, None, 1), (3, 64, 1, None, 2), (32, 128, 1, None, 4)),
+        *((32, 50, 1, None, 2), (32, 20, 1, None, 0)),  # too little memory: labelling packs
+        *((32, 128, 4, None, 1), (32, 128, 4, 2, 3), (4, 128, 4, 2, 1)),
+    ],
+)
+def test_packers_are_as_many_as_cores_and_memory_of_this_machine_allow(
+    monkeypatch, cores, gigabytes, world, on_machine, expected
+):
+    """Logits of 1,281,167 images and 1000 classes: four times 5.1 GB a packer."""
+    writer = SimpleNamespace(sizes=range(1281167), settings={"num_classes": 1000})
+    monkeypatch.setattr("utils.runtime.usable_cores", lambda: cores)
+    monkeypatch.setattr("utils.data.images.available_memory", lambda: gigabytes * 10**9)
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if on_machine:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(on_machine))
+    assert default_packers(torch.device("cpu"), writer) == 0
+    assert default_packers(torch.device("cuda"), writer) == expected

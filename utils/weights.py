@@ -12,24 +12,29 @@ from utils.cli import UserError
 
 _USUAL_KEYS = ("state_dict", "model", "net", "network", "model_state_dict", "model_state")
 _PREFIXES = ("module.", "_orig_mod.")
+_AVERAGED = re.compile("(?<![a-z])ema(?![a-z])", re.IGNORECASE)
 
 
-def unwrap_state(content: object, path: Path, ema: bool = False) -> dict[str, torch.Tensor]:
+def unwrap_state(
+    content: object, path: Path, ema: bool = False, hint: str = ""
+) -> dict[str, torch.Tensor]:
     """The network in a checkpoint: the one dict of tensors in it, wherever training scripts put it.
 
     Args:
         content: of the file.
         path: of the file, for messages.
-        ema: take the averaged weights, under a key with "ema" in it, instead of the others.
+        ema: take the averaged weights, those under a key with the word "ema", not the others.
+        hint: what to do where a file holds averaged weights that were not asked for.
 
     Returns:
-        The state dict, without the prefixes of DistributedDataParallel and torch.compile.
+        The state dict, without the prefixes of DistributedDataParallel and torch.compile, nor
+        the counter of torch's AveragedModel.
 
     Raises:
         UserError: no such dict, or several.
     """
     states = dict(_find_states(content, ""))
-    averaged = {key for key in states if "ema" in key.lower()}
+    averaged = {key for key in states if _AVERAGED.search(key)}
     chosen = [key for key in states if (key in averaged) == ema]
     usual = [key for key in chosen if key.split(".")[-1] in _USUAL_KEYS]
     if len(chosen) > 1 and len(usual) == 1:
@@ -37,10 +42,10 @@ def unwrap_state(content: object, path: Path, ema: bool = False) -> dict[str, to
     if len(chosen) != 1:
         keys = ", ".join(map(repr, content)) if isinstance(content, dict) else "no dict at all"
         which = f"several networks ({', '.join(chosen)})" if chosen else "no state dict"
-        hint = "; --teacher-ema takes the averaged weights" if averaged and not ema else ""
+        hint = f"; {hint}" if hint and averaged and not ema else ""
         keys = textwrap.shorten(keys, 200, placeholder=" ...")
         raise UserError(f"{path} holds {which}; its top-level keys: {keys}{hint}")
-    state = states[chosen[0]]
+    state = {key: value for key, value in states[chosen[0]].items() if key != "n_averaged"}
     while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in state)), None):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state

@@ -155,7 +155,8 @@ def load_student(
                 f"{checkpoint} is not a checkpoint of validate/train.py; say with --model and "
                 "--dataset what it is of"
             )
-        state = unwrap_state(saved, checkpoint)
+        hint = "save the averaged weights alone to evaluate them"
+        state = unwrap_state(saved, checkpoint, hint=hint)
         saved = {"network": name, "dataset": vars(dataset), "model": state}
         saved |= {"precision": "off", "classes": None}
     elif dataset is not None:

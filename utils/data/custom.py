@@ -1,21 +1,16 @@
 """The facts of a custom data set that no flag gives, from its images."""
 
 import dataclasses
-import itertools
 import math
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from utils import cli
 from utils.cli import UserError
 from utils.data.datasets import Dataset
 from utils.data.folders import ImageFolder
-from utils.data.images import decode
-from utils.runtime import usable_cores
+from utils.data.images import decode, map_files
 
 _GREY_LEVELS = 256
-_TOGETHER = 1024  # images handed to the threads at once
 
 
 def complete(
@@ -77,20 +72,13 @@ def mean_and_std(folder: ImageFolder) -> tuple[list[float], list[float]]:
     Raises UserError where a channel is the same everywhere.
     """
     counts = np.zeros(3 * _GREY_LEVELS, dtype=np.int64)
-    bar = cli.progress(
-        desc="mean and std", total=len(folder.files), unit="img", leave=False, delay=1
-    )
-    files = iter(folder.files)
-    with bar, ThreadPoolExecutor(usable_cores()) as threads:
-        while together := list(itertools.islice(files, _TOGETHER)):
-            for histogram in threads.map(lambda path: decode(path).histogram(), together):
-                counts += histogram
-                bar.update()
+    for histogram in map_files(lambda path: decode(path).histogram(), folder.files, "mean and std"):
+        counts += histogram
     means, stds = [], []
     for channel in counts.reshape(3, _GREY_LEVELS).tolist():
-        total = sum(channel)
-        first = sum(count * level for level, count in enumerate(channel))
-        second = sum(count * level**2 for level, count in enumerate(channel))
+        total, first, second = (
+            sum(count * level**power for level, count in enumerate(channel)) for power in range(3)
+        )
         means.append(first / total / 255)
         # In whole numbers, which lose nothing however many pixels there are.
         stds.append(math.sqrt(total * second - first**2) / total / 255)

@@ -71,7 +71,7 @@ def pixels_of(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def _map_files(work: Callable, files: Sequence[Path], what: str) -> Iterator:
+def map_files(work: Callable, files: Sequence[Path], what: str) -> Iterator:
     """work(file) for all files in order, in threads (decoding releases the GIL), with a bar.
 
     The threads run ahead by a few files only, however slowly the results are taken.
@@ -113,7 +113,7 @@ def inspect(folder: ImageFolder) -> tuple[np.ndarray, str]:
 
     digest = hashlib.sha256()
     sizes = []
-    results = _map_files(read, folder.files, "reading images")
+    results = map_files(read, folder.files, "reading images")
     for path, (size, content) in zip(folder.files, results, strict=True):
         digest.update(f"{path.relative_to(folder.root).as_posix()} {content}\n".encode())
         sizes.append(size)
@@ -270,9 +270,9 @@ def open_images(
     if not (sizes == sizes[0]).all() or needed > available_memory() // 2:
         return StreamingImages(folder.files, dataset, device, workers)
     pixels = torch.empty(len(sizes), 3, height, width, dtype=torch.uint8)
-    decoded = _map_files(lambda path: pixels_of(decode(path)), folder.files, "decoding images")
-    for place, image in zip(pixels, decoded, strict=True):
-        place.copy_(image)
+    decoded = map_files(lambda path: pixels_of(decode(path)), folder.files, "decoding images")
+    for row, image in zip(pixels, decoded, strict=True):
+        row.copy_(image)
     return ResidentImages(pixels, dataset, device)
 
 
@@ -309,7 +309,7 @@ def decode_evaluation(folder: ImageFolder, dataset: Dataset) -> Iterator[torch.T
             image = transforms.center_crop(transforms.resize(image, resize), [size, size])
         return pixels_of(image)
 
-    yield from _map_files(prepare, folder.files, "decoding validation images")
+    yield from map_files(prepare, folder.files, "decoding validation images")
 
 
 def load_evaluation(folder: ImageFolder, dataset: Dataset) -> torch.Tensor:
@@ -327,6 +327,6 @@ def load_evaluation(folder: ImageFolder, dataset: Dataset) -> torch.Tensor:
             "disk with room for them"
         )
     pixels = torch.empty(len(folder.files), 3, size, size, dtype=torch.uint8)
-    for place, image in zip(pixels, decode_evaluation(folder, dataset), strict=True):
-        place.copy_(image)
+    for row, image in zip(pixels, decode_evaluation(folder, dataset), strict=True):
+        row.copy_(image)
     return pixels
