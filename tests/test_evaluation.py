@@ -170,14 +170,14 @@ def test_pixels_of_images_that_change_while_they_are_decoded_are_not_used_again(
 
 
 def test_a_second_process_waits_for_the_first(val, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluation, "_POLL", 0.01)
-    cache, loaded = tmp_path / "cache", []
+    cache, loaded, waits = tmp_path / "cache", [], threading.Event()
+    monkeypatch.setattr(evaluation.time, "sleep", lambda _: waits.set())
     with files.lock(cache, "decoding"):
         second = threading.Thread(target=lambda: loaded.append(load(val, cache)))
         second.start()
-        while "waiting: another process" not in capsys.readouterr().out:
-            assert second.is_alive()
+        assert waits.wait(60)
     second.join()
+    assert capsys.readouterr().out.count("waiting: another process") == 1
     assert torch.equal(loaded[0], decoded(val))
 
 
