@@ -103,8 +103,11 @@ def _check_run(args: argparse.Namespace, materials: settings.Materials) -> None:
     run = runlog.RunFolder(args.output_dir)
     if recorded := run.settings():
         earlier = settings.Settings.from_record(recorded, run.path)
-        machine = {"processes": earlier.processes, "precision": earlier.precision}
-        dataclasses.replace(wanted, **machine).check_continues(earlier, run.path)
+        # On which machine the plan is checked is no difference.
+        wanted = dataclasses.replace(
+            wanted, processes=earlier.processes, precision=earlier.precision
+        )
+        wanted.check_continues(earlier, run.path)
 
 
 @contextlib.contextmanager

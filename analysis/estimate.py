@@ -15,7 +15,7 @@ from utils import runlog
 from utils.cli import UserError
 from utils.labels import codecs
 
-_KLT_FACTOR = 5  # bytes of fp16 over those of klt at 1000 classes: five to seven
+_KLT_FACTOR = 5  # bytes of fp16 over those of klt at 1000 classes: five to eight
 _BYTES = EngFormatter("B", places=2)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from utils.files import atomic_write
-from utils.machine import processor
+from utils.hardware import processor
 
 
 def provenance(command: str) -> str:

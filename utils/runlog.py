@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from utils import machine
+from utils import hardware
 from utils.cli import UserError
 from utils.files import (
     atomic_write,
@@ -20,8 +20,8 @@ from utils.files import (
     save_tensors,
     to_json,
 )
+from utils.hardware import Gpu
 from utils.loggers import Logger, Opener
-from utils.machine import Gpu
 from utils.runtime import versions
 
 ARGUMENTS, LOG, CHECKPOINT, BEST = "args.yaml", "log.jsonl", "checkpoint.pt", "best.pt"
@@ -119,7 +119,7 @@ class RunFolder:
         energy = [line.get("energy_wh") for line in self.log_lines()]
         if energy and None not in energy:
             about["energy_kwh"] = round(sum(energy) / 1000, 6)
-        about |= {"machine": machine.facts(), **git_commit()}
+        about |= {"machine": hardware.facts(), **git_commit()}
         atomic_write(self.path / RESULT, to_json({**result, **about}))
 
     def draw_curves(self, result: dict, colours: dict[str, str]) -> None:
