@@ -1,6 +1,5 @@
 """The run folder: arguments, a line per epoch, checkpoint, result and curves."""
 
-import contextlib
 import json
 import subprocess
 from collections.abc import Callable, Sequence
@@ -14,7 +13,6 @@ from utils.files import (
     atomic_write,
     is_unused,
     load_tensors,
-    lock,
     read_json,
     save_figure,
     save_tensors,
@@ -61,10 +59,6 @@ class RunFolder:
             return None
         return _with(("best", "last", "label_bytes", "seconds"), path, read_json)
 
-    def has_curves(self) -> bool:
-        """Whether the curves of the run are drawn."""
-        return (self.path / CURVES).exists()
-
     def checkpoint(self) -> dict | None:
         """The last checkpoint, else None."""
         path = self.path / CHECKPOINT
@@ -72,10 +66,6 @@ class RunFolder:
             return None
         needed = ("model", "optimizer", "scaler", "random_states", "reached")
         return _with(needed, path, lambda path: load_tensors(path, "checkpoint"))
-
-    def locked(self) -> contextlib.AbstractContextManager:
-        """Keeps a second process out of the folder; raises UserError when one has it."""
-        return lock(self.path, "training in")
 
     def begin(self, settings: dict, epochs_done: int, openers: Sequence[Opener] = ()) -> None:
         """Records a new run's settings, drops log lines after the checkpoint, opens loggers."""
