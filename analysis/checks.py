@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import models
 from analysis.runner import Task
@@ -56,7 +57,7 @@ def check(tasks: list[Task], label_sets_made: bool = False) -> list[Task]:
             if wanted not in opened:
                 opened[wanted] = settings.Materials.open(*wanted)
             materials = opened[wanted]
-            _check_network(args.model, materials.dataset)
+            network(args.model, materials.dataset.num_classes, materials.dataset.input_size)
             if made:
                 _check_run(args, materials)
             else:
@@ -86,14 +87,19 @@ def _check_labelling(args: argparse.Namespace) -> None:
             raise UserError(f"--teacher-weights: no file {missing[0]}")
 
 
-def _check_network(name: str, dataset: datasets.Dataset) -> None:
-    """Raises UserError for an unknown network; code of the user's own is not run."""
-    if ":" not in name:
-        try:
-            with torch.device("meta"):
-                models.build(name, dataset.num_classes, dataset.input_size)
-        except ValueError as error:
-            raise UserError(f"--model: {error}") from None
+def network(name: str, num_classes: int, input_size: int) -> nn.Module | None:
+    """A student without memory for its weights; None for code of the user's own, which is not run.
+
+    Raises:
+        UserError: it is unknown.
+    """
+    if ":" in name:
+        return None
+    try:
+        with torch.device("meta"):
+            return models.build(name, num_classes, input_size)
+    except ValueError as error:
+        raise UserError(f"--students: {error}") from None
 
 
 def _check_run(args: argparse.Namespace, materials: settings.Materials) -> None:
@@ -103,8 +109,11 @@ def _check_run(args: argparse.Namespace, materials: settings.Materials) -> None:
     run = runlog.RunFolder(args.output_dir)
     if recorded := run.settings():
         earlier = settings.Settings.from_record(recorded, run.path)
-        machine = {"processes": earlier.processes, "precision": earlier.precision}
-        dataclasses.replace(wanted, **machine).check_continues(earlier, run.path)
+        # On which machine the plan is checked is no difference.
+        wanted = dataclasses.replace(
+            wanted, processes=earlier.processes, precision=earlier.precision
+        )
+        wanted.check_continues(earlier, run.path)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from analysis.tables import mean_and_std, mean_std
 from utils import cli, runlog
 from utils.cli import UserError
 from utils.files import save_figure
-from validate.kinds import KINDS
+from validate.kinds import colours
 
 Group = tuple[str, list[runlog.RunFolder]]  # a name, and runs that differ in seed only
 
@@ -72,7 +72,6 @@ def draw_curves(groups: list[Group]) -> Figure:
     rows = -(-len(groups) // columns)
     figure = Figure(figsize=(5.5 * columns, 3.2 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
-    colours = {kind.name: kind.colour for kind in KINDS.values()}
     for axes, (name, runs) in zip(panels.flat, groups, strict=False):
         for position, run in enumerate(runs):
             evaluated = [line for line in run.log_lines() if "val_top1" in line]
@@ -89,7 +88,7 @@ def draw_curves(groups: list[Group]) -> Figure:
         axes.set_title(f"{name}: last {top1(runs, 'last')} %")
         axes.set_xlabel("epoch")
         longest = max((run.log_lines() for run in runs), key=len)
-        runlog.shade_phases(axes, [line["kind"] for line in longest], colours)
+        runlog.shade_phases(axes, [line["kind"] for line in longest], colours())
     for axes in panels.flat[len(groups) :]:
         axes.set_axis_off()
     for axes in panels[:, 0]:

@@ -16,6 +16,7 @@ if not __package__:  # run as a plain script: imports start at the repository ro
 
 import torch
 from matplotlib.figure import Figure
+from torch import nn
 
 from analysis.compare import add_groups, finished_runs
 from analysis.tables import add_out, column, mean_and_std, mean_std, write_study
@@ -23,7 +24,7 @@ from utils import cli, runlog
 from utils.cli import bounded
 from utils.data import folders, images
 from utils.data.datasets import Dataset
-from utils.data.views import ViewSpec, draw
+from utils.data.views import Views, ViewSpec, draw
 from validate.evaluate import load_student
 from validate.settings import Settings
 
@@ -41,7 +42,7 @@ def jensen_shannon(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def predictions(model, source, views) -> torch.Tensor:
+def predictions(model: nn.Module, source: images.StreamingImages, views: Views) -> torch.Tensor:
     """Probabilities float32 [N, C] for views, in the order of the images."""
     parts = [model(pixels).softmax(1) for pixels in source.render(list(views))]
     return torch.cat(parts)[views.index.argsort()]

@@ -4,18 +4,18 @@ import argparse
 import contextlib
 import io
 import statistics
+from pathlib import Path
 
-import torch
 from matplotlib.ticker import EngFormatter
 
-import models
 from analysis import checks
-from analysis.runner import Task
+from analysis.runner import Task, machine_slots
 from utils import runlog
 from utils.cli import UserError
 from utils.labels import codecs
+from utils.labels.manifest import read_manifest
 
-_KLT_FACTOR = 5  # bytes of fp16 over those of klt at 1000 classes: five to seven
+_KLT_FACTOR = 5  # bytes of fp16 over those of klt at 1000 classes: five to eight
 _BYTES = EngFormatter("B", places=2)
 
 
@@ -45,23 +45,25 @@ def speed(tasks: list[Task]) -> float | None:
 
 
 def run_bytes(student: str, classes: int, size: int) -> int:
-    """Of a run's checkpoint (weights and Adam's two moments) and its best weights, in fp32."""
-    if ":" in student:  # code of the user's own, which is not run for an estimate
-        return 0
-    try:
-        with torch.device("meta"):
-            network = models.build(student, classes, size)
-    except ValueError as error:
-        raise UserError(f"--students: {error}") from None
-    return 4 * 4 * sum(weight.numel() for weight in network.parameters())
+    """Of a run's checkpoint (weights and Adam's two moments) and its best weights, in fp32.
+
+    0 for code of the user's own, which is not run for an estimate.
+    """
+    network = checks.network(student, classes, size)
+    return 4 * 4 * sum(weight.numel() for weight in network.parameters()) if network else 0
 
 
-def label_bytes(task: Task, labels: dict, classes: int) -> float:
-    """About how many bytes a label set takes; `labels` counts those of sets before it."""
+def label_bytes(task: Task, counts: dict[Path, int], classes: int) -> float:
+    """About how many bytes a label set takes; `counts` has the labels of those before it."""
     args = checks.parse(task)
-    out = args.label_dir if hasattr(args, "teacher") else args.out_dir
-    count = args.slc * classes if args.slc else labels[str(args.label_dir)]
-    labels[str(out)] = count
+    if args.slc:
+        count = args.slc * classes
+    elif args.label_dir in counts:
+        count = counts[args.label_dir]
+    else:  # all labels of a set that no task of the plan makes
+        manifest = read_manifest(args.label_dir / "manifest.json")
+        count = manifest["passes"] * manifest["images"]["count"]
+    counts[args.label_dir if hasattr(args, "teacher") else args.out_dir] = count
     return count * bytes_per_label(codecs.from_arguments(args), classes)
 
 
@@ -101,7 +103,7 @@ def estimate(plan: argparse.Namespace, classes: int, labels: list[Task], runs: l
         hours.append(views / rate / 3600)
         lines.append(f"{known} at {rate:,.0f} images/s = {hours[-1]:.1f}")
     if len(hours) == len(plan.students):
-        total, beside = sum(hours), plan.jobs or 1
+        total, beside = sum(hours), len(machine_slots(plan.jobs))
         lines.append(f"hours in all: {total:.1f}; {beside} at a time: {total / beside:.1f}")
     return "\n".join([*lines, "labelling and evaluation come on top"])
 

@@ -23,7 +23,7 @@ from analysis.replay import CONFIRMING, Replay
 from analysis.tables import add_out, column, label_round, mean_and_std, write_study
 from utils import cli, runlog
 from utils.cli import UserError, bounded
-from validate.kinds import KINDS, Batch, hard_loss, soft_loss
+from validate.kinds import Batch, colours, hard_loss, soft_loss
 
 _BATCHES = 8  # stored batches whose gradients are taken
 
@@ -83,7 +83,7 @@ def draw(rows: list[dict], kinds: list[str], temperature: float) -> Figure:
     lower.set_ylabel("norm of the gradient")
     lower.set_xlabel("epoch")
     for axes in (upper, lower):
-        runlog.shade_phases(axes, kinds, {name: kind.colour for name, kind in KINDS.items()})
+        runlog.shade_phases(axes, kinds, colours())
         axes.legend(fontsize=8, ncols=2)
         axes.set_xlim(-0.02 * len(kinds), 1.02 * len(kinds))  # room for the outer error bars
     return figure
@@ -108,7 +108,7 @@ def main() -> None:
     cosines = column(rows, "cosine")
     print(
         f"cosine of hard-label and soft-label gradient: first {cosines[0]:.3f}, last "
-        f"{cosines[-1]:.3f}, lowest {min(cosines):.3f}; {args.out.with_suffix('.png')}"
+        f"{cosines[-1]:.3f}, lowest {min(cosines):.3f}; {args.out}.png"
     )
 
 

@@ -17,6 +17,7 @@ import torch
 
 from utils import cli, runlog
 from utils.files import atomic_write
+from utils.runtime import usable_cores
 
 ROOT = Path(__file__).resolve().parents[1]
 _POLL_SECONDS = 0.1
@@ -92,7 +93,7 @@ def machine_slots(jobs: int | None) -> list[dict[str, str]]:
         return [{"CUDA_VISIBLE_DEVICES": next(names)} for _ in range(jobs or gpus)]
     if "OMP_NUM_THREADS" in os.environ or not jobs:
         return [{}] * (jobs or 1)
-    return [{"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // jobs))}] * jobs
+    return [{"OMP_NUM_THREADS": str(max(1, usable_cores() // jobs))}] * jobs
 
 
 def _end_with_planner() -> None:

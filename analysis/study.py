@@ -69,6 +69,11 @@ def choices(rows: list[dict]) -> dict[str, str]:
     return {method: setting for method, (_, setting) in best.items()}
 
 
+def results_table(rows: list[dict]) -> str:
+    """The table of a sweep."""
+    return tables.markdown_table(tables.lines(rows), tables.LEFT)
+
+
 def choice_table(rows: list[dict]) -> str:
     """Every setting's top-1 per SLC and on average; the chosen ones in bold."""
     chosen = choices(rows)
@@ -98,7 +103,7 @@ def pivot_table(rows: list[dict]) -> str:
 
 def fill(text: str) -> str:
     """study.md with every table made again; raises UserError for an unknown kind of table."""
-    kinds = {"results": tables.markdown, "choice": choice_table, "pivot": pivot_table}
+    kinds = {"results": results_table, "choice": choice_table, "pivot": pivot_table}
 
     def table(marker: re.Match) -> str:
         kind, name = marker[1], marker[2]

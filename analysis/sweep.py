@@ -14,26 +14,24 @@ if not __package__:  # run as a plain script: imports start at the repository ro
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import os
 import re
 import shlex
 from collections.abc import Sequence
 
-import yaml
-
-from analysis import checks, tables
+from analysis import checks, plan_file, tables
 from analysis.estimate import estimate
 from analysis.runner import ROOT, Task, machine_slots, run_all
 from utils import cli, runlog
 from utils.cli import UserError, bounded, did_you_mean
-from utils.data import datasets
+from utils.data import datasets, folders
 from utils.files import read_json
 from validate.kinds import KINDS
 
 _FOLDERS = ("data_dir", "val_dir", "out_dir", "label_dir")
 _CUSTOM = ("num_classes", "input_size", "mean", "std")  # flags that describe a data set
-_CELL = ("method", "codec", "ipc", "slc", "labels_per_image", "student", "seed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,11 +112,14 @@ def read_settings(arguments: Sequence[str]) -> argparse.Namespace:
     if settings.plan:
         flags_alone = ("plan", "jobs", "only", "task", "estimate", "images_per_second")
         names = [name for name in vars(settings) if name not in flags_alone]
-        plan = read_plan(settings.plan, names)
+        flags, others = plan_file.read(settings.plan, names)
+        program, parser.prog = parser.prog, str(settings.plan)  # named in what is wrong with it
+        defaults = vars(parser.parse_args(flags)) | others
+        parser.prog = program
         for given, other in (("slc", "labels_per_image"), ("labels_per_image", "slc")):
             if getattr(settings, given):  # as a flag, which overrides the plan
-                plan.pop(other, None)
-        parser.set_defaults(**plan)
+                defaults[other] = None
+        parser.set_defaults(**defaults)
         settings = parser.parse_args(arguments[:cut])
     if more := arguments[cut + 1 :]:
         settings.flags = shlex.join(more)
@@ -128,34 +129,6 @@ def read_settings(arguments: Sequence[str]) -> argparse.Namespace:
     for name in (*_FOLDERS, "relabel"):
         setattr(settings, name, os.path.expandvars(getattr(settings, name) or ""))
     return settings
-
-
-def read_plan(path: Path, names: list[str]) -> dict:
-    """What a plan file says; raises UserError when it is none, or names other settings."""
-    try:
-        plan = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(plan, dict):
-        raise UserError(f"{path} must hold settings by name")
-    for name in plan:
-        if name not in names:
-            raise UserError(f"{path}: unknown {name!r}{did_you_mean(str(name), names)}")
-    codecs = plan.get("codecs") or {}
-    if not isinstance(codecs, dict):
-        raise UserError(f"{path}: codecs must be names, each with flags of relabel/compress.py")
-    plan["codecs"] = {str(name): flags or "" for name, flags in codecs.items()}
-    for cell in plan.get("cells") or []:
-        if not isinstance(cell, dict) or {*cell} - {*_CELL, "flags"} or "flags" not in cell:
-            raise UserError(
-                f"{path}: cells must be a list of {{{', '.join(_CELL)}, flags}}: flags of "
-                "validate/train.py for the runs that have all these values"
-            )
-    table, facts = plan.get("table") or {}, _CELL[:-1]
-    whole = isinstance(table, dict) and {*table} in ({"rows", "columns"}, set())
-    if not whole or not all(isinstance(of, list) and {*of} <= {*facts} for of in table.values()):
-        raise UserError(f"{path}: table must have rows and columns, lists of {', '.join(facts)}")
-    return {name: value for name, value in plan.items() if value is not None}
 
 
 def check(settings: argparse.Namespace) -> None:
@@ -176,16 +149,17 @@ def check(settings: argparse.Namespace) -> None:
             raise UserError(f"--slc {slc} is not a multiple of IPC {ipc}")
 
 
-def chosen_methods(chosen: list[str] | dict[str, dict | None]) -> dict[str, Method]:
+def chosen_methods(chosen: list[str] | dict[str, dict[str, str]]) -> dict[str, Method]:
     """The methods of a plan by the names it gives them; raises UserError for an unknown one."""
     known, methods = known_methods(), {}
     for name in chosen:
-        own = {"like": name, "flags": "", **((isinstance(chosen, dict) and chosen[name]) or {})}
-        if own["like"] not in known:
-            unknown = f"{own['like']!r}{did_you_mean(own['like'], list(known))}"
+        own = chosen[name] if isinstance(chosen, dict) else {}
+        named = own.get("like") or name
+        if named not in known:
+            unknown = f"{named!r}{did_you_mean(named, list(known))}"
             raise UserError(f"unknown method {unknown} (known: {', '.join(known)})")
-        like = known[own["like"]]
-        methods[name] = dataclasses.replace(like, flags=f"{like.flags} {own['flags']}")
+        like = known[named]
+        methods[name] = dataclasses.replace(like, flags=f"{like.flags} {own.get('flags', '')}")
     return methods
 
 
@@ -219,10 +193,12 @@ def count_classes(settings: argparse.Namespace, ipc: int) -> int:
     """Number of classes: known of the data set, or the class folders of the distilled images."""
     if settings.facts.num_classes:
         return settings.facts.num_classes
-    images = images_dir(settings, ipc)
-    if not images.is_dir():
-        raise UserError(f"image folder not found: {images}")
-    return sum(entry.is_dir() and entry.name[0] != "." for entry in images.iterdir())
+    return _class_folders(images_dir(settings, ipc))
+
+
+@functools.cache
+def _class_folders(images: Path) -> int:
+    return len(folders.scan(images).classes)
 
 
 def top_k(classes: int) -> int:
@@ -269,7 +245,9 @@ def label_sets(
 
 
 def label_tasks(settings: argparse.Namespace) -> list[Task]:
-    """The label sets that the methods read, each after those it is made from.
+    """The label sets to be made for the methods, each after those it is made from.
+
+    Without a teacher these are the recoded ones: the others must be there.
 
     Raises:
         UserError: one is missing and no teacher is named, or two would have the same folder.
@@ -292,14 +270,15 @@ def label_tasks(settings: argparse.Namespace) -> list[Task]:
             whole = ["--slc", str(ipc), "--mix", "none", "--min-scale", "1"]
             generated["static"] = label_dir(settings, ipc, "_static"), whole
         for name, (out, amount) in generated.items():
-            if not settings.relabel and not (out / "manifest.json").exists():
+            if settings.relabel:
+                flags = [*data_flags(settings, ipc), *shlex.split(settings.relabel)]
+                flags += ["--label-dir", str(out), *amount]
+                add(f"{name}_ipc{ipc}", "relabel/generate.py", out, flags)
+            elif not (out / "manifest.json").exists():
                 raise UserError(
                     f"no label set at {out}: name the teacher that is to make it, "
                     '--relabel "--teacher NAME --teacher-weights FILE"'
                 )
-            flags = [*data_flags(settings, ipc), *shlex.split(settings.relabel)]
-            flags += ["--label-dir", str(out), *amount]
-            add(f"{name}_ipc{ipc}", "relabel/generate.py", out, flags)
         for labels in reads:
             for codec, (out, compress) in label_sets(settings, ipc, labels).items():
                 if compress:

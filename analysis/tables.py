@@ -9,6 +9,7 @@ import statistics
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -35,8 +36,9 @@ def add_out(parser: argparse.ArgumentParser) -> None:
 def write_study(rows: list[dict], figure: Figure, out: Path) -> None:
     """Writes OUT.csv, which says when, where and by which command it was measured, and OUT.png."""
     command = shlex.join(["python", f"analysis/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    write_csv(rows, out.with_suffix(".csv"), provenance(command))
-    save_figure(figure, out.with_suffix(".png"))
+    # Not with_suffix: a name may have a dot of its own.
+    write_csv(rows, out.with_name(f"{out.name}.csv"), provenance(command))
+    save_figure(figure, out.with_name(f"{out.name}.png"))
 
 
 def mean_and_std(values: list[float]) -> tuple[float, float]:
@@ -77,7 +79,7 @@ def grouped(rows: list[dict], *columns: str) -> dict[tuple, list[dict]]:
     return groups
 
 
-def column(rows: list[dict], name: str) -> list[float]:
+def column(rows: list[dict], name: str) -> list[Any]:
     """The rows' values in one column."""
     return [row[name] for row in rows]
 
@@ -140,11 +142,6 @@ def lines(rows: list[dict]) -> list[dict[str, object]]:
         for line in result:
             del line["codec"]
     return result
-
-
-def markdown(rows: list[dict]) -> str:
-    """The table of `lines` as Markdown."""
-    return markdown_table(lines(rows), LEFT)
 
 
 def with_labels_per_image(facts: dict) -> dict:

@@ -2,7 +2,6 @@
 
 import contextlib
 import multiprocessing
-import platform
 import re
 import shutil
 import statistics
@@ -17,7 +16,6 @@ from pathlib import Path
 import torch
 
 from benchmarks.bench import Bench
-from utils import runtime
 from utils.cli import UserError
 
 
@@ -121,10 +119,3 @@ def gpu_samples(device: torch.device) -> Iterator[list[tuple[float, float]]]:
     finally:
         sampler.kill()
         sampler.wait()
-
-
-def processor() -> str:
-    """The CPU's model and the number of cores that may be used."""
-    model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    name = model[1].strip() if model else platform.machine()
-    return f"{name}, {runtime.usable_cores()} CPU cores"

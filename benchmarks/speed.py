@@ -28,11 +28,11 @@ import torch
 from analysis.tables import column, grouped
 from benchmarks import straightforward
 from benchmarks.bench import Bench, add_arguments
-from benchmarks.measuring import by_turns, processor
+from benchmarks.measuring import by_turns
 from relabel.generate import fit_codec, label_pass, views_per_forward
 from relabel.packers import default_packers, pass_writer
 from relabel.teacher import Ensemble, Teacher
-from utils import cli, runtime
+from utils import cli, hardware, runtime
 from utils.cli import UserError, bounded
 from utils.data import evaluation
 from utils.files import atomic_write
@@ -240,7 +240,8 @@ def main() -> None:
         bench = Bench.begin(args, Path(root))
         about = [
             provenance(shlex.join(["python", "benchmarks/speed.py", *sys.argv[1:]])),
-            f"{processor()}; {runtime.describe(bench.machine)}",
+            f"{hardware.processor()}, {runtime.usable_cores()} CPU cores; "
+            f"{runtime.describe(bench.machine)}",
             f"{args.classes} classes x {args.ipc}, {args.size} x {args.size} JPEG; {args.model}, "
             f"batch size {args.batch_size}, {args.workers} workers, codec {args.codec}",
             f"{PLAIN}: PyTorch's defaults (fp32; on a GPU TF32 in convolutions), JPEG decoded for "

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, script, train_arguments, write_images
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
 from analysis import compare, consistency, gradients, landscape, replay, study, tables, updates
 from utils import runlog
 from utils.cli import UserError
-from utils.files import load_tensors, save_tensors
+from utils.files import load_tensors, save_figure, save_tensors
 from utils.results import write_csv
 
 
@@ -255,3 +256,12 @@ def test_the_tables_of_the_study_are_those_of_its_numbers(tmp_path, monkeypatch)
 def test_the_committed_study_is_what_its_numbers_say():
     text = study.STUDY.read_text()
     assert study.fill(text) == text
+
+
+def test_a_study_may_have_a_dot_in_its_name_and_a_pdf_is_not_overwritten(tmp_path):
+    tables.write_study([{"a": 1}], Figure(), tmp_path / "T0.5")
+    assert {path.name for path in tmp_path.iterdir()} == {"T0.5.csv", "T0.5.png", "T0.5.pdf"}
+    before = (tmp_path / "T0.5.pdf").read_bytes()
+    with pytest.raises(UserError, match=r"T0\.5\.pdf: name the PNG"):
+        save_figure(Figure(), tmp_path / "T0.5.pdf")
+    assert (tmp_path / "T0.5.pdf").read_bytes() == before

@@ -181,6 +181,30 @@ def test_a_second_process_waits_for_the_first(val, tmp_path, monkeypatch, capsys
     assert torch.equal(loaded[0], decoded(val))
 
 
+def test_accuracies_per_class_agree_with_top1_where_logits_are_equal(
+    world, tmp_path, command, monkeypatch
+):
+    """In half precision many are: here each is 0 or 1."""
+
+    class Undecided(torch.nn.Module):
+        def forward(self, images):
+            shape, generator = (len(images), 4), torch.Generator().manual_seed(0)
+            return torch.randint(2, shape, generator=generator).half()
+
+    saved = {"precision": "off", "dataset": vars(TINY), "classes": None}
+    monkeypatch.setattr(evaluate, "load_student", lambda *_: (Undecided(), saved))
+    arguments = ["--checkpoint", tmp_path / "c.pt", "--val-dir", world.val, "--device", "cpu"]
+    done = command(evaluate.main, *arguments, "--json", "--per-class")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert np.mean([*result["per_class"].values()]) == pytest.approx(result["top1"])
+
+
+def test_a_custom_data_set_is_not_evaluated_by_name(tmp_path, command):
+    done = command(evaluate.main, "--checkpoint", "c", "--val-dir", "v", "--dataset", "custom")
+    assert done.code == 2 and "give the name of a data set that has them" in done.err
+
+
 def test_evaluate_reports_the_same_from_the_cache(world, tmp_path, command):
     assert command(train.main, *train_arguments(world, tmp_path / "run")).code == 0
     arguments = ["--checkpoint", tmp_path / "run" / "best.pt", "--val-dir", world.val]

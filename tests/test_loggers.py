@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from conftest import train_arguments
 
-from utils import machine
+from utils import hardware
 from validate import train
 
 
@@ -89,13 +89,14 @@ def test_a_result_names_machine_code_hours_and_energy(world, tmp_path, command, 
         get_device_name=lambda: "H100",
         get_device_properties=lambda index: SimpleNamespace(uuid="abc"),
     )
-    monkeypatch.setattr(machine, "torch", SimpleNamespace(cuda=cuda))
-    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: Library())
+    monkeypatch.setattr(hardware, "torch", SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(hardware.ctypes, "CDLL", lambda name: Library())
     done = command(train.main, *train_arguments(world, tmp_path / "run", "--schedule", "hard:3"))
     assert done.code == 0, done.err
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["energy_kwh"] == 0.03 and result["hours"] == round(result["seconds"] / 3600, 4)
-    assert result["machine"] == {"processor": machine.processor(), "gpu": "H100", "driver": "570.1"}
+    facts = {"processor": hardware.processor(), "gpu": "H100", "driver": "570.1"}
+    assert result["machine"] == facts
     assert len(result["git_commit"]) == 40 and result["git_dirty"] in (True, False)
 
 

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import CUSTOM, ROOT, open_run, tree
 
 from analysis import checks, estimate, sweep
@@ -31,7 +32,7 @@ def test_what_would_stop_a_run_is_said_before_the_first_starts(world, tmp_path):
     refused(r"hard_ipc3_ConvNetW32_seed0: unknown argument --smooth", "--", "--smooth", 1)
     refused(r"hard_ipc3_ConvNetW32_seed0: argument --lr: 'x' is not", "--", "--lr", "x")
     refused("soft_slc9_ipc3_ConvNetW32_seed0: --slc 9: .* holds 6", "--slc", 9)
-    refused("--model: unknown model 'ConvNetW23'", "--students", "ConvNetW23")
+    refused("--students: unknown model 'ConvNetW23'", "--students", "ConvNetW23")
     refused("the labels in .* were made for something else: mean", "--mean", 0.1, 0.5, 0.5)
     refused("nowhere", "--val-dir", tmp_path / "nowhere")
     refused("--hard-share is for joint epochs", "--", "--hard-share", "0.3")
@@ -99,6 +100,20 @@ def test_what_the_plan_of_imagenet_will_take(command):
     assert f"hours in all: {sum(hours):.1f}; 2 at a time: {sum(hours) / 2:.1f}" in done.out
     done = command(sweep.main, *arguments)
     assert done.code == 0 and "no epoch is measured yet" in done.out
+
+
+def test_an_estimate_on_label_sets_that_are_there_needs_no_teacher(world, tmp_path, monkeypatch):
+    """world's set has 2 labels for each of 12 images; half a byte for each of 4 classes."""
+    plan = tiny_plan(world, tmp_path, "--estimate", "--images-per-second", 0.01)
+    plan.codecs = {"fp16": "", "quant": "--codec quant --bits 4"}
+    plan.label_dir = str(tmp_path / "labels")
+    (tmp_path / "labels").symlink_to(world.labels)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    labels, runs = sweep.label_tasks(plan), sweep.run_tasks(plan)
+    text = estimate.estimate(plan, 4, labels, runs)
+    assert "label sets: 1, 1 to make\ndisk: label sets 48.00 B and" in text
+    views = sum(estimate.count_views(task, 4) for task in runs)
+    assert f"; 4 at a time: {views / 0.01 / 3600 / 4:.1f}\n" in text  # a run on each of the GPUs
 
 
 @pytest.mark.slow

@@ -188,9 +188,28 @@ def test_a_plan_file_is_overridden_by_flags_and_checked(tmp_path):
         (text + "table: {rows: [ipc], columns: [sudent]}\n", "table must have rows and columns"),
         (text + "input_size: 32\n", "goes with --dataset custom"),
         (text.replace("digits", "custom"), "custom also needs --input-size, --mean, --std"),
+        (text + "flags: [--lr, 1]\n", "flags must be text"),
+        (text + "codecs: {klt: [--codec, klt]}\n", "codecs must be names, each with flags"),
+        (text + "cells: 5\n", "cells must be a list of"),
+        (text + "cells: [{ipc: 5, flags: 1}]\n", "cells must be a list of"),
+        (text + "table: {rows: [[ipc]], columns: []}\n", "table must have rows and columns"),
+        (text.replace("lpld: ", "lpld: --lr 1"), "method 'lpld' must be empty or {like"),
+        (text.replace("lpld: ", "lpld: 0"), "method 'lpld' must be empty or {like"),
+        (text.replace("flags:", "flag:"), "method 'mine' .*unknown 'flag'; did you mean flags"),
+        (text.replace("like: balanced", "like: [hald]"), "method 'mine' must be empty or {like"),
     ):
         with pytest.raises(UserError, match=message):
             read(wrong)
+
+
+def test_values_of_a_plan_are_checked_as_those_of_flags(tmp_path, capsys):
+    plan = settings(tmp_path, students="ConvNetW32", ipc="5", seeds=3, methods="hard", slc=["5"])
+    assert [task.name for task in sweep.run_tasks(plan)] == ["hard_ipc5_ConvNetW32_seed3"]
+    assert plan.relabel == "--teacher T"
+    for wrong in ({"ipc": ["ten"]}, {"seeds": [[0]]}, {"slc": [5.5]}, {"label_slc": [1, 2]}):
+        with pytest.raises(SystemExit):
+            settings(tmp_path, **wrong)
+        assert capsys.readouterr().err.startswith(f"{tmp_path}/plan.yaml: ")
 
 
 def task(tmp_path, name, code) -> runner.Task:

@@ -200,10 +200,21 @@ def content_name(path: Path) -> str | None:
 
 
 def save_figure(figure, path: Path) -> None:
-    """Writes a matplotlib Figure as PNG, 120 dots per inch, and beside it as PDF."""
+    """Writes a matplotlib Figure as PNG, 120 dots per inch, and beside it as PDF.
+
+    Args:
+        figure: matplotlib's.
+        path: of the PNG.
+
+    Raises:
+        UserError: it ends in .pdf.
+    """
+    name = path.name.removesuffix(".png")
+    if name.lower().endswith(".pdf"):
+        raise UserError(f"{path}: name the PNG; the PDF is written beside it")
     undated = {"CreationDate": None}
     atomic_write(
-        path.with_suffix(".pdf"),
+        path.with_name(f"{name}.pdf"),
         lambda file: figure.savefig(file, format="pdf", metadata=undated),
     )
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))

@@ -6,6 +6,14 @@ import torch
 import torch.nn.functional as F
 
 
+def top_classes(logits: torch.Tensor) -> torch.Tensor:
+    """The classes with the highest logits, int64 [B, 5], of float [B, C]; all where C is less.
+
+    Accuracies go by this order: which of equal logits comes first is not the same for argmax.
+    """
+    return logits.topk(min(5, logits.shape[1]), dim=1).indices
+
+
 def hits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """How many targets have the highest logit, the second highest, ... the fifth highest.
 
@@ -18,9 +26,10 @@ def hits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     Returns:
         int64 [5] on the logits' device; with fewer than five classes the rest is 0.
     """
-    highest = min(5, logits.shape[1])
-    counts = (logits.topk(highest, dim=1).indices == targets[:, None]).sum(0)
-    return F.pad(counts, (0, 5 - highest)) if highest < 5 else counts
+    ranked = top_classes(logits)
+    counts = (ranked == targets[:, None]).sum(0)
+    missing = 5 - ranked.shape[1]
+    return F.pad(counts, (0, missing)) if missing else counts
 
 
 def near_chance(correct: int, count: int, num_classes: int) -> bool:

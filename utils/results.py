@@ -3,19 +3,19 @@
 import csv
 import datetime
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from utils.files import atomic_write
-from utils.machine import processor
+from utils.hardware import processor
+from utils.runtime import usable_cores
 
 
 def provenance(command: str) -> str:
     """When, on what machine and by which command something is measured; for `write_csv`."""
-    name = f"{len(os.sched_getaffinity(0))} cores of {processor()}"
+    name = f"{usable_cores()} cores of {processor()}"
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
     return f"{datetime.date.today()}; {name}; torch {torch.__version__}; {command}"

@@ -1,6 +1,5 @@
 """The run folder: arguments, a line per epoch, checkpoint, result and curves."""
 
-import contextlib
 import json
 import subprocess
 from collections.abc import Callable, Sequence
@@ -8,20 +7,19 @@ from pathlib import Path
 
 import yaml
 
-from utils import machine
+from utils import hardware
 from utils.cli import UserError
 from utils.files import (
     atomic_write,
     is_unused,
     load_tensors,
-    lock,
     read_json,
     save_figure,
     save_tensors,
     to_json,
 )
+from utils.hardware import Gpu
 from utils.loggers import Logger, Opener
-from utils.machine import Gpu
 from utils.runtime import versions
 
 ARGUMENTS, LOG, CHECKPOINT, BEST = "args.yaml", "log.jsonl", "checkpoint.pt", "best.pt"
@@ -61,10 +59,6 @@ class RunFolder:
             return None
         return _with(("best", "last", "label_bytes", "seconds"), path, read_json)
 
-    def has_curves(self) -> bool:
-        """Whether the curves of the run are drawn."""
-        return (self.path / CURVES).exists()
-
     def checkpoint(self) -> dict | None:
         """The last checkpoint, else None."""
         path = self.path / CHECKPOINT
@@ -72,10 +66,6 @@ class RunFolder:
             return None
         needed = ("model", "optimizer", "scaler", "random_states", "reached")
         return _with(needed, path, lambda path: load_tensors(path, "checkpoint"))
-
-    def locked(self) -> contextlib.AbstractContextManager:
-        """Keeps a second process out of the folder; raises UserError when one has it."""
-        return lock(self.path, "training in")
 
     def begin(self, settings: dict, epochs_done: int, openers: Sequence[Opener] = ()) -> None:
         """Records a new run's settings, drops log lines after the checkpoint, opens loggers."""
@@ -119,7 +109,7 @@ class RunFolder:
         energy = [line.get("energy_wh") for line in self.log_lines()]
         if energy and None not in energy:
             about["energy_kwh"] = round(sum(energy) / 1000, 6)
-        about |= {"machine": machine.facts(), **git_commit()}
+        about |= {"machine": hardware.facts(), **git_commit()}
         atomic_write(self.path / RESULT, to_json({**result, **about}))
 
     def draw_curves(self, result: dict, colours: dict[str, str]) -> None:

@@ -23,7 +23,7 @@ from utils.data import datasets, evaluation, folders
 from utils.data.datasets import Dataset
 from utils.data.views import normalise
 from utils.files import load_tensors
-from utils.metrics import hits
+from utils.metrics import hits, top_classes
 from utils.runtime import send
 from utils.weights import load_state, unwrap_state
 
@@ -55,9 +55,16 @@ def main() -> None:
     runtime.add_arguments(parser, decodes=False)
     evaluation.add_arguments(parser)
     args = parser.parse_args()
+    if args.dataset == "custom":
+        raise UserError(
+            "--dataset custom: size and normalisation of the images are not known; give the name "
+            "of a data set that has them, or a checkpoint of validate/train.py, which holds them"
+        )
     named = datasets.named(args.dataset) if args.dataset else None
     model, saved = load_student(args.checkpoint, args.model, named)
     machine = runtime.from_arguments(args)
+    if args.per_class and machine.world > 1:
+        raise UserError("--per-class is for one process")
     if args.amp == "auto" and (saved["precision"], machine.device.type) != ("fp16", "cpu"):
         machine = runtime.start(device=args.device, amp=saved["precision"])  # as in training
     dataset = Dataset(**saved["dataset"])
@@ -69,10 +76,8 @@ def main() -> None:
     model.to(machine.device, memory_format=torch.channels_last)
     predicted = []
     if args.per_class:
-        if machine.world > 1:
-            raise UserError("--per-class is for one process")
         model.register_forward_hook(
-            lambda _model, _input, logits: predicted.append(logits.argmax(1))
+            lambda _model, _input, logits: predicted.append(top_classes(logits.float())[:, 0])
         )
     top1, top5 = accuracy(
         model, pixels=pixels, targets=folder.labels, dataset=dataset, machine=machine

@@ -207,6 +207,11 @@ class Kind:
         return hard_loss(logits, mixture, self.settings.label_smoothing)
 
 
+def colours() -> dict[str, str]:
+    """The kinds' colours in plots, by name."""
+    return {name: kind.colour for name, kind in KINDS.items()}
+
+
 class Soft(Kind):
     """Stored views with the teacher's labels for them."""
 

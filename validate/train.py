@@ -22,8 +22,9 @@ import models
 from utils import cli, loggers, runlog, runtime
 from utils.cli import UserError
 from utils.data import datasets, evaluation, images
+from utils.files import lock
 from validate import evaluate, schedule, step
-from validate.kinds import KINDS, Batch, Kind, TrainingData
+from validate.kinds import KINDS, Batch, Kind, TrainingData, colours
 from validate.settings import Materials, Settings, parse_arguments, resolve
 
 _CHECKPOINT_SECONDS = 60  # between checkpoints after epochs that are not evaluated
@@ -47,12 +48,12 @@ def main() -> None:
     openers = loggers.from_arguments(args)
     if result := run.result():
         print(f"{run.path} is done: {runlog.describe(result)}")
-        if run.has_curves():
+        if (run.path / runlog.CURVES).exists():
             return
-    with run.locked() if machine.rank == 0 else contextlib.nullcontext():
+    with lock(run.path, "training in") if machine.rank == 0 else contextlib.nullcontext():
         result = result or train(settings, materials, machine, run, openers)
         if machine.rank == 0:
-            run.draw_curves(result, {name: kind.colour for name, kind in KINDS.items()})
+            run.draw_curves(result, colours())
 
 
 class Training:
