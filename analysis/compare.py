@@ -17,7 +17,9 @@ from analysis.tables import mean_and_std, mean_std
 from utils import cli, runlog
 from utils.cli import UserError
 from utils.files import save_figure
+from utils.labels import first_difference
 from validate.kinds import colours
+from validate.settings import FREE
 
 Group = tuple[str, list[runlog.RunFolder]]  # a name, and runs that differ in seed only
 
@@ -34,14 +36,28 @@ def add_groups(parser: argparse.ArgumentParser) -> None:
 
 
 def finished_runs(pattern: str) -> list[runlog.RunFolder]:
-    """The runs whose folders fit a pattern; raises UserError for none, or an unfinished one."""
+    """The runs whose folders fit a pattern.
+
+    Raises:
+        UserError: none, an unfinished one, or runs that are not one method with several seeds.
+    """
     folders = sorted(Path(pattern).parent.glob(Path(pattern).name))
     if not folders:
         raise UserError(f"no run folder fits {pattern}")
     for folder in folders:
         if not (folder / runlog.RESULT).exists():
             raise UserError(f"{folder} has no {runlog.RESULT}: the run is not finished")
-    return [runlog.RunFolder(folder) for folder in folders]
+    runs = [runlog.RunFolder(folder) for folder in folders]
+    settings = [run.settings() or {} for run in runs]
+    for folder, other in zip(folders[1:], settings[1:], strict=True):
+        if difference := first_difference(settings[0], other, {*FREE, "seed"}):
+            raise UserError(
+                f"{pattern}: {folder} and {folders[0]} differ in more than the seed "
+                f"({difference}); give each method a name of its own"
+            )
+    if len({run.result()["seed"] for run in runs}) < len(runs):
+        raise UserError(f"{pattern}: a seed occurs twice among its runs")
+    return runs
 
 
 def top1(runs: list[runlog.RunFolder], which: str) -> str:

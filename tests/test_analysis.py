@@ -17,6 +17,7 @@ from utils import runlog
 from utils.cli import UserError
 from utils.files import load_tensors, save_figure, save_tensors
 from utils.results import write_csv
+from validate import train
 
 
 @pytest.fixture(scope="module")
@@ -265,3 +266,15 @@ def test_a_study_may_have_a_dot_in_its_name_and_a_pdf_is_not_overwritten(tmp_pat
     with pytest.raises(UserError, match=r"T0\.5\.pdf: name the PNG"):
         save_figure(Figure(), tmp_path / "T0.5.pdf")
     assert (tmp_path / "T0.5.pdf").read_bytes() == before
+
+
+def test_runs_that_are_not_seeds_of_one_method_are_not_averaged(world, tmp_path, command):
+    for name, more in (("a0", ()), ("a1", ("--seed", 1)), ("b0", ("--temperature", 4))):
+        arguments = train_arguments(world, tmp_path / name, *more)
+        assert command(train.main, *arguments).code == 0
+    (tmp_path / "a2").symlink_to(tmp_path / "a1")
+    assert len(compare.finished_runs(str(tmp_path / "a[01]"))) == 2
+    with pytest.raises(UserError, match=r"differ in more than the seed.*temperature"):
+        compare.finished_runs(str(tmp_path / "[ab]0"))
+    with pytest.raises(UserError, match="a seed occurs twice"):
+        compare.finished_runs(str(tmp_path / "a[12]"))

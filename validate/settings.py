@@ -23,7 +23,7 @@ _DEFAULT_BATCH_SIZE = 16
 _DEFAULT_HARD_SHARE = 0.5
 _DEFAULT_MIN_SCALE = 0.08
 # Fields that say where things lie and how fast they go; all others decide the result.
-_FREE = {"data_dir", "label_dir", "val_dir", "device", "workers", "compile", "graph", "val_cache"}
+FREE = {"data_dir", "label_dir", "val_dir", "device", "workers", "compile", "graph", "val_cache"}
 
 
 def _flag(text: str, **options) -> dataclasses.Field:
@@ -185,7 +185,7 @@ class Settings:
 
     def difference(self, earlier: "Settings") -> str:
         """ "field: expected X, found Y" of the first field that decides the result, or ""."""
-        return first_difference(vars(self), vars(earlier), _FREE)
+        return first_difference(vars(self), vars(earlier), FREE)
 
     def check_continues(self, earlier: "Settings", path: Path) -> None:
         """Raises UserError unless the run at `path` was begun with settings of the same result."""
