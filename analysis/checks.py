@@ -50,6 +50,13 @@ def check(tasks: list[Task], label_sets_made: bool = False) -> list[Task]:
             if not task.facts:
                 _check_labelling(args)
                 continue
+            if (args.model, args.seed) != (task.facts["student"], task.facts["seed"]) or (
+                args.output_dir != task.done.parent
+            ):
+                raise UserError(
+                    "--model, --seed and --output-dir are the sweep's own: give --students, "
+                    "--seeds and --out-dir"
+                )
             facts = datasets.from_arguments(args)
             made = label_sets_made or args.label_dir is None
             made = made or (args.label_dir / "manifest.json").exists()

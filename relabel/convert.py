@@ -226,6 +226,8 @@ def write_labels(
 def main() -> None:
     args = parse_arguments()
     dataset = datasets.from_arguments(args, inferred=True)
+    if dataset.input_size is None:  # the labelled views may have another size than the images
+        raise UserError("--dataset custom also needs --input-size, the side of the labelled views")
     folder = folders.scan(args.data_dir, dataset.num_classes)
     sizes, fingerprint = images.inspect(folder)
     dataset = custom.complete(dataset, folder, sizes)

@@ -21,6 +21,7 @@ import torch
 
 from relabel.published import HALD_ORDER, TEMPERATURE
 from utils import cli
+from utils.cli import UserError
 from utils.data.views import Views
 from utils.files import atomic_write, whole_folder
 from utils.labels import LabelSet
@@ -69,6 +70,8 @@ def main() -> None:
     parser.add_argument("--out-dir", type=Path, required=True, help="the published folder to make")
     args = parser.parse_args()
     labels, order, moved = LabelSet.open(args.label_dir), {}, 0
+    if args.label_dir.resolve() in args.out_dir.resolve().parents:
+        raise UserError(f"--out-dir {args.out_dir} is within the label set; choose another folder")
     with whole_folder(args.out_dir) as folder:
         for pass_index in cli.progress(range(labels.passes), desc="export", unit="pass"):
             views, logits = labels.whole_pass(pass_index)

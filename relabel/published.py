@@ -277,6 +277,8 @@ class PublishedLabels:
         if mix_index.shape != (count,) or not ((mix_index >= 0) & (mix_index < count)).all():
             raise UserError(f"{where}: mix_index does not name views of the batch")
         views.mix_index = mix_index
+        if lam is not None and not 0 <= lam <= 1:
+            raise UserError(f"{where}: lambda is {lam}, not between 0 and 1")
         if bbox is None:
             views.mix_lam = torch.tensor([1.0 if lam is None else lam])
         elif len(bbox) != 4 or not ((bbox >= 0) & (bbox <= self.input_size)).all():

@@ -409,6 +409,8 @@ def test_an_exported_set_is_as_published_and_comes_back_equal(world, tmp_path, c
     own = SimpleNamespace(data=write_images(tmp_path / "data", 3, 0, size=48))
     made = generate_arguments(own.data, tmp_path / "own", world.weights, "--slc", 6, "--mix", mix)
     assert command(generate.main, *made).code == 0
+    done = command(export.main, "--label-dir", tmp_path / "own", "--out-dir", tmp_path / "own/x")
+    assert done.code == 2 and "is within the label set" in done.err
     done = command(export.main, "--label-dir", tmp_path / "own", "--out-dir", tmp_path / "fkd")
     assert done.code == 0 and "too large" not in done.out, done.err
     labels = LabelSet.open(tmp_path / "own")

@@ -299,6 +299,15 @@ def test_a_world_size_that_is_no_number_is_one_process(monkeypatch, value):
     assert cli.world_size() == 1 and cli._rank() == 0
 
 
+@pytest.mark.parametrize("rank", ["5", "a"])
+def test_a_rank_that_is_none_of_the_processes_is_refused(monkeypatch, rank):
+    for name, value in {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(UserError, match=f"RANK is {rank}, not a number below WORLD_SIZE"):
+        runtime.start(device="cpu", amp="off")
+
+
 def test_without_a_home_folder_validation_images_are_cached_elsewhere(monkeypatch):
     for name in ("HOME", "XDG_CACHE_HOME", "Main_Data_Path"):
         monkeypatch.delenv(name, raising=False)

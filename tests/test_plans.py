@@ -36,6 +36,8 @@ def test_what_would_stop_a_run_is_said_before_the_first_starts(world, tmp_path):
     refused("the labels in .* were made for something else: mean", "--mean", 0.1, 0.5, 0.5)
     refused("nowhere", "--val-dir", tmp_path / "nowhere")
     refused("--hard-share is for joint epochs", "--", "--hard-share", "0.3")
+    for flag, value in (("--seed", 5), ("--model", "MobileNetV2"), ("--output-dir", "elsewhere")):
+        refused("are the sweep's own", "--", flag, value)
     unmade = ("--label-dir", tmp_path / "labels", "--relabel", "--teacher ConvNetW32")
     assert len(checks.check(sweep.run_tasks(tiny_plan(world, tmp_path, *unmade)))) == 1
     with pytest.raises(UserError, match="soft_slc3_ipc3_ConvNetW32_seed0: label folder not found"):

@@ -226,7 +226,9 @@ def to_json(value: Any) -> bytes:
 
 
 def read_json(path: Path) -> Any:
-    """Returns the parsed JSON file; raises UserError when it does not parse."""
+    """Returns the parsed JSON file; raises UserError when it does not parse, or is no file."""
+    if not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path} is no file")
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:

@@ -351,7 +351,12 @@ def _join(machine: Runtime) -> Runtime:
             f"WORLD_SIZE is {world} but {missing[0]} is not set: start several processes with "
             "torchrun, or unset WORLD_SIZE"
         )
-    rank, device, backend = int(os.environ["RANK"]), machine.device, "gloo"
+    ranks = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK")}
+    if wrong := [
+        name for name, text in ranks.items() if not text.isdecimal() or int(text) >= world
+    ]:
+        raise UserError(f"{wrong[0]} is {ranks[wrong[0]]}, not a number below WORLD_SIZE ({world})")
+    rank, device, backend = int(ranks["RANK"]), machine.device, "gloo"
     if device.type == "cuda":
         local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if device.index is not None:

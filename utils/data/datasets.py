@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> Non
     for flag in ("--mean", "--std"):
         group.add_argument(
             flag,
-            type=float,
+            type=bounded(float),
             nargs=3,
             metavar=("R", "G", "B"),
             help="custom only: of pixel values between 0 and 1; left out, of all pixels",
