@@ -1,4 +1,4 @@
-"""Local-view semantic drift of a label set: how far soft labels of crops go astray."""
+"""Local-view semantic drift of a label set: first classes that are none of the view's."""
 
 import dataclasses
 

@@ -105,7 +105,7 @@ class TrainingData:
         else:
             views = self._draw(epoch)
         kinds = self.settings.kinds
-        if self.machine.device.type == "cuda" and kinds[epoch] in kinds[epoch + 1 : epoch + 2]:
+        if self.machine.device.type == "cuda" and kinds[epoch + 1 : epoch + 2] == [kinds[epoch]]:
             # The GPU would wait some 60 ms for the views of 10,000 images.
             self._next_drawn = epoch + 1, self._thread.submit(self._draw, epoch + 1)
         return self.machine.share(list(views.to(self.machine.device)))
