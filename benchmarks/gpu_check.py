@@ -70,17 +70,23 @@ def label_checks(bench: Bench) -> Iterator[Check]:
     (pixels,) = bench.resident().render([draw(bench.spec, bench.sizes, seed=0).to(device)])
     teacher = Teacher("", bench.teacher(torch.channels_last), "")
 
-    def labels(dtype: torch.dtype | None, together: int) -> torch.Tensor:
-        ensemble = Ensemble([teacher], None, Runtime(device, dtype))
+    def labels(
+        dtype: torch.dtype | None, together: int, ensemble: Ensemble | None = None
+    ) -> torch.Tensor:
+        ensemble = ensemble or Ensemble([teacher], None, Runtime(device, dtype))
         parts = [ensemble.logits(part, size) for part in pixels.split(together)]
         return centre(torch.cat(parts).cpu())
 
-    group = 16 * size
+    group, graphed = 16 * size, Ensemble([teacher], None, Runtime(device, None), graph=True)
     alone, grouped = labels(None, size), labels(None, group)
     grouping = float((grouped - alone).abs().max())
     yield Check("labels: 16 batches in one forward pass, fp32, largest difference", grouping, 1e-4)
     again = float((labels(None, group) - grouped).abs().max())
     yield Check("labels: the same forward passes again", again, 0)
+    for _ in range(4):  # warmed up, captured, replayed
+        replayed = labels(None, group, graphed)
+    difference = float((replayed - grouped).abs().max())
+    yield Check("labels: by a CUDA graph against kernel by kernel, fp32", difference, 1e-4)
     for name, dtype in PRECISIONS[device.type].items():
         short = labels(dtype, group)
         relative, lost = float((short - alone).norm() / alone.norm()), distortion(alone, short)

@@ -43,6 +43,7 @@ def by_turns(pipelines: dict[str, Callable], bench: Bench) -> Iterator[dict]:
         for name, make in pipelines.items():
             spawn = multiprocessing.get_context("spawn")
             processes[name] = ending.enter_context(ProcessPoolExecutor(1, spawn))
+            ending.callback(_end_pipeline, processes[name])
             _result(processes[name].submit(_begin, torch.get_num_threads(), device, make))
         for repeat in range(bench.args.repeats + 1):
             todo = range(repeat * passes, (repeat + 1) * passes)
@@ -74,6 +75,11 @@ def _result(future: Future):
         ) from None
 
 
+def _end_pipeline(process: ProcessPoolExecutor) -> None:
+    with contextlib.suppress(BrokenProcessPool):
+        process.submit(_end)
+
+
 def _begin(threads: int, device: torch.device, make: Callable) -> None:
     """In a process of its own: makes the pipeline."""
     global _pipeline, _device
@@ -92,6 +98,12 @@ def _run(passes: range) -> tuple[int, float, int]:
     seconds = time.perf_counter() - started
     most = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return images, seconds, int(most[1]) * 1024
+
+
+def _end() -> None:
+    """In that process: ends what the pipeline started; one that was left would be waited for."""
+    if hasattr(_pipeline, "close"):
+        _pipeline.close()
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from analysis.tables import column, grouped
 from benchmarks import straightforward
 from benchmarks.bench import Bench, add_arguments
 from benchmarks.measuring import by_turns
-from relabel.generate import fit_codec, label_pass, views_per_forward
+from relabel.generate import fit_codec, label_passes, views_per_forward
 from relabel.packers import default_packers, pass_writer
 from relabel.teacher import Ensemble, Teacher
 from utils import cli, hardware, runtime
@@ -82,7 +82,7 @@ class Relabelling:
         args, machine = bench.args, bench.begin_stage()
         self.source, self.labels = bench.resident(), bench.folder.labels
         teacher = Teacher("", bench.teacher(torch.channels_last), "")
-        self.ensemble = Ensemble([teacher], None, machine)
+        self.ensemble = Ensemble([teacher], None, machine, graph=True)
         settings = make_settings(
             dataset=bench.dataset,
             folder=bench.folder,
@@ -107,8 +107,8 @@ class Relabelling:
     def run(self, passes: range) -> int:
         """Labels, packs and writes some passes; returns the number of views."""
         with self.writer.begun(), cli.progress(disable=True) as bar:
-            for pass_index in passes:
-                views, logits = label_pass(pass_index, self.writer, self.ensemble, self.source, bar)
+            labelled = label_passes(passes, self.writer, self.ensemble, self.source, bar)
+            for pass_index, views, logits in labelled:
                 self.write_pass(pass_index, logits, views, self.labels)
             given_up = time.monotonic() + _PATIENCE
             while not all((self.writer.path / pass_name(one)).exists() for one in passes):
@@ -116,6 +116,10 @@ class Relabelling:
                 if time.monotonic() > given_up:
                     raise UserError("passes were packed, but not written; is the disk full?")
         return len(passes) * len(self.labels)
+
+    def close(self) -> None:
+        """Ends the processes that pack."""
+        self.beside.close()
 
 
 class Training:

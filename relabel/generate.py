@@ -11,7 +11,8 @@ if not __package__:  # run as a plain script: imports start at the repository ro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-from collections.abc import Sequence
+import collections
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -125,6 +126,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="views that the teacher labels in one forward pass, in whole batches; BSSL's "
         "statistics stay those of single batches (default: 256 on a GPU, one batch on a CPU)",
     )
+    parser.add_argument(
+        "--graph",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="on a GPU, label by CUDA graphs, which hold all kernels of a forward pass",
+    )
     packing = "processes that pack labels, as many as keep up (default: up to 4 beside a GPU, "
     packing += "as cores and memory allow; 0, the labelling process itself, on a CPU)"
     parser.add_argument("--packers", type=bounded(int, 0), metavar="N", help=packing)
@@ -181,7 +188,7 @@ def load_teachers(
         load_teacher(name, file, dataset, machine, args.teacher_ema, subset)
         for name, file in zip(args.teacher, files, strict=True)
     ]
-    return Ensemble(teachers, args.teacher_shares, machine)
+    return Ensemble(teachers, args.teacher_shares, machine, graph=args.graph)
 
 
 def check_class_order(
@@ -227,26 +234,43 @@ def check_class_order(
         )
 
 
-def label_pass(
-    pass_index: int, writer: LabelWriter, teachers: Ensemble, source: ImageSource, bar: tqdm
-) -> tuple[Views, torch.Tensor]:
-    """Draws, renders and labels the views of a pass, several batches in a forward pass.
+def label_passes(
+    passes: Iterable[int], writer: LabelWriter, teachers: Ensemble, source: ImageSource, bar: tqdm
+) -> Iterator[tuple[int, Views, torch.Tensor]]:
+    """Draws, renders and labels the views of passes, several batches in a forward pass.
 
-    Returns the views, and float32 [images, C] logits in main memory. Raises UserError when logits
-    are not finite.
+    A GPU is given the next pass before one is yielded, so that it labels while that one is packed.
+
+    Yields:
+        The index of each pass, its views, and float32 [images, C] logits in main memory.
+
+    Raises:
+        UserError: logits are not finite.
     """
-    views, parts = writer.draw(pass_index), []
-    together = writer.settings["views_per_forward"] // views.batch_size
-    for pixels in source.render(views.to(teachers.runtime.device).groups(together)):
-        parts.append(teachers.logits(pixels, views.batch_size))
-        bar.update(len(pixels))
-    logits = torch.cat(parts).cpu()  # the only wait for the GPU
-    if not logits.isfinite().all():
-        raise UserError(
-            f"the teacher gave NaN or infinite logits in pass {pass_index}; try --amp off, else "
-            "its weights are broken"
-        )
-    return views, logits
+    device, labelled = teachers.runtime.device, collections.deque()
+    ahead = 1 if device.type == "cuda" else 0
+
+    def finished() -> tuple[int, Views, torch.Tensor]:
+        pass_index, views, fetched = labelled.popleft()
+        logits = fetched()  # the only wait for the GPU
+        if not logits.isfinite().all():
+            raise UserError(
+                f"the teacher gave NaN or infinite logits in pass {pass_index}; try --amp off, "
+                "else its weights are broken"
+            )
+        return pass_index, views, logits
+
+    for pass_index in passes:
+        views, parts = writer.draw(pass_index), []
+        together = writer.settings["views_per_forward"] // views.batch_size
+        for pixels in source.render(views.to(device).groups(together)):
+            parts.append(teachers.logits(pixels, views.batch_size))
+            bar.update(len(pixels))
+        labelled.append((pass_index, views, runtime.fetch(torch.cat(parts))))
+        if len(labelled) > ahead:
+            yield finished()
+    while labelled:
+        yield finished()
 
 
 def fit_codec(
@@ -256,8 +280,8 @@ def fit_codec(
     device, needed = teachers.runtime.device, writer.passes_to_fit()
     labelled, samples = {}, []
     with cli.progress(total=needed * len(hard_labels), desc="fit codec", unit="view") as bar:
-        for pass_index in range(needed):
-            views, logits = label_pass(pass_index, writer, teachers, source, bar)
+        passes = label_passes(range(needed), writer, teachers, source, bar)
+        for pass_index, views, logits in passes:
             labelled[pass_index] = logits
             mixture = views.mixture(hard_labels, writer.spec.input_size)
             rows = slice(labels_to_fit(writer.settings["num_classes"]))  # the fit takes no more
@@ -289,16 +313,17 @@ def make_passes(
     writer.open_codec()
     unlabelled = [pass_index for pass_index in missing if pass_index not in fitted]
     mine = unlabelled[machine.rank :: machine.world]
-    # What rank 0 labelled for the fit is not labelled again.
-    mine = [pass_index for pass_index in missing if pass_index in labelled] + mine
-    bar = cli.progress(total=len(mine) * count, desc="relabel", unit="view")
+    total = len(mine) + sum(pass_index in labelled for pass_index in missing)
+    bar = cli.progress(total=total * count, desc="relabel", unit="view")
     with bar, pass_writer(writer, packers) as write_pass:
-        for pass_index in mine:
-            if pass_index in labelled:
-                views, logits = writer.draw(pass_index), labelled.pop(pass_index)
+        for pass_index in missing:
+            if pass_index in labelled:  # for the fit, on rank 0
+                write_pass(
+                    pass_index, labelled.pop(pass_index), writer.draw(pass_index), hard_labels
+                )
                 bar.update(count)
-            else:
-                views, logits = label_pass(pass_index, writer, teachers, source, bar)
+        passes = label_passes(mine, writer, teachers, source, bar)
+        for pass_index, views, logits in passes:
             write_pass(pass_index, logits, views, hard_labels)
     machine.barrier()
 

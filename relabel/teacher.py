@@ -17,6 +17,7 @@ import models
 from utils.cli import UserError
 from utils.data.datasets import Dataset, folder_names
 from utils.files import load_tensors, sha256_state
+from utils.graphs import Graphs
 from utils.runtime import Runtime, check_outputs
 from utils.weights import load_state, unwrap_state
 
@@ -261,10 +262,20 @@ class _OtherRowsError(Exception):
 class Ensemble:
     """One or several teachers, labelling by the weighted mean of their logits."""
 
-    def __init__(self, teachers: list[Teacher], shares: list[float] | None, runtime: Runtime):
+    def __init__(
+        self,
+        teachers: list[Teacher],
+        shares: list[float] | None,
+        runtime: Runtime,
+        graph: bool = False,
+    ):
+        """Shares are relative weights, None equal ones; `graph`: labels by CUDA graphs on a GPU."""
         shares = shares or [1.0] * len(teachers)
         self.teachers, self.runtime = teachers, runtime
         self.shares = [share / sum(shares) for share in shares]
+        what = "labelling with " + ", ".join(teacher.name for teacher in teachers)
+        on_gpu = runtime.device.type == "cuda"
+        self.graphs = Graphs(runtime.device, what) if graph and on_gpu else None
 
     @torch.inference_mode()
     def logits(self, views: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
@@ -273,15 +284,23 @@ class Ensemble:
         Args:
             views: rendered, float32 [N, 3, S, S], of one or several batches.
             batch_size: under BSSL, the views per batch: each batch has its own statistics, as if
-                it were labelled alone; None: all views are one batch.
+                it were labelled alone, and on a GPU a CUDA graph labels them; None: all views are
+                one batch.
 
         Returns:
             float32 [N, C] on the views' device.
         """
+        size = batch_size or len(views)
+        if self.graphs and batch_size:
+            mean = self.graphs.run(size, lambda pixels: self._mean(pixels, size), views)
+            return mean.clone()  # the next run overwrites it
+        return self._mean(views, size)
+
+    def _mean(self, views: torch.Tensor, batch_size: int) -> torch.Tensor:
         total = torch.zeros((), device=views.device)
         for teacher, share in zip(self.teachers, self.shares, strict=True):
             with self.runtime.autocast():
-                logits = _forward(teacher.model, views, batch_size or len(views))
+                logits = _forward(teacher.model, views, batch_size)
             total = total + share * logits.float()
         return total
 

@@ -212,6 +212,7 @@ def fake_gpu(free_bytes: int = 80 << 30) -> Iterator[Watch]:
         "utils.labels.LabelSet.load_pass": for_real(LabelSet.load_pass),
         "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
         "torch.cuda.is_bf16_supported": lambda *_, **__: True,
+        "torch.cuda.Event": mock.Mock,
         "torch.cuda.mem_get_info": lambda *_: (free_bytes, free_bytes),
         "torch.Tensor.backward": backward,
         "torch.Tensor.pin_memory": pin,

@@ -18,9 +18,9 @@ from utils.cli import UserError
 from utils.data import images
 from utils.data.images import ResidentImages
 from utils.data.views import ViewSpec, draw
+from utils.graphs import Graphs
 from utils.runtime import Runtime
-from validate import step
-from validate.kinds import Batch, in_groups
+from validate.kinds import in_groups
 from validate.settings import Materials, Settings
 from validate.train import Training
 
@@ -34,7 +34,7 @@ def trained(
     means, epochs, state = [], len(settings.kinds), {}
     for first, end in ((0, epochs // 2), (epochs // 2, epochs)):
         training = Training(settings, materials, machine)
-        training.step.graphs = step.Graphs(machine.device) if graphs else None
+        training.step.graphs = Graphs(machine.device, "a step") if graphs else None
         if first:
             training.restore(state)
         rates = [group["lr"] for group in training.optimizer.param_groups]
@@ -145,20 +145,15 @@ def pretended(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", mock.Mock())
-    graphs = step.Graphs(CPU.device)
+    graphs = Graphs(CPU.device, "a training step")
     graphs.real, graphs.side_stream, graphs.memory_pool = True, mock.Mock(), None
     return graphs, done
-
-
-def one_batch(views: int) -> Batch:
-    labels = torch.zeros(views, dtype=torch.int64)
-    return Batch(torch.zeros(views, 1), labels, labels, torch.ones(views))
 
 
 def test_a_step_warms_up_is_captured_and_replayed_for_each_kind_and_shape(pretended):
     graphs, done = pretended
     for kind, views in [("hard", 4)] * 5 + [("hard", 2)] * 4 + [("soft", 4)]:
-        graphs.run(kind, lambda batch: done.append(len(batch.pixels)), one_batch(views))
+        graphs.run(kind, lambda pixels: done.append(len(pixels)), torch.zeros(views))
     assert done == [4, 4, 4, 4, "replay", "replay", 2, 2, 2, 2, "replay", 4]
 
 
@@ -180,7 +175,7 @@ def test_what_ends_a_capture_is_told_as_what_it_is(pretended, error, kind, told)
 
     with pytest.raises(kind, match=told):
         for _ in range(4):
-            graphs.run("hard", body, one_batch(4))
+            graphs.run("hard", body, torch.zeros(4))
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])

@@ -8,7 +8,9 @@ from torch import nn
 
 import models
 from relabel import generate, teacher
+from utils.graphs import Graphs
 from utils.labels import LabelSet
+from utils.runtime import Runtime
 
 
 class Functional(nn.Module):
@@ -67,6 +69,20 @@ def test_grouped_labels_are_those_of_one_batch_at_a_time(build):
     assert (grouped.logits(views) - alone).abs().max() > 1e-2
     after = grouped.teachers[0].model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_labels_by_graphs_are_those_without(device):
+    """Groups of 8 and of 5 views by turns: warmed up, captured, replayed, none overwritten."""
+    torch.manual_seed(0)
+    plain = ensemble(residual_net().to(device))
+    plain.runtime = Runtime(torch.device(device), None)
+    graphed = teacher.Ensemble(plain.teachers, None, plain.runtime)
+    graphed.graphs = Graphs(plain.runtime.device, "")
+    groups = [torch.randn(size, 3, 32, 32, device=device) for size in [8, 5] * 6]
+    labels = [graphed.logits(views, 4) for views in groups]
+    for views, found in zip(groups, labels, strict=True):
+        assert torch.allclose(found, plain.logits(views, 4), rtol=0, atol=1e-5)
 
 
 def test_without_bssl_batches_do_not_meet():

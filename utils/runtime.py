@@ -11,7 +11,7 @@ import inspect
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +148,20 @@ def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def fetch(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Begins to copy a tensor from its device; what it returns waits for that copy alone."""
+    if tensor.device.type != "cuda":
+        return lambda: tensor
+    copy, copied = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
+    copied.record()
+
+    def result() -> torch.Tensor:
+        copied.synchronize()
+        return copy
+
+    return result
 
 
 def check_trains(

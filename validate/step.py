@@ -4,18 +4,15 @@ The same body runs eagerly or, on one GPU, as CUDA graphs that hold all of it.
 """
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
 
-from utils.cli import UserError
+from utils.graphs import Graphs
 from utils.metrics import hits
 from utils.runtime import Runtime
 from validate.kinds import Batch
-
-_WARM_UP = 3  # steps before a capture, in which cuDNN, cuBLAS, autocast and Adam set themselves up
 
 OPTIMIZERS = ("adamw", "sgd")
 Loss = Callable[[torch.Tensor, Batch], torch.Tensor]
@@ -42,7 +39,8 @@ class Step:
         """A step of a model on the machine's device, eager or, on a GPU alone, as CUDA graphs."""
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.machine, self.steps, self.views = machine, 0, 0
-        self.graphs = Graphs(machine.device) if graphs else None
+        what = "a training step of this network"
+        self.graphs = Graphs(machine.device, what) if graphs else None
         self.loss_sum = torch.zeros((), device=machine.device)
         self.hits = torch.zeros(5, dtype=torch.int64, device=machine.device)
         self.norms = [
@@ -68,7 +66,7 @@ class Step:
         """
         if self.graphs:
             (batch,) = batches
-            self.graphs.run(loss_of, lambda buffers: self._update([buffers], loss_of), batch)
+            self.graphs.run(loss_of, lambda *parts: self._update([Batch(*parts)], loss_of), *batch)
         else:
             self._update(batches, loss_of)
         self.views += sum(len(batch.pixels) for batch in batches)
@@ -118,80 +116,6 @@ def _counting_together(norms: Sequence[nn.Module]) -> Iterator[None]:
             norm.num_batches_tracked = counter
     if counters:
         torch._foreach_add_(counters, 1)
-
-
-class Graphs:
-    """Runs functions of a batch as CUDA graphs, one for each function and shape of the batch.
-
-    A graph launches all kernels of a step at once, where launching them one by one takes longer
-    than small batches compute. It repeats them on the same memory: batches are copied into buffers
-    that stay, and whatever else changes from step to step is a tensor that is filled in place.
-    Where there is no GPU, every run calls the function, on the buffers, too.
-    """
-
-    def __init__(self, device: torch.device):
-        self.real = device.type == "cuda" and torch.cuda.is_available()
-        if self.real:
-            self.side_stream = torch.cuda.Stream(device)
-            self.memory_pool = torch.cuda.graph_pool_handle()
-        self._recordings: dict[tuple, _Recording] = {}
-
-    def run(self, name: object, body: Callable[[Batch], None], batch: Batch) -> None:
-        """body(batch), where body and everything it refers to is the same for the same name.
-
-        Raises:
-            UserError: the body cannot be captured, as it waits for the GPU.
-        """
-        key = (name, *(None if tensor is None else tensor.shape for tensor in batch))
-        if key not in self._recordings:
-            buffers = [None if tensor is None else torch.empty_like(tensor) for tensor in batch]
-            self._recordings[key] = _Recording(Batch(*buffers))
-        recording = self._recordings[key]
-        for buffer, tensor in zip(recording.buffers, batch, strict=True):
-            if tensor is not None:
-                buffer.copy_(tensor)
-        recording.runs += 1
-        if not self.real:
-            body(recording.buffers)
-        elif recording.runs <= _WARM_UP:
-            self.side_stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.side_stream):
-                body(recording.buffers)
-            torch.cuda.current_stream().wait_stream(self.side_stream)
-        else:
-            if recording.graph is None:
-                recording.graph = self._captured(body, recording.buffers)
-            recording.graph.replay()
-
-    def _captured(self, body: Callable[[Batch], None], buffers: Batch) -> torch.cuda.CUDAGraph:
-        """A graph of the body; capturing it computes nothing."""
-        graph, cause = torch.cuda.CUDAGraph(), None
-        try:
-            # Other threads, which draw views and pin memory, may allocate memory meanwhile.
-            with torch.cuda.graph(graph, pool=self.memory_pool, capture_error_mode="thread_local"):
-                try:
-                    body(buffers)
-                except BaseException as error:  # leaving the capture raises another one
-                    cause = error
-                    raise
-        except BaseException as error:
-            cause = cause or error
-            if isinstance(cause, torch.OutOfMemoryError) or not isinstance(cause, RuntimeError):
-                raise cause from None
-            raise UserError(
-                "a training step of this network cannot be captured as a CUDA graph "
-                f"({str(cause).splitlines()[0]}); --no-graph trains without"
-            ) from None
-        return graph
-
-
-@dataclasses.dataclass
-class _Recording:
-    """What a graph reads, how often its function ran, and the graph once it is captured."""
-
-    buffers: Batch
-    runs: int = 0
-    graph: torch.cuda.CUDAGraph | None = None
 
 
 def make_optimizer(

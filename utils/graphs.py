@@ -1,0 +1,95 @@
+"""Functions of tensors as CUDA graphs, which a GPU runs without waiting for single launches."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+
+from utils.cli import UserError
+
+_WARM_UP = 3  # runs before a capture, in which cuDNN, cuBLAS, autocast and Adam set themselves up
+
+
+class Graphs:
+    """Runs functions of tensors as CUDA graphs, one for each function and shape of its tensors.
+
+    A graph launches all kernels of a function at once, where launching them one by one takes longer
+    than small batches compute. It repeats them on the same memory: the tensors are copied into
+    buffers that stay, and whatever else changes from run to run is a tensor that is filled in
+    place. Where there is no GPU, every run calls the function, on the buffers, too.
+    """
+
+    def __init__(self, device: torch.device, what: str):
+        """Graphs on a device; `what` says in error messages what they do ("a training step")."""
+        self.real = device.type == "cuda" and torch.cuda.is_available()
+        self.what = what
+        if self.real:
+            self.side_stream = torch.cuda.Stream(device)
+            self.memory_pool = torch.cuda.graph_pool_handle()
+        self._recordings: dict[tuple, _Recording] = {}
+
+    def run(
+        self,
+        name: object,
+        body: Callable[..., torch.Tensor | None],
+        *tensors: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """body(*tensors), where body and everything it refers to is the same for the same name.
+
+        What it returns is overwritten by the next run of the same name and shapes.
+
+        Raises:
+            UserError: the body cannot be captured, as it waits for the GPU.
+        """
+        key = (name, *(None if tensor is None else tensor.shape for tensor in tensors))
+        if key not in self._recordings:
+            buffers = [None if tensor is None else torch.empty_like(tensor) for tensor in tensors]
+            self._recordings[key] = _Recording(buffers)
+        recording = self._recordings[key]
+        for buffer, tensor in zip(recording.buffers, tensors, strict=True):
+            if tensor is not None:
+                buffer.copy_(tensor)
+        recording.runs += 1
+        if not self.real:
+            return body(*recording.buffers)
+        if recording.runs <= _WARM_UP:
+            self.side_stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.side_stream):
+                result = body(*recording.buffers)
+            torch.cuda.current_stream().wait_stream(self.side_stream)
+            return result
+        if recording.graph is None:
+            self._capture(recording, body)
+        recording.graph.replay()
+        return recording.result
+
+    def _capture(self, recording: "_Recording", body: Callable[..., torch.Tensor | None]) -> None:
+        """Makes the graph of the body; capturing it computes nothing."""
+        graph, cause = torch.cuda.CUDAGraph(), None
+        try:
+            # Other threads, which draw views and pin memory, may allocate memory meanwhile.
+            with torch.cuda.graph(graph, pool=self.memory_pool, capture_error_mode="thread_local"):
+                try:
+                    recording.result = body(*recording.buffers)
+                except BaseException as error:  # leaving the capture raises another one
+                    cause = error
+                    raise
+        except BaseException as error:
+            cause = cause or error
+            if isinstance(cause, torch.OutOfMemoryError) or not isinstance(cause, RuntimeError):
+                raise cause from None
+            raise UserError(
+                f"{self.what} cannot be captured as a CUDA graph "
+                f"({str(cause).splitlines()[0]}); --no-graph does without"
+            ) from None
+        recording.graph = graph
+
+
+@dataclasses.dataclass
+class _Recording:
+    """What a graph reads, how often its function ran, and the graph once it is captured."""
+
+    buffers: Sequence[torch.Tensor | None]
+    runs: int = 0
+    graph: torch.cuda.CUDAGraph | None = None
+    result: torch.Tensor | None = None
