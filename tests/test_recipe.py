@@ -6,11 +6,13 @@ import pytest
 import torch
 from conftest import CPU, open_run, train_arguments
 
+from analysis import checks, sweep
 from utils import runlog
 from utils.data import images
 from utils.labels import LabelSet
 from validate import recipe, train
 from validate.kinds import KINDS, TrainingData, move
+from validate.settings import parse_arguments
 
 
 @pytest.mark.parametrize(
@@ -72,6 +74,15 @@ def test_a_flag_given_by_hand_wins_even_at_the_published_value(world, tmp_path, 
     assert (settings.schedule, settings.temperature) == ("soft:4", 20)
     assert (settings.label_smoothing, settings.soft_loss_scale) == (0.8, "T2")
     assert "--recipe auto: --soft-loss-scale T2; 2 labels" in capsys.readouterr().out
+
+
+def test_a_sweep_leaves_everything_to_the_rule(tmp_path):
+    flags = ["--dataset", "digits", "--data-dir", "D", "--val-dir", "V", "--out-dir", str(tmp_path)]
+    flags += ["--methods", "auto", "--slc", "5", "--ipc", "5", "--students", "ConvNetW32"]
+    task = sweep.run_tasks(sweep.read_settings(flags))[0]
+    args = parse_arguments(task.command[1:])
+    assert args.recipe == "auto" and args.schedule is None
+    assert checks.phases_of(args, passes=1, classes=100) == [("soft", 300)]
 
 
 def test_auto_without_labels_is_refused(world, tmp_path, command):
