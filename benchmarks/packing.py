@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from analysis.tables import column, grouped
-from relabel.generate import fit_codec, label_pass
+from relabel.generate import fit_codec, label_passes
 from relabel.packers import pass_writer
 from utils import cli, hardware, runtime
 from utils.cli import UserError
@@ -102,8 +102,8 @@ def rates(
             for file in files:
                 file.unlink(missing_ok=True)
             started = time.perf_counter()
-            for pass_index in range(passes):
-                views, logits = label_pass(pass_index, writer, teacher, teacher, bar)
+            labelled = label_passes(range(passes), writer, teacher, teacher, bar)
+            for pass_index, views, logits in labelled:
                 write_pass(pass_index, logits, views, labels)
             while not all(file.exists() for file in files):
                 time.sleep(0.001)
