@@ -132,7 +132,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default=True,
         help="on a GPU, label by CUDA graphs, which hold all kernels of a forward pass",
     )
-    packing = "processes that pack labels, as many as keep up (default: up to 4 beside a GPU, "
+    packing = "processes that pack labels, as many as keep up (default: up to 8 beside a GPU, "
     packing += "as cores and memory allow; 0, the labelling process itself, on a CPU)"
     parser.add_argument("--packers", type=bounded(int, 0), metavar="N", help=packing)
     return parser.parse_args(arguments)
