@@ -358,8 +358,7 @@ def main() -> None:
     size = LabelSet.open(args.label_dir).bytes_on_disk()
     print(
         f"{total} soft labels in {args.label_dir}: {size:,} bytes, "
-        f"{size / total:.1f} per label; the teacher names the class that covers most of the view "
-        f"in {manifest['teacher_top1']:.1f} % of them"
+        f"{size / total:.1f} per label; teacher top-1 on the views {manifest['teacher_top1']:.1f} %"
     )
     if args.codec == "fp16" and dataset.num_classes >= _MANY_CLASSES:
         print(

@@ -183,6 +183,13 @@ def test_the_share_of_drifting_views_is_the_same_in_every_table_and_picture(worl
     assert sum(heights) == pytest.approx(100 * count)
 
 
+def test_the_top1_of_the_teacher_is_that_of_its_own_output_in_any_codec(world, klt, command):
+    told = LabelSet.open(world.labels).manifest["teacher_top1"]
+    for path in (world.labels, klt):
+        run = command(report.main, "--label-dir", path)
+        assert f"; teacher top-1 on the views {told:.1f} %\n" in run.out
+
+
 def test_bars_of_drift_name_classes_and_count_views(world):
     labels = LabelSet.open(world.labels)
     measured = drift.measure(labels)
