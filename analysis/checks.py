@@ -64,6 +64,9 @@ def check(tasks: list[Task], label_sets_made: bool = False) -> list[Task]:
             if wanted not in opened:
                 opened[wanted] = settings.Materials.open(*wanted)
             materials = opened[wanted]
+            counts, ipc = {*materials.folder.counts()}, task.facts["ipc"]
+            if len(counts) == 1 and counts != {ipc}:
+                raise UserError(f"--ipc {ipc}: {args.data_dir} has {min(counts)} images per class")
             network(args.model, materials.dataset.num_classes, materials.dataset.input_size)
             if made:
                 _check_run(args, materials)
@@ -120,7 +123,11 @@ def _check_run(args: argparse.Namespace, materials: settings.Materials) -> None:
         wanted = dataclasses.replace(
             wanted, processes=earlier.processes, precision=earlier.precision
         )
-        wanted.check_continues(earlier, run.path)
+        if difference := wanted.difference(earlier):
+            raise UserError(
+                f"{run.path} holds a run with other settings ({difference}): give the method "
+                "another name, choose another --out-dir, or the same settings"
+            )
 
 
 @contextlib.contextmanager
@@ -131,7 +138,8 @@ def _naming(task: Task) -> Iterator[None]:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
             yield
     except UserError as error:
-        raise UserError(f"{task.name}: {error}") from None
+        what = str(error).replace("choose another --output-dir", "choose another --out-dir")
+        raise UserError(f"{task.name}: {what}") from None
     except SystemExit:  # of its parser, which has printed "PROGRAM: why"
         why = said.getvalue().strip().partition(": ")[2]
         raise UserError(f"{task.name}: {why}") from None

@@ -197,6 +197,16 @@ def test_a_plan_file_is_overridden_by_flags_and_checked(tmp_path):
         (text.replace("lpld: ", "lpld: 0"), "method 'lpld' must be empty or {like"),
         (text.replace("flags:", "flag:"), "method 'mine' .*unknown 'flag'; did you mean flags"),
         (text.replace("like: balanced", "like: [hald]"), "method 'mine' must be empty or {like"),
+        (text.replace("like: balanced, ", ""), "unknown method 'mine' .* mine: {like: hald, flags"),
+        (text + "flags: --lr '1\n", "flags: --lr '1: no closing quotation"),
+        (text + 'relabel: --teacher T"\n', '--relabel: --teacher T": no closing quotation'),
+        (text.replace("--lr 1", "--lr \\"), r"method 'mine': --lr \\: no escaped character"),
+        (text + "codecs: {klt: --codec 'klt}\n", "codec 'klt': --codec 'klt: no closing quotation"),
+        (text + 'cells: [{ipc: 5, flags: "\'"}]\n', "cell 1: ': no closing quotation"),
+        (
+            text.replace("ipc: [5]", "ipc: [5, 10]").replace("D", "D{ipc}") + "label_dir: L\n",
+            "--label-dir must contain {ipc}",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             read(wrong)
@@ -210,6 +220,18 @@ def test_values_of_a_plan_are_checked_as_those_of_flags(tmp_path, capsys):
         with pytest.raises(SystemExit):
             settings(tmp_path, **wrong)
         assert capsys.readouterr().err.startswith(f"{tmp_path}/plan.yaml: ")
+
+
+def test_only_ipc_is_filled_in_where_a_path_has_braces(tmp_path):
+    plan = settings(tmp_path, data_dir="D{x}{ipc}{", label_dir="{}/L")
+    assert str(sweep.images_dir(plan, 5)) == "D{x}5{"
+    assert str(sweep.label_dir(plan, 5, "_static")) == "{}/L_static"
+
+
+def test_a_plan_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "plan.yaml").write_bytes(b"dataset: d\xe9\n")
+    with pytest.raises(UserError, match=r"plan\.yaml is not YAML: 'utf-8' codec can't"):
+        sweep.read_settings(["--plan", str(tmp_path / "plan.yaml")])
 
 
 def task(tmp_path, name, code) -> runner.Task:
