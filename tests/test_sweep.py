@@ -346,54 +346,6 @@ def test_results_become_csv_table_and_plots(tmp_path):
         assert Image.open(out / name).size[0] > 800
 
 
-@pytest.mark.parametrize("sizes", [(3100, 3600), (9000, 9000), (2e6, 5e6), (3000, 40_000)])
-def test_an_axis_of_bytes_has_ticks_however_short_it_is(sizes):
-    row = {"student": "S", "ipc": 5, "method": "soft", "seed": 0, "last_top1": 50.0}
-    rows = [{**row, "slc": 5 + size, "label_bytes": size} for size in sizes]
-    axis = tables.plot(rows, "label_bytes").axes[0]
-    low, high = axis.get_xlim()
-    texts = [axis.xaxis.major.formatter(x) for x in axis.get_xticks() if low <= x <= high]
-    assert len(texts) >= 2 and len({*texts}) == len(texts)
-    assert all(text.endswith(("kB", "MB")) and len(text) <= 6 for text in texts)
-
-
-def test_a_table_in_the_layout_of_a_paper():
-    """Labels that do not depend on the SLC give the same value in every row of their IPC."""
-    row = {"ipc": 2, "student": "S", "codec": ""}
-    rows = [
-        {**row, "method": method, "slc": slc, "seed": seed, "last_top1": top1 + seed}
-        for method, slc, top1 in (("hard", None, 10.0), ("soft", 2, 20.0), ("soft", 6, 30.0))
-        for seed in (0, 1)
-    ]
-    lines = tables.in_layout(rows, rows=["ipc", "labels_per_image"], columns=["student", "method"])
-    assert lines == [
-        {"IPC": 2, "labels per image": 1, "S hard": "10.5 ± 0.7", "S soft": "20.5 ± 0.7"},
-        {"IPC": 2, "labels per image": 3, "S hard": "10.5 ± 0.7", "S soft": "30.5 ± 0.7"},
-    ]
-
-
-def test_a_table_never_averages_over_what_it_does_not_name():
-    row = {"student": "S", "method": "soft", "slc": 4, "seed": 0, "last_top1": 1.0}
-    rows = [{**row, "ipc": ipc, "codec": codec} for ipc in (2, 4) for codec in ("a", "b")]
-    lines = tables.in_layout(rows, rows=["ipc"], columns=["method"])
-    assert [list(line.values()) for line in lines] == [
-        [ipc, codec, count, "1.0"] for ipc, count in ((2, 2), (4, 1)) for codec in ("a", "b")
-    ]
-
-
-def test_a_table_in_latex():
-    rows = [{"method": "a_b & c", "top-1 (%)": "10.5 ± 0.7", "SLC": "–"}]
-    assert tables.latex_table(rows, left=("method",)).splitlines()[1:] == [
-        r"\begin{tabular}{lrr}",
-        r"\toprule",
-        r"method & top-1 (\%) & SLC \\",
-        r"\midrule",
-        r"a\_b \& c & 10.5 $\pm$ 0.7 & -- \\",
-        r"\bottomrule",
-        r"\end{tabular}",
-    ]
-
-
 def test_the_summary_counts_seeds_and_gives_no_deviation_of_a_single_one(tmp_path):
     tasks = sweep.run_tasks(settings(tmp_path, methods=["hard"]))
     for top1, one in zip((50.0, 53.0), tasks, strict=True):
