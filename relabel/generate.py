@@ -347,6 +347,11 @@ def main() -> None:
         check_class_order(args, teachers, source, sizes, folder.labels, passes)
     if args.bssl and not sum(use_batch_statistics(one.model) for one in teachers.teachers):
         print("no teacher has BatchNorm: BSSL changes nothing")
+    elif args.bssl and (args.data_dir / folders.SELECTION).is_file():
+        print(
+            f"{args.data_dir} has selected images, and BSSL, the default, is for synthesised ones: "
+            "their usual labels are those of --no-bssl"
+        )
     packers = default_packers(machine.device, writer) if args.packers is None else args.packers
     if machine.rank > 0:
         make_passes(writer, teachers, source, folder.labels, packers)
