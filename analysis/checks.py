@@ -24,6 +24,11 @@ _PARSERS = {
     "generate.py": generate.parse_arguments,
     "compress.py": compress.parse_arguments,
 }
+# What the programs advise, and what the writer of a plan is to do.
+_IN_A_PLAN = {
+    "choose another --output-dir": "choose another --out-dir",
+    "epochs: give --label-dir": "epochs: say `like: soft`, as its method reads no labels",
+}
 
 
 def check_folders(plan: argparse.Namespace, names: Sequence[str]) -> None:
@@ -88,20 +93,24 @@ def phases_of(args: argparse.Namespace, passes: int, classes: int) -> list[sched
 
 
 def _check_labelling(args: argparse.Namespace) -> None:
-    """Raises UserError where files that relabel/generate.py reads are missing."""
+    """Raises UserError where files that relabel/generate.py reads, or networks, are missing."""
     if hasattr(args, "teacher"):
         dataset = datasets.from_arguments(args)
         folder = folders.scan(args.data_dir, dataset.num_classes)
         generate.count_passes(args, folder)
+        for name in map(models.without_suffix, args.teacher):
+            network(name, len(folder.classes), dataset.input_size, "--teacher")
         if missing := [file for file in args.teacher_weights or [] if not file.is_file()]:
             raise UserError(f"--teacher-weights: no file {missing[0]}")
 
 
-def network(name: str, num_classes: int, input_size: int) -> nn.Module | None:
-    """A student without memory for its weights; None for code of the user's own, which is not run.
+def network(
+    name: str, num_classes: int, input_size: int, flag: str = "--students"
+) -> nn.Module | None:
+    """A network without memory for its weights; None for code of the user's own, which is not run.
 
     Raises:
-        UserError: it is unknown.
+        UserError: it is unknown; begins with the flag.
     """
     if ":" in name:
         return None
@@ -109,7 +118,7 @@ def network(name: str, num_classes: int, input_size: int) -> nn.Module | None:
         with torch.device("meta"):
             return models.build(name, num_classes, input_size)
     except ValueError as error:
-        raise UserError(f"--students: {error}") from None
+        raise UserError(f"{flag}: {error}") from None
 
 
 def _check_run(args: argparse.Namespace, materials: settings.Materials) -> None:
@@ -138,7 +147,9 @@ def _naming(task: Task) -> Iterator[None]:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
             yield
     except UserError as error:
-        what = str(error).replace("choose another --output-dir", "choose another --out-dir")
+        what = str(error)
+        for advice, in_a_plan in _IN_A_PLAN.items():
+            what = what.replace(advice, in_a_plan)
         raise UserError(f"{task.name}: {what}") from None
     except SystemExit:  # of its parser, which has printed "PROGRAM: why"
         why = said.getvalue().strip().partition(": ")[2]

@@ -129,7 +129,9 @@ def read_settings(arguments: Sequence[str]) -> argparse.Namespace:
     settings.facts = datasets.from_arguments(settings)
     settings.methods = chosen_methods(settings.methods)
     for name in (*_FOLDERS, "relabel"):
-        setattr(settings, name, os.path.expandvars(getattr(settings, name) or ""))
+        text = os.path.expandvars(getattr(settings, name) or "")
+        # No shell does it in a plan.
+        setattr(settings, name, f"{Path.home()}/{text[2:]}" if text.startswith("~/") else text)
     return settings
 
 

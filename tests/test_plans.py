@@ -37,6 +37,10 @@ def test_what_would_stop_a_run_is_said_before_the_first_starts(world, tmp_path):
     refused("the labels in .* were made for something else: mean", "--mean", 0.1, 0.5, 0.5)
     refused("nowhere", "--val-dir", tmp_path / "nowhere")
     refused("--hard-share is for joint epochs", "--", "--hard-share", "0.3")
+    plan = tiny_plan(world, tmp_path, "--methods", "hard")
+    plan.methods["hard"] = sweep.Method("--schedule soft", labels="")
+    with pytest.raises(UserError, match="has soft epochs: say `like: soft`"):
+        checks.check(sweep.run_tasks(plan))
     refused(
         "hard_ipc2_ConvNetW32_seed0: --ipc 2: .* has 3 images per class", "--ipc", 2, "--slc", 2
     )
@@ -52,6 +56,9 @@ def test_what_would_stop_a_run_is_said_before_the_first_starts(world, tmp_path):
     with pytest.raises(UserError, match="goes with --estimate"):
         tiny_plan(world, tmp_path, "--images-per-second", 5)
     with pytest.raises(UserError, match="labels_views_ipc3: --teacher-weights: no file W"):
+        checks.check(sweep.label_tasks(plan))
+    plan = tiny_plan(world, tmp_path, *unmade[:3], "--teacher ConvNetW23")
+    with pytest.raises(UserError, match="labels_views_ipc3: --teacher: unknown model 'ConvNetW23'"):
         checks.check(sweep.label_tasks(plan))
 
 
@@ -102,6 +109,8 @@ def test_a_path_with_a_variable_that_is_not_set_is_refused(world, tmp_path, monk
     monkeypatch.setenv("Main_Data_Path", "/m")
     plan = tiny_plan(world, tmp_path, "--data-dir", "$Main_Data_Path/d{ipc}")
     assert sweep.images_dir(plan, 3) == Path("/m/d3")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert tiny_plan(world, tmp_path, "--out-dir=~/o").out_dir == "/home/me/o"
 
 
 PAPER = sorted((ROOT / "analysis/plans/paper").glob("*.yaml"))
