@@ -46,14 +46,16 @@ def check(tasks: list[Task], label_sets_made: bool = False) -> list[Task]:
     looked at; if all sets have been made, that is an error.
     """
     opened: dict[tuple, settings.Materials] = {}
-    later = []
+    later, labelling = [], []
     for task in tasks:
         if task.is_done():
             continue
         with _naming(task):
             args = parse(task)
             if not task.facts:
-                _check_labelling(args)
+                if hasattr(args, "teacher"):
+                    _check_labelling(args)
+                    labelling.append(args)
                 continue
             if (args.model, args.seed) != (task.facts["student"], task.facts["seed"]) or (
                 args.output_dir != task.done.parent
@@ -78,6 +80,8 @@ def check(tasks: list[Task], label_sets_made: bool = False) -> list[Task]:
             else:
                 phases_of(args, passes=1, classes=materials.dataset.num_classes)
                 later.append(task)
+    for args in labelling:
+        generate.tell_of_bssl(args)
     return later
 
 
@@ -94,14 +98,13 @@ def phases_of(args: argparse.Namespace, passes: int, classes: int) -> list[sched
 
 def _check_labelling(args: argparse.Namespace) -> None:
     """Raises UserError where files that relabel/generate.py reads, or networks, are missing."""
-    if hasattr(args, "teacher"):
-        dataset = datasets.from_arguments(args)
-        folder = folders.scan(args.data_dir, dataset.num_classes)
-        generate.count_passes(args, folder)
-        for name in map(models.without_suffix, args.teacher):
-            network(name, len(folder.classes), dataset.input_size, "--teacher")
-        if missing := [file for file in args.teacher_weights or [] if not file.is_file()]:
-            raise UserError(f"--teacher-weights: no file {missing[0]}")
+    dataset = datasets.from_arguments(args)
+    folder = folders.scan(args.data_dir, dataset.num_classes)
+    generate.count_passes(args, folder)
+    for name in map(models.without_suffix, args.teacher):
+        network(name, len(folder.classes), dataset.input_size, "--teacher")
+    if missing := [file for file in args.teacher_weights or [] if not file.is_file()]:
+        raise UserError(f"--teacher-weights: no file {missing[0]}")
 
 
 def network(

@@ -78,6 +78,14 @@ def test_a_run_with_other_settings_in_the_folder_of_the_plan_is_refused_early(wo
         checks.check(sweep.run_tasks(tiny_plan(world, tmp_path)))
 
 
+def test_bssl_of_selected_images_is_said_before_the_start(copied, tmp_path, capsys):
+    (copied.data / "selection.json").write_text("{}")
+    for more, said in (("", True), (" --no-bssl", False)):
+        flags = ("--label-dir", tmp_path / "unmade", f"--relabel=--teacher ConvNetW32{more}")
+        checks.check(sweep.label_tasks(tiny_plan(copied, tmp_path, *flags)))
+        assert ("are those of --no-bssl" in capsys.readouterr().out) == said
+
+
 def test_a_second_sweep_in_a_folder_is_told_of_the_first(world, tmp_path, command, monkeypatch):
     """But not the tasks of a job array, and not a look at what is finished."""
     plan = [*CUSTOM, "--data-dir", world.data, "--val-dir", world.val, "--out-dir", tmp_path]
