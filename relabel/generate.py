@@ -157,6 +157,15 @@ def count_passes(args: argparse.Namespace, folder: folders.ImageFolder) -> tuple
     return passes, ipc
 
 
+def tell_of_bssl(args: argparse.Namespace) -> None:
+    """Prints a line where images are selected ones and --no-bssl is not given."""
+    if args.bssl and (args.data_dir / folders.SELECTION).is_file():
+        print(
+            f"{args.data_dir} has selected images, and BSSL, the default, is for synthesised ones: "
+            "their usual labels are those of --no-bssl"
+        )
+
+
 def views_per_forward(args: argparse.Namespace, device: torch.device) -> int:
     """Views of one forward pass of the teacher, a multiple of the batch size.
 
@@ -372,6 +381,8 @@ def main() -> None:
         check_class_order(args, teachers, source, sizes, folder.labels, passes)
     if args.bssl and not sum(use_batch_statistics(one.model) for one in teachers.teachers):
         print("no teacher has BatchNorm: BSSL changes nothing")
+    else:
+        tell_of_bssl(args)
     packers = default_packers(machine.device, writer) if args.packers is None else args.packers
     if machine.rank > 0:
         make_passes(writer, teachers, source, folder.labels, packers)
@@ -383,8 +394,7 @@ def main() -> None:
     size = LabelSet.open(args.label_dir).bytes_on_disk()
     print(
         f"{total} soft labels in {args.label_dir}: {size:,} bytes, "
-        f"{size / total:.1f} per label; the teacher names the class that covers most of the view "
-        f"in {manifest['teacher_top1']:.1f} % of them"
+        f"{size / total:.1f} per label; teacher top-1 on the views {manifest['teacher_top1']:.1f} %"
     )
     if args.codec == "fp16" and dataset.num_classes >= _MANY_CLASSES:
         print(

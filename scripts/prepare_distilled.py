@@ -30,7 +30,6 @@ from utils.data import datasets, folders, images
 from utils.data.views import ORDER, ViewSpec, centre_views, crop_resize, draw, shuffle
 from utils.files import atomic_write, to_json, whole_folder
 
-_RECORD = "selection.json"
 _BATCH = 64
 
 
@@ -167,7 +166,7 @@ def main() -> None:
     }
     choices = ("ipc", "crops", "min_scale", "collage", "candidates", "format", "seed")
     record |= {name: getattr(args, name) for name in choices}
-    made = args.out_dir / _RECORD
+    made = args.out_dir / folders.SELECTION
     if made.is_file() and made.read_bytes() == to_json(record):
         print(f"{args.out_dir} is there already: nothing to do")
         return
@@ -187,8 +186,11 @@ def main() -> None:
             members = (looked_at.labels == label).nonzero()[:, 0]
             chosen.append(members[losses[members].argsort(stable=True)][:needed].tolist())
         write_images(out, looked_at, chosen, boxes, dataset.input_size, args)
-        atomic_write(out / _RECORD, to_json(record))
-    print(f"{args.out_dir}: IPC {args.ipc} for {len(folder.classes)} classes")
+        atomic_write(out / folders.SELECTION, to_json(record))
+    print(
+        f"{args.out_dir}: IPC {args.ipc} for {len(folder.classes)} classes; label them with "
+        "relabel/generate.py --no-bssl"
+    )
 
 
 if __name__ == "__main__":

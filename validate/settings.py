@@ -184,8 +184,14 @@ class Settings:
         return cls(**record)
 
     def difference(self, earlier: "Settings") -> str:
-        """ "field: expected X, found Y" of the first field that decides the result, or ""."""
-        return first_difference(vars(self), vars(earlier), FREE)
+        """ "--flag: expected X, found Y" of the first field that decides the result, or "".
+
+        A field without a flag stands under its name.
+        """
+        name, colon, values = first_difference(vars(self), vars(earlier), FREE).partition(":")
+        flags = [field.name for field in dataclasses.fields(self) if field.metadata]
+        shown = "--" + name.replace("_", "-") if name in flags else name
+        return shown + colon + values
 
     def check_continues(self, earlier: "Settings", path: Path) -> None:
         """Raises UserError unless the run at `path` was begun with settings of the same result."""

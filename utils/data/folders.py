@@ -30,6 +30,7 @@ IMAGE_ENDINGS = {
     ".gif",
     ".avif",
 }
+SELECTION = "selection.json"  # beside class folders: the images are selected ones, not synthesised
 # What macOS, network storage, archives and notebooks leave beside images; names with a dot, too.
 _LEFT_BEHIND = {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information"}
 
