@@ -146,7 +146,11 @@ class PublishedLabels:
             )
 
     def _listed(self, content: Any) -> list[np.ndarray]:
-        """Image indices by pass or batch; raises UserError unless images occur once in each."""
+        """Image indices by pass or batch; raises UserError unless they are those of images.
+
+        Once each, except in HALD's layout: there a pass of a pruned set, exported, has some twice,
+        though as many as there are at least, and `read` looks at each batch.
+        """
         if not isinstance(content, dict) or not content:
             raise UserError(f"{self.order_file} is not a dictionary of image indices")
         count, orders = len(self.sizes), []
@@ -154,9 +158,9 @@ class PublishedLabels:
             order = np.asarray(content.get(str(number), content.get(number)))
             if order.ndim != 1 or order.dtype.kind not in "iu":
                 raise UserError(f"{self.order_file} has no list of image indices for {number}")
-            whole = self.layout != "HALD" or len(order) == count
-            once = len(np.unique(order)) == len(order)
-            if not whole or not once or order.min(initial=0) < 0 or order.max(initial=0) >= count:
+            hald = self.layout == "HALD"
+            enough = len(order) >= count if hald else len(np.unique(order)) == len(order)
+            if not enough or order.min(initial=0) < 0 or order.max(initial=0) >= count:
                 raise UserError(
                     f"{self.order_file}: entry {number} lists {len(order)} images, which are not "
                     f"those of the {count} in the image folder, once each"
@@ -248,6 +252,8 @@ class PublishedLabels:
             index = torch.from_numpy(order.astype(np.int64))
         if len(index) != len(coords):
             raise UserError(f"{where}: {len(coords)} views where {len(index)} belong")
+        if len(index.unique()) != len(index):
+            raise UserError(f"{where}: its images, in {self.order_file}, are not there once each")
         views = Views(index, self._pixels(coords, index, where), flips, self.batch_size)
         self._mixed(views, mix_index, lam, bbox, where)
         if (mix := _mix(mix_index, bbox)) != self.mix:

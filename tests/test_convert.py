@@ -287,7 +287,9 @@ REFUSED = {
         "lists 13 images",
     ),
     "image twice": (
-        lambda fkd: torch.save({"0": [0, 0, *range(2, 12)]}, fkd / "sampler_indices_dict.pt"),
+        lambda fkd: torch.save(
+            {"0": [0, 0, *range(2, 12)], "1": [*range(12)]}, fkd / "sampler_indices_dict.pt"
+        ),
         "once each",
     ),
     "other classes": (
@@ -417,8 +419,13 @@ def test_an_exported_set_is_as_published_and_comes_back_equal(world, tmp_path, c
     order = torch.load(tmp_path / "fkd" / "sampler_indices_dict.pt", weights_only=True)
     assert [*order] == ["0", "1"] and order["1"] == labels.whole_pass(1).views.index.tolist()
     assert {file.name for file in (tmp_path / "fkd").iterdir()} == {
-        *("epoch_0.tar", "epoch_1.tar", "sampler_indices_dict.pt")
+        *("epoch_0.tar", "epoch_1.tar", "sampler_indices_dict.pt", "export.json")
     }
+    before = tree(tmp_path / "fkd")
+    done = command(export.main, "--label-dir", tmp_path / "own", "--out-dir", tmp_path / "fkd")
+    assert done.code == 0 and "there already: nothing to do" in done.out
+    done = command(export.main, "--label-dir", world.labels, "--out-dir", tmp_path / "fkd")
+    assert done.code == 2 and "exists already" in done.err and tree(tmp_path / "fkd") == before
     for pass_index in range(2):
         batches = torch.load(tmp_path / "fkd" / f"epoch_{pass_index}.tar", weights_only=True)
         assert [len(batch[0]) for batch in batches] == [5, 5, 2]
@@ -450,3 +457,17 @@ def test_an_exported_set_is_as_published_and_comes_back_equal(world, tmp_path, c
         for number, (views, logits) in enumerate(LabelSet.open(back)):
             assert views.checksum() == labels.views(number).checksum()
             assert torch.allclose(logits, labels[number].logits, atol=0.03)
+
+
+def test_a_pruned_set_comes_back_from_its_export(world, tmp_path, command):
+    write_published(tmp_path / "fkd", "LPLD pruned", passes=3)
+    pruned, back = tmp_path / "pruned", tmp_path / "back"
+    assert command(convert.main, *arguments(world, tmp_path / "fkd", pruned)).code == 0
+    done = command(export.main, "--label-dir", pruned, "--out-dir", tmp_path / "exported")
+    assert done.code == 0, done.err
+    done = command(convert.main, *arguments(world, tmp_path / "exported", back))
+    assert done.code == 0, done.err
+    labels = LabelSet.open(pruned)
+    for number, (views, logits) in enumerate(LabelSet.open(back)):
+        assert views.checksum() == labels.views(number).checksum()
+        assert torch.allclose(logits, labels[number].logits, atol=0.03)

@@ -163,9 +163,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
             elif entry.name not in (LOCK, marker.name):
                 entry.unlink()
         yield partial
-        marker.unlink()
-        (partial / LOCK).unlink()
         partial.rename(path)
+        # Only now: without its marker, a partial folder would be in the way of the next attempt.
+        for left in (LOCK, marker.name):
+            (path / left).unlink()
 
 
 def _umask() -> int:
