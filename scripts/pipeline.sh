@@ -41,6 +41,28 @@ flags_name() { # FLAG ...: those that decide the result, as the end of a folder'
         s/ --(compile|graph|no-graph|tensorboard|force)( |$)/\2/g; s/[^A-Za-z0-9.]+/-/g; s/^-/_/; s/-$//' <<< " $*"
 }
 
+refuse_own() { # DATASET FLAG ...: flags that would contradict what a script itself passes on
+    local dataset="$1" instead
+    shift
+    while [[ $# -gt 0 ]]; do
+        case "${1%%=*}" in
+            --data-dir | --val-dir | --label-dir) instead="its arguments and settings name folders" ;;
+            --output-dir) instead="Main_Data_Path and RUN_NAME choose it" ;;
+            --model) instead="set MODEL, of a teacher TEACHER" ;;
+            --dataset)
+                instead="the script is for $dataset"
+                [[ "$1" != "--dataset=$dataset" && "$1 ${2:-}" != "--dataset $dataset" ]] || instead=""
+                ;;
+            *) instead="" ;;
+        esac
+        if [[ -n "$instead" ]]; then
+            echo "$(basename "$0"): $1 is the script's own: $instead" >&2
+            return 2
+        fi
+        shift
+    done
+}
+
 check_paths() { # DATASET IMAGES VALIDATION LABELS: one line for each thing that is missing
     local dataset="$1" images="$2" validation="$3" published="$4" missing=0 sort local_weights
     if [[ -z "$Main_Data_Path" || -z "$val_dir" ]]; then
@@ -112,6 +134,7 @@ run_pipeline() { # DATASET [-- FLAG ...]: the flags go to validate/train.py
     order="$published/sampler_indices_dict.pt"
     validation="$(folder_of "$val_dir" "$dataset")"
     read -ra flags <<< "$RELABEL_FLAGS"
+    refuse_own "$dataset" "${flags[@]}" "$@"
     if [[ "$SCHEDULE" == *:* && -n "$SOFT_EPOCHS$HARD_EPOCHS" ]]; then
         echo "SCHEDULE=$SCHEDULE names its epochs itself: unset SOFT_EPOCHS and HARD_EPOCHS, also in" \
             "config.sh" >&2

@@ -377,6 +377,8 @@ def test_any_config_that_sets_the_two_paths_works(clone, tmp_path, config, shell
         ("val_dir=/v\nfalse\n", "a command in it failed"),
         ("val_dir='/v\n", "unexpected EOF"),
         ("val_dir=$NO_SUCH/v\n", "NO_SUCH: unbound variable"),
+        ("# readonly\nreadonly IPC=50\n", "line 2: readonly, declare or typeset;"),
+        ("val_dir=/v; declare -x Main_Data_Path=/m\n", "line 1: readonly, declare"),
     ],
 )
 def test_a_config_that_fails_is_told_in_one_line(clone, config, message):

@@ -150,6 +150,27 @@ def test_a_teacher_without_validation_images_or_with_two_gpus_in_words_is_refuse
     assert done.returncode == 2 and "TRAIN_GPUS=two: must be numbers" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--lr", "1", "--output-dir", "X"], "--output-dir is the script's own: Main_Data_Path"),
+        (["--model=Y"], "--model=Y is the script's own: set MODEL"),
+        (["--dataset", "cifar100"], "--dataset is the script's own: the script is for cifar10"),
+        (["--dataset", "cifar10", "--dataset=custom"], "--dataset=custom is the script's own"),
+    ],
+)
+def test_flags_that_contradict_a_scripts_own_are_refused(tmp_path, flags, told):
+    settings = {"Main_Data_Path": tmp_path, "val_dir": tmp_path}
+    for done in (
+        bash("train_teacher.sh", "CIFAR-10", "--", *flags, **settings),
+        bash("run_cifar10.sh", "--", *flags, **settings),
+        bash("run_cifar10.sh", RELABEL_FLAGS=" ".join(flags), **settings),
+    ):
+        (line,) = done.stderr.splitlines()
+        assert done.returncode == 2 and told in line
+    assert tree(tmp_path) == {}
+
+
 def test_weights_of_another_teacher_are_left_as_they_are(tmp_path):
     (tmp_path / "cifar10").mkdir()
     (tmp_path / "cifar10" / "ResNet18.pth").write_text("mine")
