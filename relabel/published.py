@@ -37,6 +37,12 @@ _ROUNDING = 0.01  # of a sum of half-precision probabilities
 _REST = 1 / 1024
 
 
+def is_published(folder: Path | str) -> bool:
+    """Whether a folder holds files of one of the layouts, however damaged."""
+    patterns = (HALD_ORDER, "epoch_*", "batch_*.tar")
+    return any(True for pattern in patterns for _ in Path(folder).glob(pattern))
+
+
 class _StoredBatch(NamedTuple):
     """Where a batch is: its file, its pass (in LPQLD's layout, its order), its position there."""
 

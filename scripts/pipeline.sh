@@ -92,7 +92,7 @@ check_paths() { # DATASET IMAGES VALIDATION LABELS: one line for each thing that
         echo "no teacher weights at TEACHER_WEIGHTS=$TEACHER_WEIGHTS" >&2
         missing=1
     elif [[ -z "$TEACHER_WEIGHTS" && "$dataset" != imagenet1k && "$TEACHER" != *:* &&
-        ! -f "$published" && ! -f "$local_weights" && ! -f "$Main_Data_Path/$TEACHER.pth" ]]; then
+        ! -d "$published" && ! -f "$local_weights" && ! -f "$Main_Data_Path/$TEACHER.pth" ]]; then
         echo "no teacher weights at $local_weights: put a $TEACHER trained on $dataset there, train" \
             "one with: bash scripts/train_teacher.sh $dataset, or name a file with TEACHER_WEIGHTS" >&2
         missing=1
@@ -128,10 +128,9 @@ run_pipeline() { # DATASET [-- FLAG ...]: the flags go to validate/train.py
         return 2
     fi
     local name="${METHOD}_bs${BATCH_SIZE}_slc${SLC}_ipc${IPC}"
-    local images published order validation kind="" flags=() run phases
+    local images published imported=False validation kind="" flags=() run phases
     images="$(folder_of "$Main_Data_Path/generated_data/syn_data" "$dataset")/${METHOD}_ipc$IPC"
     published="$(folder_of "$Main_Data_Path/generated_data/new_labels" "$dataset")/$name"
-    order="$published/sampler_indices_dict.pt"
     validation="$(folder_of "$val_dir" "$dataset")"
     read -ra flags <<< "$RELABEL_FLAGS"
     refuse_own "$dataset" "${flags[@]}" "$@"
@@ -140,9 +139,12 @@ run_pipeline() { # DATASET [-- FLAG ...]: the flags go to validate/train.py
             "config.sh" >&2
         return 2
     fi
-    check_paths "$dataset" "$images" "$validation" "$order"
+    check_paths "$dataset" "$images" "$validation" "$published"
     use_environment requirements.txt
-    if [[ -f "$order" ]]; then
+    [[ ! -d "$published" ]] || imported="$(path="$(realpath "$published")" && cd "$ROOT" &&
+        "$PYTHON" -c 'import sys; from relabel import published as p; print(p.is_published(sys.argv[1]))' \
+            "$path")"
+    if [[ "$imported" == True ]]; then
         kind=_imported
     else
         [[ "$CODEC" == fp16 ]] || kind="_$CODEC"

@@ -203,6 +203,23 @@ def test_flags_for_training_follow_two_dashes(tmp_path):
     assert done.returncode == 2 and "flags for validate/train.py follow --" in done.stderr
 
 
+def test_published_labels_of_any_layout_are_imported_not_made(tmp_path):
+    images, labels = (
+        tmp_path / "generated_data" / kind / "cifar10" / name
+        for kind, name in (("syn_data", "rded_ipc1"), ("new_labels", "rded_bs16_slc1_ipc1"))
+    )
+    for label in range(10):
+        (images / str(label)).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(images / str(label) / "0.png")
+    (labels / "epoch_0").mkdir(parents=True)
+    (labels / "epoch_0" / "batch_0.tar").write_bytes(b"damaged")
+    (tmp_path / "cifar10").mkdir()
+    settings = {"Main_Data_Path": tmp_path, "val_dir": tmp_path, "METHOD": "rded"}
+    done = bash("run_cifar10.sh", **settings, IPC=1, SLC=1)
+    assert done.returncode == 2 and "importing the published ones" in done.stdout
+    assert f"{labels}/epoch_0/batch_0.tar is damaged" in done.stderr
+
+
 @pytest.mark.slow
 def test_the_pipeline_runs_and_passes_flags_on(tmp_path):
     """CIFAR-100's layout with its 100 classes; the student's epochs and flags from outside.
