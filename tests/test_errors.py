@@ -107,7 +107,15 @@ GENERATE = {
             Image.new("F", (32, 32)).save(w.data / "00002" / "1.tiff"),
         ],
         [],
-        "00002/1.tiff has floating-point pixels",
+        "00002/1.tiff has floating-point, signed or 32-bit pixels",
+    ),
+    "image of 32 bits": (
+        lambda w: [
+            (w.data / "00002" / "1.png").unlink(),
+            Image.new("I", (32, 32), 70_000).save(w.data / "00002" / "1.tif"),
+        ],
+        [],
+        "00002/1.tif has floating-point, signed or 32-bit pixels",
     ),
     "links in a circle": (
         lambda w: [

@@ -5,6 +5,7 @@ import datetime
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -406,6 +407,26 @@ def test_schedulers_and_closed_terminals_end_any_program_as_sigterm_does(name):
     done = script("-c", program, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 128 + {"SIGUSR1": 10, "SIGHUP": 1}[name]
     assert f"ended by {name}; the same command again continues" in done.stderr
+
+
+def test_a_second_signal_while_a_program_ends_says_nothing_more(command):
+    kill = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+
+    def main():
+        try:
+            with cli.delayed_signals():
+                kill()
+                kill()
+            kill()
+        finally:
+            kill()
+
+    done = command(main)
+    assert done.code == 128 + signal.SIGTERM
+    assert done.err == (
+        "\nfinishing the step; again: ending at once\n"
+        "\ncommand: terminated; the same command again continues\n"
+    )
 
 
 @pytest.mark.slow

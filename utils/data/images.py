@@ -49,11 +49,14 @@ def decode(path: Path, data: bytes | None = None) -> Image.Image:
     try:
         source = path if data is None else io.BytesIO(data)
         image = Image.open(source, formats=_FORMATS)
+        if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+            raise UserError(
+                f"image {path} has floating-point, signed or 32-bit pixels, whose white is not "
+                "known; save it with 8 bits"
+            )
         if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
             wide = np.asarray(image).clip(0, 65535)
             image = Image.fromarray((wide // 256).astype(np.uint8))
-        elif image.mode == "F":
-            raise UserError(f"image {path} has floating-point pixels; save it with 8 bits")
         return image.convert("RGB")
     except Image.DecompressionBombError:
         raise UserError(f"image {path} is implausibly large; it was not decoded") from None
