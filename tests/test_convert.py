@@ -1,6 +1,7 @@
 """Published FKD label folders: imported batch for batch as an independent decoding reads them."""
 
 import json
+import math
 import shutil
 from types import SimpleNamespace
 
@@ -279,6 +280,12 @@ def test_labels_of_other_images_are_refused_unless_forced(world, tmp_path, comma
     assert command(convert.main, *arguments(world, fkd, tmp_path / "l"), "--force").code == 0
 
 
+def test_a_seed_that_torch_does_not_take_is_refused(world, tmp_path, command):
+    flags = ("--fkd-seed", 10**30)
+    done = command(convert.main, *arguments(world, tmp_path, tmp_path / "labels"), *flags)
+    assert done.code == 2 and "is out of range" in done.err
+
+
 REFUSED = {
     "no folder": (shutil.rmtree, "published label folder not found"),
     "missing pass": (lambda fkd: (fkd / "epoch_1.tar").unlink(), "has 1 files epoch_*.tar, but"),
@@ -292,6 +299,28 @@ REFUSED = {
             {"0": [0, 0, *range(2, 12)], "1": [*range(12)]}, fkd / "sampler_indices_dict.pt"
         ),
         "once each",
+    ),
+    "image list of lists": (
+        lambda fkd: torch.save(
+            {"0": [0, [1, 2]], "1": [*range(12)]}, fkd / "sampler_indices_dict.pt"
+        ),
+        "has no list of image indices for 0",
+    ),
+    "fractional partner": (
+        lambda fkd: change(fkd, lambda b: b[1].__setitem__(2, b[1][2] + 0.5)),
+        "batch 1: a flip, mix_index, box or class index is no whole number",
+    ),
+    "fractional box": (
+        lambda fkd: change(fkd, lambda b: b[1].__setitem__(4, [0, 0, 4.5, 4])),
+        "batch 1: a flip, mix_index, box or class index is no whole number",
+    ),
+    "endless box": (
+        lambda fkd: change(fkd, lambda b: b[1].__setitem__(4, [0, 0, 4, math.inf])),
+        "batch 1: a flip, mix_index, box or class index is no whole number",
+    ),
+    "sparse crops": (
+        lambda fkd: change(fkd, lambda b: b[1].__setitem__(0, b[1][0].to_sparse())),
+        "batch 1 is no batch of [coords,",
     ),
     "other classes": (
         lambda fkd: change(fkd, lambda b: b[1].__setitem__(5, b[1][5][:, :3])),
@@ -386,6 +415,11 @@ LAYOUTS_REFUSED = {
         "LPQLD k",
         lambda f: change_batch(f / "batch_2.tar", lambda b: [*b[:5], b[5][:, :1], b[6][:, :1]]),
         "soft labels are no k logits, as in the first batch",
+    ),
+    "no logits at all": (
+        "LPQLD k",
+        lambda f: change_batch(f / "batch_2.tar", lambda b: [*b[:5], b[5][:, :0], b[6][:, :0]]),
+        "batch_2.tar is no batch of [coords,",
     ),
     "classes that are none": (
         "LPQLD k",

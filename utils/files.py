@@ -319,7 +319,7 @@ def load_tensors(path: Path, what: str) -> Any:
             raise
         raise UserError(f"{what} {path} {_why_unreadable(path, error)}") from None
     checksum = content.pop(_SEAL, None) if isinstance(content, dict) else None
-    if checksum not in (None, sha256_state(content)):
+    if checksum is not None and checksum != sha256_state(content):
         raise UserError(f"{what} {path} is damaged: its content does not agree with its checksum")
     return content
 
