@@ -253,6 +253,14 @@ def test_no_more_processes_decode_than_can_hand_over_their_crops(monkeypatch, ro
     assert source._workers_with_room(list(views)) == room // (3 * 61_440)
 
 
+@pytest.mark.parametrize("writable", [True, False])
+def test_no_process_decodes_without_shared_memory_to_write_to(tmp_path, monkeypatch, writable):
+    monkeypatch.setattr(images, "_SHARED_MEMORY", tmp_path if writable else tmp_path / "missing")
+    views = draw(ViewSpec(32, 5), np.full((12, 2), 32), 0)
+    allowed = StreamingImages([], TINY, CPU.device, 4)._workers_with_room(list(views))
+    assert (allowed > 0) == writable
+
+
 @pytest.mark.parametrize("trouble", ["dies", "hangs"])
 def test_a_decoding_process_that_gives_nothing_ends_in_one_line(
     world, monkeypatch, command, trouble
@@ -407,6 +415,14 @@ def test_schedulers_and_closed_terminals_end_any_program_as_sigterm_does(name):
     done = script("-c", program, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 128 + {"SIGUSR1": 10, "SIGHUP": 1}[name]
     assert f"ended by {name}; the same command again continues" in done.stderr
+
+
+def test_names_with_line_breaks_leave_an_error_one_line(tmp_path, command):
+    (tmp_path / "class").mkdir()
+    (tmp_path / "class" / "a\nb.png").write_bytes(b"")
+    done = command(lambda: images.inspect(folders.scan(tmp_path)))
+    assert done.code == 2 and "a\\nb.png: it is an empty file" in done.err
+    assert done.err.count("\n") == 1
 
 
 def test_a_second_signal_while_a_program_ends_says_nothing_more(command):

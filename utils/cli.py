@@ -162,7 +162,8 @@ def _fail(program: str, message: str) -> NoReturn:
         # What every process meets, the first one says, and torchrun ends the others meanwhile.
         time.sleep(5)
         program = f"{program} (process {_rank()})"
-    print(f"{program}: {message}", file=sys.stderr)
+    line = message.replace("\n", "\\n").replace("\r", "\\r")  # of the names of files
+    print(f"{program}: {line}", file=sys.stderr)
     kill_children()
     sys.exit(2)
 

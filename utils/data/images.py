@@ -9,6 +9,7 @@ import collections
 import contextlib
 import hashlib
 import io
+import os
 import re
 import shutil
 import signal
@@ -203,10 +204,13 @@ class StreamingImages:
     def _workers_with_room(self, parts: list[Views]) -> int:
         """How many processes can hand over their crops: each keeps up to three batches in /dev/shm.
 
-        Containers often have 64 MB there, and a process that finds it full dies.
+        Containers often have 64 MB there, and a process that finds it full dies; without it, or
+        where it is read-only, none can be started.
         """
-        if not parts or not _SHARED_MEMORY.is_dir():
+        if not parts:
             return self.workers
+        if not os.access(_SHARED_MEMORY, os.W_OK):
+            return 0
         largest = max(len(part.index) for part in parts) * 3 * self.size**2 * 4
         return shutil.disk_usage(_SHARED_MEMORY).free // (3 * largest)
 
