@@ -244,12 +244,13 @@ def test_the_warnings_of_decoders_are_silenced_once(tmp_path, recwarn):
 
 
 @pytest.mark.parametrize("room", [0, 100_000, 400_000, 10**9])
-def test_no_more_processes_decode_than_can_hand_over_their_crops(monkeypatch, room):
+def test_no_more_processes_decode_than_can_hand_over_their_crops(tmp_path, monkeypatch, room):
     """Batches of 5 views at 32 pixels take 61,440 bytes; each process keeps up to three."""
     source = StreamingImages([], TINY, CPU.device, 4)
     views = draw(ViewSpec(32, 5), np.full((12, 2), 32), 0)
     usage = shutil.disk_usage("/")._replace(free=room)
     monkeypatch.setattr(images.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(images, "_SHARED_MEMORY", tmp_path)
     assert source._workers_with_room(list(views)) == room // (3 * 61_440)
 
 
