@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--fkd-seed",
-        type=bounded(int, 0),
+        type=bounded(int, 0, 2**62),
         default=42,
         metavar="N",
         help="of the image order, where the folder does not hold it",

@@ -22,8 +22,6 @@ from relabel.packers import default_packers, pass_writer
 from relabel.teacher import (
     Ensemble,
     SomeClasses,
-    default_weights,
-    find_subset,
     load_teacher,
     training_facts,
     use_batch_statistics,
@@ -192,9 +190,9 @@ def load_teachers(
     if args.teacher_shares is not None and sum(args.teacher_shares) == 0:
         raise UserError("--teacher-shares: at least one must be above 0")
     files = args.teacher_weights or [None] * len(args.teacher)
-    subset = find_subset(dataset, classes, args.teacher_classes)
+    listing = args.teacher_classes
     teachers = [
-        load_teacher(name, file, dataset, machine, args.teacher_ema, subset)
+        load_teacher(name, file, dataset, machine, args.teacher_ema, classes, listing)
         for name, file in zip(args.teacher, files, strict=True)
     ]
     return Ensemble(teachers, args.teacher_shares, machine, graph=args.graph)
@@ -345,10 +343,7 @@ def main() -> None:
     folder = folders.scan(args.data_dir, dataset.num_classes)
     passes, ipc = count_passes(args, folder)
     sizes, fingerprint = images.inspect(folder)
-    trained_with = None
-    if None in (dataset.input_size, dataset.mean, dataset.std):
-        defaults = [default_weights(name, dataset) for name in args.teacher]
-        trained_with = training_facts(args.teacher_weights or [*filter(None, defaults)])
+    trained_with = training_facts(args.teacher, args.teacher_weights, dataset)
     dataset = custom.complete(dataset, folder, sizes, trained_with, "the teacher's checkpoint")
     with machine.first_rank_first():  # so that only one downloads
         teachers = load_teachers(args, dataset, folder.classes, machine)

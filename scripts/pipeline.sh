@@ -41,6 +41,28 @@ flags_name() { # FLAG ...: those that decide the result, as the end of a folder'
         s/ --(compile|graph|no-graph|tensorboard|force)( |$)/\2/g; s/[^A-Za-z0-9.]+/-/g; s/^-/_/; s/-$//' <<< " $*"
 }
 
+refuse_own() { # DATASET FLAG ...: flags that would contradict what a script itself passes on
+    local dataset="$1" instead
+    shift
+    while [[ $# -gt 0 ]]; do
+        case "${1%%=*}" in
+            --data-dir | --val-dir | --label-dir) instead="its arguments and settings name folders" ;;
+            --output-dir) instead="Main_Data_Path and RUN_NAME choose it" ;;
+            --model) instead="set MODEL, of a teacher TEACHER" ;;
+            --dataset)
+                instead="the script is for $dataset"
+                [[ "$1" != "--dataset=$dataset" && "$1 ${2:-}" != "--dataset $dataset" ]] || instead=""
+                ;;
+            *) instead="" ;;
+        esac
+        if [[ -n "$instead" ]]; then
+            echo "$(basename "$0"): $1 is the script's own: $instead" >&2
+            return 2
+        fi
+        shift
+    done
+}
+
 check_paths() { # DATASET IMAGES VALIDATION LABELS: one line for each thing that is missing
     local dataset="$1" images="$2" validation="$3" published="$4" missing=0 sort local_weights
     if [[ -z "$Main_Data_Path" || -z "$val_dir" ]]; then
@@ -70,7 +92,7 @@ check_paths() { # DATASET IMAGES VALIDATION LABELS: one line for each thing that
         echo "no teacher weights at TEACHER_WEIGHTS=$TEACHER_WEIGHTS" >&2
         missing=1
     elif [[ -z "$TEACHER_WEIGHTS" && "$dataset" != imagenet1k && "$TEACHER" != *:* &&
-        ! -f "$published" && ! -f "$local_weights" && ! -f "$Main_Data_Path/$TEACHER.pth" ]]; then
+        ! -d "$published" && ! -f "$local_weights" && ! -f "$Main_Data_Path/$TEACHER.pth" ]]; then
         echo "no teacher weights at $local_weights: put a $TEACHER trained on $dataset there, train" \
             "one with: bash scripts/train_teacher.sh $dataset, or name a file with TEACHER_WEIGHTS" >&2
         missing=1
@@ -106,20 +128,23 @@ run_pipeline() { # DATASET [-- FLAG ...]: the flags go to validate/train.py
         return 2
     fi
     local name="${METHOD}_bs${BATCH_SIZE}_slc${SLC}_ipc${IPC}"
-    local images published order validation kind="" flags=() run phases
+    local images published imported=False validation kind="" flags=() run phases
     images="$(folder_of "$Main_Data_Path/generated_data/syn_data" "$dataset")/${METHOD}_ipc$IPC"
     published="$(folder_of "$Main_Data_Path/generated_data/new_labels" "$dataset")/$name"
-    order="$published/sampler_indices_dict.pt"
     validation="$(folder_of "$val_dir" "$dataset")"
     read -ra flags <<< "$RELABEL_FLAGS"
+    refuse_own "$dataset" "${flags[@]}" "$@"
     if [[ "$SCHEDULE" == *:* && -n "$SOFT_EPOCHS$HARD_EPOCHS" ]]; then
         echo "SCHEDULE=$SCHEDULE names its epochs itself: unset SOFT_EPOCHS and HARD_EPOCHS, also in" \
             "config.sh" >&2
         return 2
     fi
-    check_paths "$dataset" "$images" "$validation" "$order"
+    check_paths "$dataset" "$images" "$validation" "$published"
     use_environment requirements.txt
-    if [[ -f "$order" ]]; then
+    [[ ! -d "$published" ]] || imported="$(path="$(realpath "$published")" && cd "$ROOT" &&
+        "$PYTHON" -c 'import sys; from relabel import published as p; print(p.is_published(sys.argv[1]))' \
+            "$path")"
+    if [[ "$imported" == True ]]; then
         kind=_imported
     else
         [[ "$CODEC" == fp16 ]] || kind="_$CODEC"

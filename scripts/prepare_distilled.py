@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from relabel.teacher import Ensemble, load_teacher
+from relabel.teacher import Ensemble, load_teacher, training_facts
 from utils import cli, runtime
 from utils.cli import UserError, bounded
-from utils.data import datasets, folders, images
+from utils.data import custom, datasets, folders, images
 from utils.data.views import ORDER, ViewSpec, centre_views, crop_resize, draw, shuffle
 from utils.files import atomic_write, to_json, whole_folder
 
@@ -44,6 +44,8 @@ def parse_arguments() -> argparse.Namespace:
     weights = "a state dict; default: $Main_Data_Path/<dataset>/NAME.pth, else "
     weights += "$Main_Data_Path/NAME.pth, else torchvision's"
     add("--teacher-weights", type=Path, metavar="FILE", help=weights)
+    listing = "all classes of a teacher of more, as for relabel/generate.py"
+    add("--teacher-classes", type=Path, metavar="FILE", help=listing)
     add("--ipc", type=bounded(int, 1), required=True, help="images per class to make")
     add("--crops", type=bounded(int, 0), default=5, help="crops per image; 0: the central square")
     share = {"type": bounded(float, 0.0001, 1), "metavar": "SHARE"}
@@ -142,10 +144,12 @@ def write_images(
 
 def main() -> None:
     args = parse_arguments()
-    dataset = datasets.from_arguments(args)
+    dataset = datasets.from_arguments(args, inferred=True)
     machine = runtime.from_arguments(args)
     folder = folders.scan(args.data_dir, dataset.num_classes)
-    dataset = dataclasses.replace(dataset, num_classes=len(folder.classes))
+    weights = args.teacher_weights and [args.teacher_weights]
+    trained_with = training_facts([args.teacher], weights, dataset)
+    dataset = custom.complete(dataset, folder, None, trained_with, "the teacher's checkpoint")
     if dataset.input_size % args.collage:
         raise UserError(f"--collage {args.collage} does not divide {dataset.input_size} pixels")
     needed = args.ipc * args.collage**2
@@ -155,7 +159,14 @@ def main() -> None:
     for name, count in zip(folder.classes, folder.counts(), strict=True):
         if count < needed:
             raise UserError(f"{folder.root / name} has {count} images, but {takes} per class")
-    teacher = load_teacher(args.teacher, args.teacher_weights, dataset, machine)
+    teacher = load_teacher(
+        args.teacher,
+        args.teacher_weights,
+        dataset,
+        machine,
+        classes=folder.classes,
+        listing=args.teacher_classes,
+    )
     names = "".join(f"{path.relative_to(folder.root).as_posix()}\n" for path in folder.files)
     record = {
         "dataset": dataclasses.asdict(dataset),

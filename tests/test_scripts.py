@@ -150,6 +150,27 @@ def test_a_teacher_without_validation_images_or_with_two_gpus_in_words_is_refuse
     assert done.returncode == 2 and "TRAIN_GPUS=two: must be numbers" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--lr", "1", "--output-dir", "X"], "--output-dir is the script's own: Main_Data_Path"),
+        (["--model=Y"], "--model=Y is the script's own: set MODEL"),
+        (["--dataset", "cifar100"], "--dataset is the script's own: the script is for cifar10"),
+        (["--dataset", "cifar10", "--dataset=custom"], "--dataset=custom is the script's own"),
+    ],
+)
+def test_flags_that_contradict_a_scripts_own_are_refused(tmp_path, flags, told):
+    settings = {"Main_Data_Path": tmp_path, "val_dir": tmp_path}
+    for done in (
+        bash("train_teacher.sh", "CIFAR-10", "--", *flags, **settings),
+        bash("run_cifar10.sh", "--", *flags, **settings),
+        bash("run_cifar10.sh", RELABEL_FLAGS=" ".join(flags), **settings),
+    ):
+        (line,) = done.stderr.splitlines()
+        assert done.returncode == 2 and told in line
+    assert tree(tmp_path) == {}
+
+
 def test_weights_of_another_teacher_are_left_as_they_are(tmp_path):
     (tmp_path / "cifar10").mkdir()
     (tmp_path / "cifar10" / "ResNet18.pth").write_text("mine")
@@ -180,6 +201,23 @@ def test_a_signal_to_a_script_reaches_its_program_and_is_waited_for(tmp_path):
 def test_flags_for_training_follow_two_dashes(tmp_path):
     done = bash("run_imagenet.sh", "--lr", "1", Main_Data_Path=tmp_path, val_dir=tmp_path)
     assert done.returncode == 2 and "flags for validate/train.py follow --" in done.stderr
+
+
+def test_published_labels_of_any_layout_are_imported_not_made(tmp_path):
+    images, labels = (
+        tmp_path / "generated_data" / kind / "cifar10" / name
+        for kind, name in (("syn_data", "rded_ipc1"), ("new_labels", "rded_bs16_slc1_ipc1"))
+    )
+    for label in range(10):
+        (images / str(label)).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(images / str(label) / "0.png")
+    (labels / "epoch_0").mkdir(parents=True)
+    (labels / "epoch_0" / "batch_0.tar").write_bytes(b"damaged")
+    (tmp_path / "cifar10").mkdir()
+    settings = {"Main_Data_Path": tmp_path, "val_dir": tmp_path, "METHOD": "rded"}
+    done = bash("run_cifar10.sh", **settings, IPC=1, SLC=1)
+    assert done.returncode == 2 and "importing the published ones" in done.stdout
+    assert f"{labels}/epoch_0/batch_0.tar is damaged" in done.stderr
 
 
 @pytest.mark.slow

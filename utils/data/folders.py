@@ -180,20 +180,25 @@ def _check_order(root: Path, classes: list[str]) -> None:
             )
 
 
-def check_same_classes(folder: ImageFolder, classes: list[str], owner: str) -> None:
-    """Raises UserError unless the folder's classes can be those of `owner`.
+def same_classes(first: list[str], second: list[str]) -> bool:
+    """Whether two lists of class folders can name the same classes in the same order.
 
-    Index folders (00000 ..., 0 ... or new000 ...) and WordNet ids (n01440764 ...) name the same
-    classes in the same order; any other difference in names is a difference of class lists.
+    Index folders (00000 ..., 0 ... or new000 ...) and WordNet ids (n01440764 ...) do; any other
+    difference in names is a difference of class lists.
     """
-    sides = (folder.classes, classes)
-    if len(folder.classes) == len(classes):
-        if folder.classes == classes or {_kind(side) for side in sides} == {"index", "WordNet"}:
-            return
-        if {_kind(side) for side in sides} == {"index"}:
-            first, second = ([int(name.removeprefix("new")) for name in side] for side in sides)
-            if first == second:
-                return
+    sides = (first, second)
+    if len(first) != len(second):
+        return False
+    kinds = {_kind(side) for side in sides}
+    if kinds == {"index"}:
+        first, second = ([int(name.removeprefix("new")) for name in side] for side in sides)
+    return first == second or kinds == {"index", "WordNet"}
+
+
+def check_same_classes(folder: ImageFolder, classes: list[str], owner: str) -> None:
+    """Raises UserError unless the folder's classes can be those of `owner`, see same_classes."""
+    if same_classes(folder.classes, classes):
+        return
     only = [
         f"only in {where}: {textwrap.shorten(', '.join(names), 100, placeholder=' ...')}"
         for where, names in (
