@@ -108,7 +108,10 @@ def estimate(plan: argparse.Namespace, classes: int, labels: list[Task], runs: l
         rate = rate or speed([task for task in runs if task.facts["student"] == student])
         known = f"time: {student} {views:,} views"
         if rate is None:
-            lines.append(f"{known}; no epoch is measured yet: --images-per-second X")
+            lines.append(
+                f"{known}; no epoch is measured yet: --images-per-second X, as in log.jsonl of any "
+                "run of this network"
+            )
             continue
         seconds.append(views / rate + _START_SECONDS * len(to_do))
         per_second = f"{float(f'{rate:.3g}'):,g} images/s"

@@ -84,8 +84,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     teacher.add_argument(
         "--bssl",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="BatchNorm statistics from the batch itself (off for RDED images)",
+        help="BatchNorm statistics from the batch itself (default: on, but off for images that "
+        "scripts/prepare_distilled.py selected)",
     )
     labels = parser.add_argument_group("labels")
     amount = labels.add_mutually_exclusive_group(required=True)
@@ -133,7 +133,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     packing = "processes that pack labels, as many as keep up (default: up to 8 beside a GPU, "
     packing += "as cores and memory allow; 0, the labelling process itself, on a CPU)"
     parser.add_argument("--packers", type=bounded(int, 0), metavar="N", help=packing)
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.bssl is None:
+        args.bssl = not folders.are_selected(args.data_dir)
+    return args
 
 
 def count_passes(args: argparse.Namespace, folder: folders.ImageFolder) -> tuple[int, int | None]:
@@ -156,11 +159,11 @@ def count_passes(args: argparse.Namespace, folder: folders.ImageFolder) -> tuple
 
 
 def tell_of_bssl(args: argparse.Namespace) -> None:
-    """Prints a line where images are selected ones and --no-bssl is not given."""
-    if args.bssl and (args.data_dir / folders.SELECTION).is_file():
+    """Prints a line about BSSL where images are selected ones."""
+    if folders.are_selected(args.data_dir):
         print(
-            f"{args.data_dir} has selected images, and BSSL, the default, is for synthesised ones: "
-            "their usual labels are those of --no-bssl"
+            f"{args.data_dir} has selected images, whose labels are usually made without BSSL: it "
+            f"is {'on, as --bssl says' if args.bssl else 'off'}"
         )
 
 

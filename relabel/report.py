@@ -373,7 +373,7 @@ def main() -> None:
     save_figure(draw_drift(labels, measured), out / "drift.png")
     if folder and views:
         save_figure(draw_views(labels, views, folder), out / "views.png")
-    print(f"\ntables and pictures: {out}")
+    print(f"\ntables and pictures: {out}" + ("" if views else " (no view drifts: no views.png)"))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ folder_of() { # PARENT DATASET: its folder, which the published data may name ot
 
 flags_name() { # FLAG ...: those that decide the result, as the end of a folder's name
     sed -E 's/ --(device|workers|packers|val-cache|resume|wandb-project)[= ][^ ]+//g
-        s/ --(compile|graph|no-graph|tensorboard|force)( |$)/\2/g; s/[^A-Za-z0-9.]+/-/g; s/^-/_/; s/-$//' <<< " $*"
+        s/ --(compile|graph|no-graph|tensorboard|force)( |$)/\2/g; s/[^A-Za-z0-9.]+/-/g; s/-$//; s/^-/_/' <<< " $*"
 }
 
 refuse_own() { # DATASET FLAG ...: flags that would contradict what a script itself passes on
@@ -71,19 +71,26 @@ check_paths() { # DATASET IMAGES VALIDATION LABELS: one line for each thing that
             "run: bash scripts/run_demo.sh" >&2
         return 2
     fi
+    local setting
+    for setting in Main_Data_Path val_dir; do
+        if [[ ! -d "${!setting}" ]]; then
+            echo "$setting=${!setting}, in config.sh or the environment, is no folder" >&2
+            return 2
+        fi
+    done
     if [[ ! -d "$images" ]]; then
         echo "no distilled images at $images: download them from" \
             "$DOWNLOADS/1H99ui_LZxyNYfaAEfDVX7rvobP3J-Lwp or select some (METHOD=rded) with: python" \
             "scripts/prepare_distilled.py --help; METHOD=$METHOD and IPC=$IPC choose the folder" >&2
         missing=1
     fi
-    if [[ ! -d "$validation" ]]; then
+    if ! compgen -G "$validation/*/" > /dev/null; then
         case "$dataset" in
             cifar*) sort="make them (val/) with: python scripts/prepare_torchvision.py --help" ;;
             imagenette | imagewoof) sort="link val/ of the data set's own archive there" ;;
             *) sort="sort your own with: python scripts/prepare_val.py --help" ;;
         esac
-        echo "no validation images at $validation: download them from" \
+        echo "no class folders of validation images in $validation: download them from" \
             "$DOWNLOADS/1BCWWdvo1MnwtTUIEK-t3QcS0KwwAMVqH or $sort" >&2
         missing=1
     fi

@@ -16,7 +16,6 @@ if not __package__:  # run as a plain script: imports start at the repository ro
 
 import argparse
 import dataclasses
-import hashlib
 
 import numpy as np
 import torch
@@ -167,10 +166,9 @@ def main() -> None:
         classes=folder.classes,
         listing=args.teacher_classes,
     )
-    names = "".join(f"{path.relative_to(folder.root).as_posix()}\n" for path in folder.files)
     record = {
         "dataset": dataclasses.asdict(dataset),
-        "source_names_sha256": hashlib.sha256(names.encode()).hexdigest(),
+        folders.SOURCE: folder.names_sha256(),
         "teacher": args.teacher,
         "teacher_sha256": teacher.sha256,
         "classes": folder.classes,
@@ -199,8 +197,8 @@ def main() -> None:
         write_images(out, looked_at, chosen, boxes, dataset.input_size, args)
         atomic_write(out / folders.SELECTION, to_json(record))
     print(
-        f"{args.out_dir}: IPC {args.ipc} for {len(folder.classes)} classes; label them with "
-        "relabel/generate.py --no-bssl"
+        f"{args.out_dir}: IPC {args.ipc} for {len(folder.classes)} classes; relabel/generate.py "
+        "labels them without BSSL"
     )
 
 

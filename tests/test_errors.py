@@ -190,7 +190,7 @@ GENERATE = {
 
 TRAIN = {
     "missing validation": (None, ["--val-dir", "no/such"], "image folder not found: no/such"),
-    "other images": (other_images, [], "images (SHA-256 over names and contents)"),
+    "other images": (other_images, [], "are those of 12 other images"),
     "other data set": (
         lambda w: break_manifest(w, dataset="cifar10"),
         [],

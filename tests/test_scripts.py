@@ -41,6 +41,8 @@ def test_the_defaults_that_config_names_are_those_of_the_pipeline():
 
 
 def test_everything_that_is_missing_is_named_at_once(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
     done = bash("run_cifar100.sh", Main_Data_Path=tmp_path / "a", val_dir=tmp_path / "b", IPC=7)
     assert done.returncode == 2 and not done.stdout
     images, validation, teacher = done.stderr.splitlines()
@@ -49,6 +51,9 @@ def test_everything_that_is_missing_is_named_at_once(tmp_path):
     assert f"{tmp_path}/b/cifar100" in validation and "prepare_torchvision.py" in validation
     assert f"{tmp_path}/a/cifar100/ResNet18.pth" in teacher and "train_teacher.sh" in teacher
     assert tree(tmp_path) == {}
+    done = bash("run_cifar100.sh", Main_Data_Path=tmp_path / "c", val_dir=tmp_path / "b")
+    told = f"Main_Data_Path={tmp_path}/c, in config.sh or the environment, is no folder"
+    assert done.returncode == 2 and done.stderr.strip() == told
 
 
 @pytest.mark.parametrize("wrong", [{"GPUS": "two"}, {"TRAIN_GPUS": 0}])
@@ -132,9 +137,11 @@ def test_imagenette_is_found_under_its_published_name(tmp_path):
     (tmp_path / "generated_data/syn_data/imagenet-nette/fadrm_ipc10").mkdir(parents=True)
     (tmp_path / "imagenet-nette").mkdir()
     (tmp_path / "imagenet-nette" / "ResNet18.pth").touch()
+    validation = tmp_path / "v" / "imagenette"
+    validation.mkdir(parents=True)  # without class folders
     done = bash("run_imagenette.sh", Main_Data_Path=tmp_path, val_dir=tmp_path / "v")
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"no validation images at {tmp_path}/v/imagenette: ")
+    assert line.startswith(f"no class folders of validation images in {validation}: ")
 
 
 @pytest.mark.parametrize("wrong", [[], ["--lr", "1"], ["custom", "/train"], ["a", "b", "c", "d"]])
@@ -213,7 +220,7 @@ def test_published_labels_of_any_layout_are_imported_not_made(tmp_path):
         Image.new("RGB", (32, 32)).save(images / str(label) / "0.png")
     (labels / "epoch_0").mkdir(parents=True)
     (labels / "epoch_0" / "batch_0.tar").write_bytes(b"damaged")
-    (tmp_path / "cifar10").mkdir()
+    (tmp_path / "cifar10" / "0").mkdir(parents=True)
     settings = {"Main_Data_Path": tmp_path, "val_dir": tmp_path, "METHOD": "rded"}
     done = bash("run_cifar10.sh", **settings, IPC=1, SLC=1)
     assert done.returncode == 2 and "importing the published ones" in done.stdout

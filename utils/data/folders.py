@@ -16,6 +16,7 @@ import torch
 
 from utils.cli import UserError
 from utils.data.views import ORDER, shuffle
+from utils.files import read_json
 
 IMAGE_ENDINGS = {
     ".jpg",
@@ -30,7 +31,8 @@ IMAGE_ENDINGS = {
     ".gif",
     ".avif",
 }
-SELECTION = "selection.json"  # beside class folders: the images are selected ones, not synthesised
+# Beside class folders whose images are selected ones, not synthesised; a field of it says of which.
+SELECTION, SOURCE = "selection.json", "source_names_sha256"
 # What macOS, network storage, archives and notebooks leave beside images; names with a dot, too.
 _LEFT_BEHIND = {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information"}
 
@@ -54,6 +56,11 @@ class ImageFolder:
     def counts(self) -> list[int]:
         """Images per class."""
         return torch.bincount(self.labels, minlength=len(self.classes)).tolist()
+
+    def names_sha256(self) -> str:
+        """The hex SHA-256 over the names of all files."""
+        names = "".join(f"{path.relative_to(self.root).as_posix()}\n" for path in self.files)
+        return hashlib.sha256(names.encode()).hexdigest()
 
     def sample(self, count: int) -> "ImageFolder":
         """The folder with at most `count` of its images, chosen at random but always the same."""
@@ -231,3 +238,14 @@ def published_names(classes: list[str]) -> list[str]:
     if _kind(classes) == "names":
         return classes
     return [f"{label:05d}" for label in range(len(classes))]
+
+
+def are_selected(root: Path) -> bool:
+    """Whether scripts/prepare_distilled.py selected the images of a folder."""
+    return (root / SELECTION).is_file()
+
+
+def selected_from(root: Path, source: ImageFolder) -> bool:
+    """Whether it selected them from a folder whose files are named like those of `source`."""
+    selection = read_json(root / SELECTION) if are_selected(root) else None
+    return isinstance(selection, dict) and selection.get(SOURCE) == source.names_sha256()

@@ -180,7 +180,8 @@ class StreamingImages:
         """Yields the network's input, float32 [N, 3, S, S], for each batch (or more) of views."""
         batches = list(batches)
         parts = [part for views in batches for part in views.to(torch.device("cpu"))]
-        workers = min(self.workers, len(parts), self._workers_with_room(parts))
+        room = self._workers_with_room(parts)
+        workers = min(self.workers, len(parts), room, usable_cores())
         loader = torch.utils.data.DataLoader(
             _Crops(self.files, parts, self.size),
             batch_size=None,
