@@ -6,13 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.tables import read_csv
-from benchmarks import glyphs, label_size, packing
-from utils import runtime
+from benchmarks import glyphs, label_size
 from utils.cli import UserError
 from utils.data.views import Mixture
-from utils.labels import LabelSet, centre
-from utils.labels.codecs.base import distortion
 
 
 def test_characters_that_look_alike_are_not_both_chosen(monkeypatch):
@@ -56,30 +52,3 @@ def test_a_codecs_bytes_are_counted_with_its_fitted_part(monkeypatch):
     assert row["setting"] == "distortion=0.01" and row["fitted"] > 0
     assert row["bytes_per_label"] == pytest.approx(row["payload"] + row["fitted"], abs=0.011)
     assert 0.005 < row["distortion_t20"] < 0.02
-
-
-def test_packing_is_timed_with_and_without_processes(monkeypatch, tmp_path, command):
-    for name, value in {"CLASSES": 10, "SET_LABELS": 160, "_SAMPLE": 160, "_STARTING": 0}.items():
-        monkeypatch.setattr(packing, name, value)
-    arguments = ("--views", 80, "--images", 40, "--packers", 0, 1, "--repeats", 2)
-    done = command(packing.main, "--out", tmp_path / "rates.csv", *arguments, "--device", "cpu")
-    assert done.code == 0, done.err
-    rows = read_csv(tmp_path / "rates.csv")
-    assert [row["packers"] for row in rows] == ["0", "0", "1", "1"]
-    assert all(int(row["views_per_second"]) > 0 for row in rows)
-    assert "bytes per label in passes of 40; fitted in" in done.out
-
-
-def test_what_is_packed_are_the_logits_of_the_costless_teacher(monkeypatch, tmp_path):
-    for name, value in {"CLASSES": 10, "SET_LABELS": 80, "_SAMPLE": 80}.items():
-        monkeypatch.setattr(packing, name, value)
-    teacher, labels = packing.Free(runtime.start("cpu", "off")), torch.arange(40) // 4
-    writer = packing.new_writer(tmp_path, 40)
-    with writer.begun():
-        packing.fit_codec(writer, teacher, teacher, labels)
-        (rate,) = packing.rates(writer, teacher, labels, packers=0, passes=2, repeats=1)
-        writer.finish()
-    assert rate > 0
-    stored = LabelSet.open(writer.path)
-    found = torch.cat([stored.whole_pass(pass_index).logits for pass_index in range(2)])
-    assert distortion(centre(teacher.stored), found) < 0.003
