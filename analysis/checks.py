@@ -24,6 +24,11 @@ _PARSERS = {
     "generate.py": generate.parse_arguments,
     "compress.py": compress.parse_arguments,
 }
+# What the programs advise, and what the writer of a plan is to do.
+_IN_A_PLAN = {
+    "choose another --output-dir": "choose another --out-dir",
+    "epochs: give --label-dir": "epochs: say `like: soft`, as its method reads no labels",
+}
 
 
 def check_folders(plan: argparse.Namespace, names: Sequence[str]) -> None:
@@ -41,14 +46,16 @@ def check(tasks: list[Task], label_sets_made: bool = False) -> list[Task]:
     looked at; if all sets have been made, that is an error.
     """
     opened: dict[tuple, settings.Materials] = {}
-    later = []
+    later, labelling = [], []
     for task in tasks:
         if task.is_done():
             continue
         with _naming(task):
             args = parse(task)
             if not task.facts:
-                _check_labelling(args)
+                if hasattr(args, "teacher"):
+                    _check_labelling(args)
+                    labelling.append(args)
                 continue
             if (args.model, args.seed) != (task.facts["student"], task.facts["seed"]) or (
                 args.output_dir != task.done.parent
@@ -64,12 +71,17 @@ def check(tasks: list[Task], label_sets_made: bool = False) -> list[Task]:
             if wanted not in opened:
                 opened[wanted] = settings.Materials.open(*wanted)
             materials = opened[wanted]
+            counts, ipc = {*materials.folder.counts()}, task.facts["ipc"]
+            if len(counts) == 1 and counts != {ipc}:
+                raise UserError(f"--ipc {ipc}: {args.data_dir} has {min(counts)} images per class")
             network(args.model, materials.dataset.num_classes, materials.dataset.input_size)
             if made:
                 _check_run(args, materials)
             else:
                 phases_of(args, passes=1, classes=materials.dataset.num_classes)
                 later.append(task)
+    for args in labelling:
+        generate.tell_of_bssl(args)
     return later
 
 
@@ -86,20 +98,23 @@ def phases_of(args: argparse.Namespace, passes: int, classes: int) -> list[sched
 
 
 def _check_labelling(args: argparse.Namespace) -> None:
-    """Raises UserError where files that relabel/generate.py reads are missing."""
-    if hasattr(args, "teacher"):
-        dataset = datasets.from_arguments(args)
-        folder = folders.scan(args.data_dir, dataset.num_classes)
-        generate.count_passes(args, folder)
-        if missing := [file for file in args.teacher_weights or [] if not file.is_file()]:
-            raise UserError(f"--teacher-weights: no file {missing[0]}")
+    """Raises UserError where files that relabel/generate.py reads, or networks, are missing."""
+    dataset = datasets.from_arguments(args)
+    folder = folders.scan(args.data_dir, dataset.num_classes)
+    generate.count_passes(args, folder)
+    for name in map(models.without_suffix, args.teacher):
+        network(name, len(folder.classes), dataset.input_size, "--teacher")
+    if missing := [file for file in args.teacher_weights or [] if not file.is_file()]:
+        raise UserError(f"--teacher-weights: no file {missing[0]}")
 
 
-def network(name: str, num_classes: int, input_size: int) -> nn.Module | None:
-    """A student without memory for its weights; None for code of the user's own, which is not run.
+def network(
+    name: str, num_classes: int, input_size: int, flag: str = "--students"
+) -> nn.Module | None:
+    """A network without memory for its weights; None for code of the user's own, which is not run.
 
     Raises:
-        UserError: it is unknown.
+        UserError: it is unknown; begins with the flag.
     """
     if ":" in name:
         return None
@@ -107,7 +122,7 @@ def network(name: str, num_classes: int, input_size: int) -> nn.Module | None:
         with torch.device("meta"):
             return models.build(name, num_classes, input_size)
     except ValueError as error:
-        raise UserError(f"--students: {error}") from None
+        raise UserError(f"{flag}: {error}") from None
 
 
 def _check_run(args: argparse.Namespace, materials: settings.Materials) -> None:
@@ -121,7 +136,11 @@ def _check_run(args: argparse.Namespace, materials: settings.Materials) -> None:
         wanted = dataclasses.replace(
             wanted, processes=earlier.processes, precision=earlier.precision
         )
-        wanted.check_continues(earlier, run.path)
+        if difference := wanted.difference(earlier):
+            raise UserError(
+                f"{run.path} holds a run with other settings ({difference}): give the method "
+                "another name, choose another --out-dir, or the same settings"
+            )
 
 
 @contextlib.contextmanager
@@ -132,7 +151,10 @@ def _naming(task: Task) -> Iterator[None]:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
             yield
     except UserError as error:
-        raise UserError(f"{task.name}: {error}") from None
+        what = str(error)
+        for advice, in_a_plan in _IN_A_PLAN.items():
+            what = what.replace(advice, in_a_plan)
+        raise UserError(f"{task.name}: {what}") from None
     except SystemExit:  # of its parser, which has printed "PROGRAM: why"
         why = said.getvalue().strip().partition(": ")[2]
         raise UserError(f"{task.name}: {why}") from None

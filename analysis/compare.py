@@ -10,6 +10,7 @@ if not __package__:  # run as a plain script: imports start at the repository ro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import textwrap
 
 from matplotlib.figure import Figure
 
@@ -101,7 +102,8 @@ def draw_curves(groups: list[Group]) -> Figure:
                 ms=4,
                 label=f"seed {run.result()['seed']}",
             )
-        axes.set_title(f"{name}: last {top1(runs, 'last')} %")
+        title = textwrap.fill(f"{name}: last {top1(runs, 'last')} %", 50)
+        axes.set_title(title, fontsize=10)
         axes.set_xlabel("epoch")
         longest = max((run.log_lines() for run in runs), key=len)
         runlog.shade_phases(axes, [line["kind"] for line in longest], colours())

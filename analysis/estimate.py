@@ -1,4 +1,4 @@
-"""What a plan will take: runs, label sets, disk and hours, before anything is started."""
+"""What a plan will take: runs, label sets, disk and time, before anything is started."""
 
 import argparse
 import contextlib
@@ -17,6 +17,15 @@ from utils.labels.manifest import read_manifest
 
 _KLT_FACTOR = 5  # bytes of fp16 over those of klt at 1000 classes: five to eight
 _BYTES = EngFormatter("B", places=2)
+_START_SECONDS = 1  # a run's, to start and to end: 0.8 on a CPU core, programs being imported
+
+
+def duration(seconds: float) -> str:
+    """ "90 s", "3.5 min", "12.0 h" or "2.5 days"."""
+    for length, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def bytes_per_label(codec: dict, classes: int) -> float:
@@ -68,7 +77,7 @@ def label_bytes(task: Task, counts: dict[Path, int], classes: int) -> float:
 
 
 def estimate(plan: argparse.Namespace, classes: int, labels: list[Task], runs: list[Task]) -> str:
-    """Some lines: runs and label sets, disk, and the hours that are left of each student.
+    """Some lines: runs and label sets, disk, and the time that is left for each student.
 
     Args:
         plan: settings of the sweep; `images_per_second` holds one number, or one per student.
@@ -91,20 +100,26 @@ def estimate(plan: argparse.Namespace, classes: int, labels: list[Task], runs: l
         f"label sets: {len(labels)}, {len(left_labels)} to make",
         f"disk: label sets {_BYTES(on_disk)} and headers, runs {_BYTES(of_runs)}",
     ]
-    hours = []
+    seconds = []
     for position, student in enumerate(plan.students):
-        views = sum(count_views(task, classes) for task in left if task.facts["student"] == student)
+        to_do = [task for task in left if task.facts["student"] == student]
+        views = sum(count_views(task, classes) for task in to_do)
         rate = given[position % len(given)] if given else None
         rate = rate or speed([task for task in runs if task.facts["student"] == student])
-        known = f"hours: {student} {views:.3g} views"
+        known = f"time: {student} {views:,} views"
         if rate is None:
-            lines.append(f"{known}; no epoch is measured yet: --images-per-second X")
+            lines.append(
+                f"{known}; no epoch is measured yet: --images-per-second X, as in log.jsonl of any "
+                "run of this network"
+            )
             continue
-        hours.append(views / rate / 3600)
-        lines.append(f"{known} at {rate:,.0f} images/s = {hours[-1]:.1f}")
-    if len(hours) == len(plan.students):
-        total, beside = sum(hours), len(machine_slots(plan.jobs))
-        lines.append(f"hours in all: {total:.1f}; {beside} at a time: {total / beside:.1f}")
+        seconds.append(views / rate + _START_SECONDS * len(to_do))
+        per_second = f"{float(f'{rate:.3g}'):,g} images/s"
+        lines.append(f"{known} at {per_second}, {len(to_do)} starts = {duration(seconds[-1])}")
+    if len(seconds) == len(plan.students):
+        total, beside = sum(seconds), len(machine_slots(plan.jobs))
+        in_all = f"time in all: {duration(total)}"
+        lines.append(f"{in_all}; {beside} at a time: {duration(total / beside)}")
     return "\n".join([*lines, "labelling and evaluation come on top"])
 
 

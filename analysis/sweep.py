@@ -13,6 +13,7 @@ if not __package__:  # run as a plain script: imports start at the repository ro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -27,7 +28,7 @@ from analysis.runner import ROOT, Task, machine_slots, run_all
 from utils import cli, runlog
 from utils.cli import UserError, bounded, did_you_mean
 from utils.data import datasets, folders
-from utils.files import read_json
+from utils.files import lock, read_json
 from validate.kinds import KINDS
 
 _FOLDERS = ("data_dir", "val_dir", "out_dir", "label_dir")
@@ -125,10 +126,13 @@ def read_settings(arguments: Sequence[str]) -> argparse.Namespace:
     if more := arguments[cut + 1 :]:
         settings.flags = shlex.join(more)
     check(settings)
+    check_texts(settings)
     settings.facts = datasets.from_arguments(settings)
     settings.methods = chosen_methods(settings.methods)
     for name in (*_FOLDERS, "relabel"):
-        setattr(settings, name, os.path.expandvars(getattr(settings, name) or ""))
+        text = os.path.expandvars(getattr(settings, name) or "")
+        # No shell does it in a plan.
+        setattr(settings, name, f"{Path.home()}/{text[2:]}" if text.startswith("~/") else text)
     return settings
 
 
@@ -139,8 +143,11 @@ def check(settings: argparse.Namespace) -> None:
     if missing := [name for name in needed if not getattr(settings, name)]:
         flags = ", ".join("--" + name.replace("_", "-") for name in missing)
         raise UserError(f"the plan lacks {flags}")
-    if len(settings.ipc) > 1 and "{ipc}" not in settings.data_dir:
-        raise UserError("--data-dir must contain {ipc} where there is more than one --ipc")
+    for name in ("data_dir", "label_dir"):
+        folder = getattr(settings, name)
+        if len(settings.ipc) > 1 and folder and "{ipc}" not in folder:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} must contain {{ipc}} where there is more than one --ipc")
     if settings.images_per_second and not settings.estimate:
         raise UserError("--images-per-second goes with --estimate")
     if settings.slc and settings.labels_per_image:
@@ -148,6 +155,20 @@ def check(settings: argparse.Namespace) -> None:
     for ipc, slc in itertools.product(settings.ipc, settings.slc or []):
         if slc % ipc:
             raise UserError(f"--slc {slc} is not a multiple of IPC {ipc}")
+
+
+def check_texts(settings: argparse.Namespace) -> None:
+    """Raises UserError for flags that are no words, as those with an odd quotation mark are."""
+    texts = {"--relabel": settings.relabel or "", "flags": settings.flags}
+    texts |= {f"codec {name!r}": flags for name, flags in settings.codecs.items()}
+    texts |= {f"cell {position}": cell["flags"] for position, cell in enumerate(settings.cells, 1)}
+    if isinstance(settings.methods, dict):
+        texts |= {f"method {n!r}": own.get("flags", "") for n, own in settings.methods.items()}
+    for what, flags in texts.items():
+        try:
+            shlex.split(flags)
+        except ValueError as error:
+            raise UserError(f"{what}: {flags}: {str(error).lower()}") from None
 
 
 def chosen_methods(chosen: list[str] | dict[str, dict[str, str]]) -> dict[str, Method]:
@@ -158,7 +179,10 @@ def chosen_methods(chosen: list[str] | dict[str, dict[str, str]]) -> dict[str, M
         named = own.get("like") or name
         if named not in known:
             unknown = f"{named!r}{did_you_mean(named, list(known))}"
-            raise UserError(f"unknown method {unknown} (known: {', '.join(known)})")
+            raise UserError(
+                f"unknown method {unknown} (known: {', '.join(known)}); a name of your own says in "
+                f"a plan what it is: {name}: {{like: hald, flags: ...}}"
+            )
         like = known[named]
         methods[name] = dataclasses.replace(like, flags=f"{like.flags} {own.get('flags', '')}")
     return methods
@@ -187,7 +211,7 @@ def data_flags(settings: argparse.Namespace, ipc: int) -> list[str]:
 
 def images_dir(settings: argparse.Namespace, ipc: int) -> Path:
     """Folder of the distilled images of that IPC."""
-    return Path(settings.data_dir.format(ipc=ipc))
+    return Path(settings.data_dir.replace("{ipc}", str(ipc)))
 
 
 def count_classes(settings: argparse.Namespace, ipc: int) -> int:
@@ -219,7 +243,7 @@ def affordable_slc(slc: int, classes: int, topk: int, stored: int) -> int:
 def label_dir(settings: argparse.Namespace, ipc: int, suffix: str = "") -> Path:
     """Folder of the views' label set of that IPC, or with a suffix of one beside it."""
     main = settings.label_dir or f"{settings.out_dir}/labels/ipc{{ipc}}"
-    return Path(main.format(ipc=ipc) + suffix)
+    return Path(main.replace("{ipc}", str(ipc)) + suffix)
 
 
 def label_sets(
@@ -388,12 +412,15 @@ def main() -> None:
         for cell in settings.cells:
             if not any(in_cell(task.facts, cell) for task in runs):
                 print(f"no run of the plan is in the cell {cell}")
-        unchecked = checks.check(labels + chosen)
-    if settings.only in (None, "labels"):
-        failed = run_all(labels, slots[:1], "label sets")
-    if not failed and settings.only in (None, "runs"):
-        checks.check(unchecked, label_sets_made=True)
-        failed = run_all(chosen, slots, "runs")
+        unchecked = checks.check(chosen + labels)
+    # The tasks of a job array are side by side, and collecting disturbs nobody.
+    alone = settings.task is None and settings.only != "collect"
+    with lock(out, "running a sweep in") if alone else contextlib.nullcontext():
+        if settings.only in (None, "labels"):
+            failed = run_all(labels, slots[:1], "label sets")
+        if not failed and settings.only in (None, "runs"):
+            checks.check(unchecked, label_sets_made=True)
+            failed = run_all(chosen, slots, "runs")
     if settings.only == "collect" or (settings.only is None and settings.task is None):
         rows = collect(runs)
         print(f"{len(rows)} of {len(runs)} runs of the plan are finished")

@@ -3,7 +3,7 @@
 import argparse
 import csv
 import itertools
-import re
+import math
 import shlex
 import statistics
 import sys
@@ -25,6 +25,13 @@ BY_SLC, BY_BYTES = "top1_slc.png", "top1_bytes.png"
 FACTS = ("student", "ipc", "method", "codec", "slc")
 MEASURES = ("best_top1", "best_top5", "last_top1", "last_top5", "label_bytes", "seconds")
 LEFT = ("student", "method", "codec")  # columns of words
+_MOST_TICKS = 11  # of an axis of labels per class
+# Names in print; of the others, words of letters alone begin with a capital.
+PRINTED = {"hald": "HALD", "lpld": "LPLD", "lpqld": "LPQLD", "klt": "KLT"}
+_TO_LATEX = {"±": r"$\pm$", "–": "--", "²": "$^2$", "\\": r"\textbackslash{}"}
+_TO_LATEX |= {"^": r"\textasciicircum{}", "~": r"\textasciitilde{}"}
+_TO_LATEX |= {letter: f"\\{letter}" for letter in "&%_#${}"}
+_TO_LATEX |= {letter: f"${letter}$" for letter in "<>|"}
 HEADINGS = {"ipc": "IPC", "slc": "SLC", "labels_per_image": "labels per image"}
 
 
@@ -92,20 +99,32 @@ def markdown_table(rows: list[dict[str, object]], left: Collection[str]) -> str:
     return "\n".join([heading, f"|{rule}", *lines]) + "\n"
 
 
-def latex_table(rows: list[dict[str, object]], left: Collection[str]) -> str:
-    """The same as LaTeX, with the rules of the package booktabs."""
+def printed(text: str) -> str:
+    """A heading, or the name of a method or codec, with the capitals it has in print."""
+    words = [PRINTED.get(word, word) for word in text.split(" ")]
+    if words[0].isalpha() and words[0].islower():
+        words[0] = words[0].capitalize()
+    return " ".join(words)
+
+
+def latex_table(rows: list[dict[str, object]], left: Collection[str], seeds: str) -> str:
+    """The same as LaTeX, with the rules of the package booktabs; a comment tells the seeds."""
 
     def line(cells: Iterable[object]) -> str:
-        escaped = [re.sub(r"[&%_#$]", r"\\\g<0>", str(cell)) for cell in cells]
-        return " & ".join(escaped).replace("±", r"$\pm$").replace("–", "--") + r" \\"
+        escaped = (str(cell).translate(str.maketrans(_TO_LATEX)) for cell in cells)
+        return " & ".join(escaped) + r" \\"
+
+    def named(row: dict[str, object]) -> list[object]:
+        return [printed(str(cell)) if name in left else cell for name, cell in row.items()]
 
     columns = "".join("l" if heading in left else "r" for heading in rows[0])
-    body = [line(row.values()) for row in rows]
+    body = [line(named(row)) for row in rows]
     return "\n".join(
         [
             r"% in the preamble: \usepackage{booktabs}",
+            f"% top-1: mean and sample standard deviation over n = {seeds} seeds",
             rf"\begin{{tabular}}{{{columns}}}",
-            *(r"\toprule", line(rows[0]), r"\midrule", *body, r"\bottomrule"),
+            *(r"\toprule", line(map(printed, rows[0])), r"\midrule", *body, r"\bottomrule"),
             r"\end{tabular}" + "\n",
         ]
     )
@@ -222,21 +241,21 @@ def plot(rows: list[dict], against: str) -> Figure:
             shifted = [x * shift for x in xs]
             axes.errorbar(shifted, means, spreads, capsize=3, lw=1.2, ms=5, label=name, **style)
         amounts = sorted({row[against] for row in in_panel if row[against]})
+        least, most = min(amounts, default=1), max(amounts, default=1)
+        axes.set_xscale("log")
+        axes.set_xlim(least / 1.3, most * 1.3)
         if against == "slc":
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(amounts, [str(amount) for amount in amounts])
-            axes.set_xlabel("soft labels per class (SLC; storage of so many fp16 labels)")
+            ticks = far_apart(amounts, math.log(1.3**2 * most / least) / _MOST_TICKS)
+            axes.set_xticks(ticks, [str(amount) for amount in ticks])
+            axes.set_xlabel("soft labels per class (SLC)")
         else:
-            axes.set_xscale("log")
-            least, most = min(amounts, default=1), max(amounts, default=1)
-            axes.set_xlim(least / 1.3, most * 1.3)
             label_round(axes.xaxis, EngFormatter("B"))
             if most < 4 * least:  # too short for more than one round number
                 axes.xaxis.set_major_locator(MaxNLocator(5))
             axes.set_xlabel("soft labels on disk")
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-        axes.set_title(f"{student}, {ipc} images per class", fontsize=10)
+        axes.set_title(f"{student}, IPC {ipc}", fontsize=10)
     seeds = len(grouped(rows, "seed"))
     for axes in all_axes[:, 0]:
         axes.set_ylabel("last validation top-1 (%)")
@@ -244,6 +263,15 @@ def plot(rows: list[dict], against: str) -> Figure:
     figure.suptitle(f"mean ± standard deviation over {seeds} seeds; {note}", fontsize=10)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right", fontsize=8)
     return figure
+
+
+def far_apart(amounts: list[int], distance: float) -> list[int]:
+    """Of growing amounts the largest, and those before it whose logarithms differ enough."""
+    kept: list[int] = []
+    for amount in reversed(amounts):
+        if not kept or math.log(kept[-1] / amount) > distance:
+            kept.append(amount)
+    return kept
 
 
 def label_round(axis: Axis, formatter: Formatter | str) -> None:
@@ -286,7 +314,9 @@ def report(rows: list[dict], out: Path, layout: dict[str, list[str]]) -> None:
     table = in_layout(rows, **layout) if layout else lines(rows)
     text = markdown_table(table, LEFT)
     atomic_write(out / TABLE, text.encode())
-    atomic_write(out / LATEX, latex_table(table, LEFT).encode())
+    counts = sorted({len(group) for group in grouped(rows, *FACTS).values()})
+    seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+    atomic_write(out / LATEX, latex_table(table, LEFT, seeds).encode())
     save_figure(plot(rows, "slc"), out / BY_SLC)
     save_figure(plot(rows, "label_bytes"), out / BY_BYTES)
     written = ", ".join((CSV, SUMMARY, TABLE, LATEX, BY_SLC, BY_BYTES))

@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import importlib
 import re
+import traceback
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -72,7 +73,8 @@ def build(name: str, num_classes: int, input_size: int) -> nn.Module:
     else any torchvision classification name, the same network at every size (ViT,
     MaxViT and Inception refuse small images when called). `timm:NAME` asks timm, and
     `package.module:factory` calls `factory(num_classes=num_classes)`.
-    Raises ValueError on an unknown name, a size a house network is not for, or a value below 1.
+    Raises ValueError on an unknown name, a size a house network is not for, a value below 1, or a
+    module or factory that fails.
     """
     for label, value in (("num_classes", num_classes), ("input_size", input_size)):
         if value < 1:
@@ -188,9 +190,27 @@ def _build_timm(name: str, num_classes: int) -> nn.Module:
 def _build_from_factory(module_name: str, attribute: str, num_classes: int) -> nn.Module:
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"cannot import the model's module {module_name!r}: {error}") from error
+    except Exception as error:  # whatever somebody else's code raises, as below
+        raise ValueError(
+            f"cannot import the model's module {module_name!r}: {_of_their_code(error)}"
+        ) from error
     factory = getattr(module, attribute, None)
     if not callable(factory):
         raise ValueError(f"module {module_name!r} has no function {attribute!r} to build a model")
-    return factory(num_classes=num_classes)
+    call = f"{module_name}:{attribute}(num_classes={num_classes})"
+    try:
+        model = factory(num_classes=num_classes)
+    except Exception as error:
+        raise ValueError(f"{call} failed: {_of_their_code(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{call} gives a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def _of_their_code(error: Exception) -> str:
+    """An error and, where it is theirs, the line that raised it: there will be no traceback."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if last.filename in (__file__, importlib.__file__) or last.filename.startswith("<"):
+        return reason
+    return f"{reason} ({last.filename}, line {last.lineno})"

@@ -37,7 +37,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def compare(
     labels: LabelSet, reference: LabelSet, passes: Iterable[int], temperatures: Sequence[float]
 ) -> tuple[list[float], float]:
-    """Distortion at each temperature, and the share of labels with the same first class.
+    """Distortion at each temperature, and the share of labels with the same top-1 class.
 
     See utils.labels.codecs.base.distortion. Two passes are in memory at a time. Raises UserError
     when the sets label different views.

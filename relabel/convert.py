@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--fkd-seed",
-        type=bounded(int, 0),
+        type=bounded(int, 0, 2**62),
         default=42,
         metavar="N",
         help="of the image order, where the folder does not hold it",
@@ -75,7 +75,7 @@ class Fit(NamedTuple):
         score: mean standardised logit of the classes in a view, weighted by their shares. Of
             labels in another order it is 0, with a standard deviation of at most 1 / sqrt(views).
         highest: mean of the largest standardised logit.
-        named: share of labels whose first class is the main one of the view.
+        named: the teacher's top-1 on the views: share of labels whose top-1 class is the main one.
     """
 
     views: int
@@ -146,8 +146,8 @@ def check_fit(published: PublishedLabels, labels: torch.Tensor, seed: int, force
             f"the image order is not that of --fkd-seed {seed}, or these are labels of other images"
         )
     raise UserError(
-        f"{published.folder}: only {100 * fit.named:.1f} % of the labels name the class of their "
-        f"image: {reason}; --force goes on"
+        f"{published.folder}: teacher top-1 on the views is only {100 * fit.named:.1f} %: "
+        f"{reason}; --force goes on"
     )
 
 
@@ -214,9 +214,9 @@ def write_labels(
         fit = Fit.of(logits, mixture)
         if least and fit.falls_behind(least):
             raise UserError(
-                f"{published.folder}: only {100 * fit.named:.1f} % of the labels of pass "
-                f"{pass_index} name the class of their image, {100 * least.named:.1f} % of those "
-                "of the first ones: its image order does not fit; --force goes on"
+                f"{published.folder}: teacher top-1 on the views of pass {pass_index} is only "
+                f"{100 * fit.named:.1f} %, on those of the first ones {100 * least.named:.1f} %: "
+                "its image order does not fit; --force goes on"
             )
         # A pass of a pruned folder has a few views more than there are images.
         correct = round(fit.named * len(hard_labels))

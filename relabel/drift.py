@@ -1,4 +1,4 @@
-"""Local-view semantic drift of a label set: first classes that are none of the view's."""
+"""Local-view semantic drift of a label set: top-1 classes that are none of the view's."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from utils.labels import LabelSet
 class Drift:
     """What every view of a label set shows and is labelled as, in the order of passes and rows.
 
-    A view drifts when the teacher's most probable class is none of those in the view, so neither
+    A view drifts when the teacher's top-1 class is none of those in the view, so neither
     its own nor, in a mixed view, its partner's. It counts for the image that covers most of it.
     Probabilities are at temperature 1.
 
@@ -26,7 +26,7 @@ class Drift:
         partner: int64 [views], the class of the other image; `label` in an unmixed view.
         area: float64 [views], the crop's share of that image.
         known: float32 [views], the probability of the view's classes together.
-        gap: float32 [views], by how much the most probable class exceeds each of them.
+        gap: float32 [views], by how much the top-1 class exceeds each of them.
         drifts: bool [views], whether the view drifts.
     """
 

@@ -2,7 +2,8 @@
 
 Every pass becomes `epoch_<p>.tar`, a list of batches [coords float16 [B, 4], flips bool [B],
 mix_index int64 [B], lam, bbox, softmax(logits / 20) float16 [B, C]], and the images of all passes
-`sampler_indices_dict.pt`. relabel/convert.py reads such folders.
+`sampler_indices_dict.pt`. relabel/convert.py reads such folders. `export.json` tells the same
+command that it has been done.
 
 python relabel/export.py --label-dir L --out-dir F
 """
@@ -23,8 +24,11 @@ from relabel.published import HALD_ORDER, TEMPERATURE
 from utils import cli
 from utils.cli import UserError
 from utils.data.views import Views
-from utils.files import atomic_write, whole_folder
+from utils.files import atomic_write, read_json, sha256_file, to_json, whole_folder
 from utils.labels import LabelSet
+from utils.labels.manifest import MANIFEST
+
+_RECORD = "export.json"
 
 
 def fractions(box: torch.Tensor, sizes: np.ndarray) -> torch.Tensor:
@@ -72,6 +76,10 @@ def main() -> None:
     labels, order, moved = LabelSet.open(args.label_dir), {}, 0
     if args.label_dir.resolve() in args.out_dir.resolve().parents:
         raise UserError(f"--out-dir {args.out_dir} is within the label set; choose another folder")
+    record = {"labels_sha256": sha256_file(args.label_dir / MANIFEST)}
+    if (args.out_dir / _RECORD).is_file() and read_json(args.out_dir / _RECORD) == record:
+        print(f"{args.out_dir} is there already: nothing to do")
+        return
     with whole_folder(args.out_dir) as folder:
         for pass_index in cli.progress(range(labels.passes), desc="export", unit="pass"):
             views, logits = labels.whole_pass(pass_index)
@@ -86,6 +94,7 @@ def main() -> None:
             read = torch.cat([batch[0] for batch in batches]).double() * scale
             moved += int((read.round().int() != views.box).any(dim=1).sum())
         save(folder / HALD_ORDER, order)
+        atomic_write(folder / _RECORD, to_json(record))
     count = labels.passes * len(labels.hard_labels)
     print(f"{args.out_dir}: {count} soft labels of {labels.passes} passes")
     if moved:

@@ -22,8 +22,6 @@ from relabel.packers import default_packers, pass_writer
 from relabel.teacher import (
     Ensemble,
     SomeClasses,
-    default_weights,
-    find_subset,
     load_teacher,
     training_facts,
     use_batch_statistics,
@@ -86,8 +84,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     teacher.add_argument(
         "--bssl",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="BatchNorm statistics from the batch itself (off for RDED images)",
+        help="BatchNorm statistics from the batch itself (default: on, but off for images that "
+        "scripts/prepare_distilled.py selected)",
     )
     labels = parser.add_argument_group("labels")
     amount = labels.add_mutually_exclusive_group(required=True)
@@ -132,10 +130,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default=True,
         help="on a GPU, label by CUDA graphs, which hold all kernels of a forward pass",
     )
-    packing = "processes that pack labels, as many as keep up (default: up to 4 beside a GPU, "
+    packing = "processes that pack labels, as many as keep up (default: up to 8 beside a GPU, "
     packing += "as cores and memory allow; 0, the labelling process itself, on a CPU)"
     parser.add_argument("--packers", type=bounded(int, 0), metavar="N", help=packing)
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.bssl is None:
+        args.bssl = not folders.are_selected(args.data_dir)
+    return args
 
 
 def count_passes(args: argparse.Namespace, folder: folders.ImageFolder) -> tuple[int, int | None]:
@@ -155,6 +156,15 @@ def count_passes(args: argparse.Namespace, folder: folders.ImageFolder) -> tuple
             "one image, which BSSL cannot label; choose another --batch-size or --no-bssl"
         )
     return passes, ipc
+
+
+def tell_of_bssl(args: argparse.Namespace) -> None:
+    """Prints a line about BSSL where images are selected ones."""
+    if folders.are_selected(args.data_dir):
+        print(
+            f"{args.data_dir} has selected images, whose labels are usually made without BSSL: it "
+            f"is {'on, as --bssl says' if args.bssl else 'off'}"
+        )
 
 
 def views_per_forward(args: argparse.Namespace, device: torch.device) -> int:
@@ -183,9 +193,9 @@ def load_teachers(
     if args.teacher_shares is not None and sum(args.teacher_shares) == 0:
         raise UserError("--teacher-shares: at least one must be above 0")
     files = args.teacher_weights or [None] * len(args.teacher)
-    subset = find_subset(dataset, classes, args.teacher_classes)
+    listing = args.teacher_classes
     teachers = [
-        load_teacher(name, file, dataset, machine, args.teacher_ema, subset)
+        load_teacher(name, file, dataset, machine, args.teacher_ema, classes, listing)
         for name, file in zip(args.teacher, files, strict=True)
     ]
     return Ensemble(teachers, args.teacher_shares, machine, graph=args.graph)
@@ -336,10 +346,7 @@ def main() -> None:
     folder = folders.scan(args.data_dir, dataset.num_classes)
     passes, ipc = count_passes(args, folder)
     sizes, fingerprint = images.inspect(folder)
-    trained_with = None
-    if None in (dataset.input_size, dataset.mean, dataset.std):
-        defaults = [default_weights(name, dataset) for name in args.teacher]
-        trained_with = training_facts(args.teacher_weights or [*filter(None, defaults)])
+    trained_with = training_facts(args.teacher, args.teacher_weights, dataset)
     dataset = custom.complete(dataset, folder, sizes, trained_with, "the teacher's checkpoint")
     with machine.first_rank_first():  # so that only one downloads
         teachers = load_teachers(args, dataset, folder.classes, machine)
@@ -372,6 +379,8 @@ def main() -> None:
         check_class_order(args, teachers, source, sizes, folder.labels, passes)
     if args.bssl and not sum(use_batch_statistics(one.model) for one in teachers.teachers):
         print("no teacher has BatchNorm: BSSL changes nothing")
+    else:
+        tell_of_bssl(args)
     packers = default_packers(machine.device, writer) if args.packers is None else args.packers
     if machine.rank > 0:
         make_passes(writer, teachers, source, folder.labels, packers)
@@ -383,8 +392,7 @@ def main() -> None:
     size = LabelSet.open(args.label_dir).bytes_on_disk()
     print(
         f"{total} soft labels in {args.label_dir}: {size:,} bytes, "
-        f"{size / total:.1f} per label; the teacher names the class that covers most of the view "
-        f"in {manifest['teacher_top1']:.1f} % of them"
+        f"{size / total:.1f} per label; teacher top-1 on the views {manifest['teacher_top1']:.1f} %"
     )
     if args.codec == "fp16" and dataset.num_classes >= _MANY_CLASSES:
         print(

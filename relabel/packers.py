@@ -18,7 +18,7 @@ from utils.data import images
 from utils.data.views import Views
 from utils.labels import LabelWriter
 
-_MOST = 4  # packers beside a GPU, unless told otherwise
+_MOST = 8  # packers beside a GPU, unless told otherwise: a teacher may label faster than 4 pack
 _COPIES = 4  # of the float32 logits of a pass that a packer is reckoned to hold while packing
 
 

@@ -37,6 +37,12 @@ _ROUNDING = 0.01  # of a sum of half-precision probabilities
 _REST = 1 / 1024
 
 
+def is_published(folder: Path | str) -> bool:
+    """Whether a folder holds files of one of the layouts, however damaged."""
+    patterns = (HALD_ORDER, "epoch_*", "batch_*.tar")
+    return any(True for pattern in patterns for _ in Path(folder).glob(pattern))
+
+
 class _StoredBatch(NamedTuple):
     """Where a batch is: its file, its pass (in LPQLD's layout, its order), its position there."""
 
@@ -146,17 +152,24 @@ class PublishedLabels:
             )
 
     def _listed(self, content: Any) -> list[np.ndarray]:
-        """Image indices by pass or batch; raises UserError unless images occur once in each."""
+        """Image indices by pass or batch; raises UserError unless they are those of images.
+
+        Once each, except in HALD's layout: there a pass of a pruned set, exported, has some twice,
+        though as many as there are at least, and `read` looks at each batch.
+        """
         if not isinstance(content, dict) or not content:
             raise UserError(f"{self.order_file} is not a dictionary of image indices")
         count, orders = len(self.sizes), []
         for number in range(len(content)):
-            order = np.asarray(content.get(str(number), content.get(number)))
+            try:
+                order = np.asarray(content.get(str(number), content.get(number)))
+            except (TypeError, ValueError, RuntimeError):  # lists of lists, tensors of other kinds
+                order = np.empty(0, dtype=object)
             if order.ndim != 1 or order.dtype.kind not in "iu":
                 raise UserError(f"{self.order_file} has no list of image indices for {number}")
-            whole = self.layout != "HALD" or len(order) == count
-            once = len(np.unique(order)) == len(order)
-            if not whole or not once or order.min(initial=0) < 0 or order.max(initial=0) >= count:
+            hald = self.layout == "HALD"
+            enough = len(order) >= count if hald else len(np.unique(order)) == len(order)
+            if not enough or order.min(initial=0) < 0 or order.max(initial=0) >= count:
                 raise UserError(
                     f"{self.order_file}: entry {number} lists {len(order)} images, which are not "
                     f"those of the {count} in the image folder, once each"
@@ -248,6 +261,8 @@ class PublishedLabels:
             index = torch.from_numpy(order.astype(np.int64))
         if len(index) != len(coords):
             raise UserError(f"{where}: {len(coords)} views where {len(index)} belong")
+        if len(index.unique()) != len(index):
+            raise UserError(f"{where}: its images, in {self.order_file}, are not there once each")
         views = Views(index, self._pixels(coords, index, where), flips, self.batch_size)
         self._mixed(views, mix_index, lam, bbox, where)
         if (mix := _mix(mix_index, bbox)) != self.mix:
@@ -346,24 +361,41 @@ def _entries(record: Any, where: str) -> tuple:
         f"{where} is no batch of [coords, flips, mix_index, lam, bbox, labels]; the ImageNet-21K "
         "variants, with cutout boxes or the parameters of RandAugment, cannot be imported"
     )
+
+    def whole(values: Any) -> torch.Tensor:
+        tensor = _plain(values)
+        if (tensor != tensor.long()).any():
+            raise UserError(f"{where}: a flip, mix_index, box or class index is no whole number")
+        return tensor.long()
+
     if not isinstance(record, list | tuple) or len(record) not in (6, 7):
         raise foreign
     coords, flips, mix_index, lam, bbox, *labels = record
     try:
-        coords, flips = torch.as_tensor(coords), torch.as_tensor(flips)
-        mix_index = None if mix_index is None else torch.as_tensor(mix_index).long()
+        coords, flips = _plain(coords), whole(flips)
+        mix_index = None if mix_index is None else whole(mix_index)
         lam = None if lam is None else float(lam)
-        bbox = None if bbox is None else torch.tensor([int(side) for side in bbox]).int()
-        labels = [torch.as_tensor(values).float() for values in labels[:1]] + [
-            torch.as_tensor(indices).long() for indices in labels[1:]
-        ]
-    except (TypeError, ValueError, RuntimeError):
+        bbox = None if bbox is None else whole([float(side) for side in bbox]).int()
+        labels = [_plain(values).float() for values in labels[:1]] + [*map(whole, labels[1:])]
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         raise foreign from None
     count = len(coords) if coords.ndim == 2 else 0
     fits = count and coords.shape[1] == 4 and flips.shape == (count,)
-    if not fits or any(values.ndim != 2 or len(values) != count for values in labels):
+    fits = fits and ((flips == 0) | (flips == 1)).all()
+    if not fits or any(
+        values.ndim != 2 or len(values) != count or not values.shape[1] for values in labels
+    ):
         raise foreign
     return coords, flips.bool(), mix_index, lam, bbox, labels
+
+
+def _plain(values: Any) -> torch.Tensor:
+    """Values as an ordinary tensor of real numbers; raises ValueError for the other kinds."""
+    tensor = torch.as_tensor(values).detach()
+    usual = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not usual or tensor.is_quantized or tensor.is_complex():
+        raise ValueError(f"a tensor that is {tensor.layout}, {tensor.dtype}, on {tensor.device}")
+    return tensor
 
 
 def to_logits(probabilities: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,8 @@ from utils.labels.arrays import read_npz
 from utils.results import write_csv
 
 TEMPERATURES = (20.0, 4.0, 1.0)
-_RANKS = ("first", "second", "third")
+_RANKS = ("top1", "top2", "top3")
+_CLASSES_SHOWN = 20  # of drift.png
 _VIEW_COLUMNS = ("pass", "row", "image", "file", "crop_area", "class", "lam", "partner")
 _VIEW_COLUMNS += ("probability", *_RANKS)
 _VIEW_ARRAYS = ("index", "box", "flip", "mix_index", "mix_box", "mix_lam")
@@ -116,7 +117,7 @@ def loss_table(labels: LabelSet, reference: LabelSet | None) -> tuple[str, dict]
         passes = cli.progress(range(labels.passes), desc="compare", unit="pass")
         distortions, same = compare(labels, reference, passes, TEMPERATURES)
         names = [f"distortion at T = {t:g}" for t in TEMPERATURES]
-        measured = {**dict(zip(names, distortions, strict=True)), "same first class": same}
+        measured = {**dict(zip(names, distortions, strict=True)), "same top-1 class": same}
         lines = [f"{name:36}{value:>15.5f}" for name, value in measured.items()]
         return "\n".join([f"against {reference.path} (fp16)", *lines]), measured
     if codec["name"] == "fp16":
@@ -143,7 +144,7 @@ def drift_table(measured: drift.Drift) -> tuple[str, dict]:
     lines = [
         "Tr(Sigma) of an image's soft labels, mean over images: "
         + (f"{spread:.4f}" if several else "needs two passes"),
-        f"views that drift: {100 * share:.1f} % of {views:,} (the teacher's first class is none of "
+        f"views that drift: {100 * share:.1f} % of {views:,} (the teacher's top-1 class is none of "
         "the classes in the view)",
         f"{'crop area':>12}{'views':>10}{'drift (%)':>12}{'p(view classes)':>17}",
     ]
@@ -176,13 +177,16 @@ def area_rows(measured: drift.Drift) -> list[dict]:
 
 
 def class_rows(labels: LabelSet, measured: drift.Drift) -> list[dict]:
-    """Lines of classes.csv: each class that views count for, those that drift most first."""
+    """Lines of classes.csv: each class that views count for, those that drift most first.
+
+    Of classes with equal shares that with more views comes first.
+    """
     names, classes = class_names(labels), labels.manifest["num_classes"]
     views = np.bincount(measured.label, minlength=classes)
     drifting = np.bincount(measured.label, measured.drifts, classes) / np.maximum(views, 1)
     images_of = np.bincount(labels.hard_labels, minlength=classes)
     spread = np.bincount(labels.hard_labels, measured.spread, classes) / np.maximum(images_of, 1)
-    order = [label for label in np.argsort(-drifting, kind="stable") if views[label]]
+    order = [label for label in np.lexsort((-views, -drifting)) if views[label]]
     return lines_of(
         **{"class": order, "name": [names[label] for label in order]},
         views=views[order],
@@ -230,27 +234,49 @@ def view_rows(
     return rows
 
 
+def shortened(name: str, length: int = 24) -> str:
+    """A class's name in at most so many characters."""
+    return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
 def draw_drift(labels: LabelSet, measured: drift.Drift) -> Figure:
-    """Three panels: drift against crop area, over classes, and Tr(Sigma) over images."""
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    shown = [row for row in area_rows(measured) if row["views"]]
-    centres = [row["from"] + 0.05 for row in shown]
-    shares = [100 * row["drifting"] / row["views"] for row in shown]
-    known = [100 * row["mean_probability_of_view_classes"] for row in shown]
-    left.bar(centres, shares, 0.09, color="C1", label="views that drift")
-    left.plot(centres, known, "C0o-", label="mean p(classes in the view)")
-    left.set(xlabel="crop area / image area", ylabel="views (%)", xlim=(0, 1), ylim=(0, 100))
-    left.legend()
-    shares = [100 * row["drifting_share"] for row in class_rows(labels, measured)]
-    middle.bar(np.arange(len(shares)), shares, 1.0, color="C1")
-    middle.set(xlabel="class, sorted", ylabel="views that drift (%)", ylim=(0, 100))
-    if labels.passes > 1:
-        right.hist(measured.spread, bins=30, color="C0")
-    right.set(xlabel="Tr(Σ) of an image's soft labels", ylabel="images", xlim=(0, None))
+    """Panels: drift by crop area and by class, the worst on top; Tr(Sigma) of images if known."""
+    spread_known = not np.isnan(measured.spread).any()
+    figure = Figure(figsize=(15 if spread_known else 10.5, 5), layout="constrained")
+    by_area, by_class, *others = figure.subplots(1, 3 if spread_known else 2)
+
+    areas = [row for row in area_rows(measured) if row["views"]]
+    shares = [100 * row["drifting"] / row["views"] for row in areas]
+    bars = by_area.bar([100 * row["from"] + 5 for row in areas], shares, 9, color="C1")
+    counts = [
+        f"{share:.0f} %\nof {row['views']:,}" for share, row in zip(shares, areas, strict=True)
+    ]
+    by_area.bar_label(bars, counts, padding=2, fontsize=8)
+    by_area.set(xlabel="area of the crop (% of its image)", xlim=(0, 100), xticks=range(0, 101, 10))
+    by_area.set(ylabel="views that drift (%)", ylim=(0, 115), yticks=range(0, 101, 20))
+    by_area.set(title="by crop area")
+
+    classes = class_rows(labels, measured)
+    worst = classes[:_CLASSES_SHOWN]
+    shares = [100 * row["drifting_share"] for row in worst]
+    bars = by_class.barh(range(len(worst)), shares, color="C1")
+    by_class.set_yticks(range(len(worst)), [shortened(row["name"]) for row in worst], fontsize=8)
+    counts = [
+        f"{share:.0f} % of {row['views']:,}" for share, row in zip(shares, worst, strict=True)
+    ]
+    by_class.bar_label(bars, counts, padding=2, fontsize=8)
+    by_class.invert_yaxis()
+    by_class.set(xlabel="views that drift (%)", xlim=(0, 125), xticks=range(0, 101, 20))
+    shown = "the worst first" if worst == classes else f"worst {len(worst)} of {len(classes):,}"
+    by_class.set(title=f"by class, {shown}")
+
+    for axes in others:
+        axes.hist(measured.spread, bins=30, color="C0")
+        axes.set(xlabel="Tr(Σ) of an image's soft labels", ylabel="images", xlim=(0, None))
+        axes.set(title="how much an image's labels differ")
     figure.suptitle(
-        f"{len(measured.spread):,} images, {len(measured.image):,} views; a view drifts when the "
-        "teacher's first class is none of the classes in it"
+        f"{100 * measured.drifts.mean():.1f} % of {len(measured.drifts):,} views drift: the "
+        "teacher's top-1 class is none of the classes in the view"
     )
     return figure
 
@@ -279,14 +305,15 @@ def draw_views(labels: LabelSet, rows: list[dict], folder: folders.ImageFolder) 
         corner = (left_edge - 0.5, top - 0.5)  # pixel 0 is drawn from -0.5 to 0.5
         box = Rectangle(corner, width, height, fill=False, edgecolor="yellow", linewidth=2)
         left.add_patch(box)
-        shares = [f"{view['class'][:22]}, λ = {view['lam']:.2f}"]
+        shares = [f"{shortened(view['class'])}, λ = {view['lam']:.2f}"]
         if view["lam"] < 1:
-            shares.append(f"partner {view['partner'][:22]}, {1 - view['lam']:.2f}")
+            shares.append(f"partner {shortened(view['partner'])}, {1 - view['lam']:.2f}")
         title = [*shares, f"p(these) = {view['probability']:.2f}"]
         left.set_title("\n".join(title), fontsize=8)
         right.imshow(rendered.round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
-        top_three = "\n".join(view[rank][-30:] for rank in _RANKS if rank in view)
-        right.set_title(top_three, fontsize=8, color="firebrick")
+        top = [view[rank].rpartition(" ") for rank in _RANKS if rank in view]
+        lines = [f"{shortened(name)} {probability}" for name, _, probability in top]
+        right.set_title("\n".join(lines), fontsize=8, color="firebrick")
     figure.suptitle(
         "Views that drift most. Left: the image that covers most of the view, the crop's box, "
         "its class and\nthe partner's with their shares; right: the view and the teacher's top 3"
@@ -312,8 +339,7 @@ def main() -> None:
     print(
         f"{args.label_dir}: {manifest['dataset']}, {manifest['num_classes']} classes, "
         f"{manifest['images']['count']} images x {labels.passes} passes, codec "
-        f"{manifest['codec']['name']}; the teacher's first class is that of the image that covers "
-        f"most of the view in {manifest['teacher_top1']:.1f} % of the views"
+        f"{manifest['codec']['name']}; teacher top-1 on the views {manifest['teacher_top1']:.1f} %"
     )
     text, size_report = size_table(labels, sizes(labels))
     print(f"\n{text}")
@@ -328,6 +354,7 @@ def main() -> None:
         return
     out.mkdir(parents=True, exist_ok=True)
     report = {
+        "teacher_top1": manifest["teacher_top1"],
         "sizes": size_report,
         "lost": loss_report,
         "drift": drift_report,
@@ -346,7 +373,7 @@ def main() -> None:
     save_figure(draw_drift(labels, measured), out / "drift.png")
     if folder and views:
         save_figure(draw_views(labels, views, folder), out / "views.png")
-    print(f"\ntables and pictures: {out}")
+    print(f"\ntables and pictures: {out}" + ("" if views else " (no view drifts: no views.png)"))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ import os
 import re
 import urllib.error
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +17,11 @@ from torch.overrides import TorchFunctionMode
 import models
 from utils.cli import UserError
 from utils.data.datasets import Dataset, folder_names
+from utils.data.folders import same_classes
 from utils.files import load_tensors, sha256_state
 from utils.graphs import Graphs
 from utils.runtime import Runtime, check_outputs
-from utils.weights import load_state, unwrap_state
+from utils.weights import load_state, own_facts, unwrap_state
 
 # Index of each class among ImageNet's 1000, which are in the order of their WordNet ids.
 _IMAGENETTE = {
@@ -55,16 +57,18 @@ class Subset(NamedTuple):
     Attributes:
         total: number of the teacher's classes.
         rows: the position of each class of the data set among them.
+        names: what the teacher may call these classes: WordNet ids, or as listed.
         listed: by the user, so that every teacher has all of them; else weights of either number
             will do.
     """
 
     total: int
     rows: list[int]
+    names: list[str]
     listed: bool
 
 
-def find_subset(dataset: Dataset, classes: list[str], listing: Path | None) -> Subset | None:
+def find_subset(dataset: Dataset, classes: Sequence[str], listing: Path | None) -> Subset | None:
     """Where a data set's classes are among a teacher's, or None where they are all of them.
 
     Args:
@@ -86,12 +90,12 @@ def find_subset(dataset: Dataset, classes: list[str], listing: Path | None) -> S
     elif dataset.name in _SUBSETS:
         total, source, row_of = _IMAGENET_CLASSES, dataset.name, _SUBSETS[dataset.name]
         if all(re.fullmatch(r"(new)?\d+", name) for name in classes):
-            return Subset(total, [*row_of.values()], listed=False)
+            return Subset(total, [*row_of.values()], [*row_of], listed=False)
     else:
         return None
     if unknown := [name for name in classes if name not in row_of]:
         raise UserError(f"class folder {unknown[0]} is none of the classes of {source}")
-    return Subset(total, [row_of[name] for name in classes], listed=listing is not None)
+    return Subset(total, [row_of[name] for name in classes], [*classes], listing is not None)
 
 
 class SomeClasses(nn.Module):
@@ -113,7 +117,8 @@ def load_teacher(
     dataset: Dataset,
     runtime: Runtime,
     ema: bool = False,
-    subset: Subset | None = None,
+    classes: Sequence[str] = (),
+    listing: Path | None = None,
 ) -> Teacher:
     """Builds a network and loads its weights, the averaged ones of a file where `ema` asks for it.
 
@@ -121,19 +126,26 @@ def load_teacher(
     from the factory itself; else, for ImageNet-1K and its subsets, from torchvision. Those of a
     file may have the published small networks' keys, and its name a suffix behind the network's
     ("ResNet18_best"). Weights with an output for each of a subset's `total` classes label by its
-    rows.
+    rows, see `find_subset` for `classes` and `listing`. Says when a checkpoint of ours was trained
+    with another input size, mean or standard deviation than the data set's.
 
     Raises:
-        UserError: unknown name, no weights to be had, or weights that do not fit.
+        UserError: unknown name, no weights to be had, weights that do not fit, or a checkpoint of
+            ours with another list of classes.
     """
-    subset = subset or find_subset(dataset, [], None)
+    subset = find_subset(dataset, classes, listing)
     listed = subset is not None and subset.listed
     weights = weights or default_weights(name, dataset)
     network = models.without_suffix(name) if weights else name
+    content = load_tensors(weights, "teacher weights") if weights else None
+    if facts := own_facts(content, weights):
+        _check_classes(content["classes"], classes, subset, weights)
+        if other := _differences(facts, dataset):
+            print(f"teacher {name} was trained with {other}")
     try:
         outputs = subset.total if listed else dataset.num_classes
         model = models.build(network, outputs, dataset.input_size)
-        weights_found = _find_weights(name, weights, dataset, ema)
+        weights_found = _find_weights(name, content, weights, dataset, ema)
         if weights_found:
             state, source = weights_found
             if subset and not listed and _needs_outputs(model, state, subset.total):
@@ -162,25 +174,76 @@ def default_weights(name: str, dataset: Dataset) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def training_facts(files: list[Path]) -> dict | None:
-    """The data set, as a dict, of those checkpoints that validate/train.py wrote, or None.
+def training_facts(
+    names: list[str], files: list[Path] | None, dataset: Dataset
+) -> dict[str, Any] | None:
+    """The facts that teachers were trained with, as a dict, where `dataset` leaves any open.
 
-    Raises UserError where their input sizes, means or standard deviations differ.
+    None where it does not, or where no teacher's weights are a checkpoint of validate/train.py.
+
+    Args:
+        names: of the teachers.
+        files: their weights; None: those that `default_weights` finds.
+        dataset: as the flags give it.
+
+    Raises:
+        UserError: teachers of different input sizes, means or standard deviations.
     """
     first, first_path = None, None
-    for path in files:
-        content = load_tensors(path, "teacher weights")
-        ours = isinstance(content, dict) and content.get("format") == "hald-student"
-        if not ours or not (facts := content.get("dataset")):
+    if None not in (dataset.input_size, dataset.mean, dataset.std):
+        return None
+    for path in files or filter(None, [default_weights(name, dataset) for name in names]):
+        facts = own_facts(load_tensors(path, "teacher weights"), path)
+        if facts is None:
             continue
         first, first_path = first or facts, first_path or path
-        for fact in ("input_size", "mean", "std"):
-            if facts[fact] != first[fact]:
-                raise UserError(
-                    f"the teachers were trained with different facts: {fact} is {first[fact]} in "
-                    f"{first_path}, {facts[fact]} in {path}; give --input-size, --mean and --std"
-                )
-    return first
+        if other := _differences(first, facts):
+            raise UserError(
+                f"the teachers were trained with different facts: {first_path} with {other} in "
+                f"{path}; give --input-size, --mean and --std"
+            )
+    return first and vars(first)
+
+
+def _differences(first: Dataset, second: Dataset) -> str:
+    """ "mean 0.5 0.5 0.5, not 0.4 0.4 0.4" of what decides a network's input, or ""."""
+
+    def text(value: int | Sequence[float]) -> str:
+        return " ".join(map(str, value)) if isinstance(value, Sequence) else str(value)
+
+    sides = (
+        (name, *(text(getattr(side, name)) for side in (first, second)))
+        for name in ("input_size", "mean", "std")
+    )
+    return ", ".join(
+        f"{name.replace('_', ' ')} {one}, not {other}" for name, one, other in sides if one != other
+    )
+
+
+def _check_classes(
+    theirs: list[str], ours: Sequence[str], subset: Subset | None, path: Path
+) -> None:
+    """Raises UserError where a teacher and the images share class names, but not the class list.
+
+    Of names that have nothing in common, none can be said to be in another order.
+    """
+    if subset and len(theirs) == subset.total:
+        theirs, ours = [theirs[row] for row in subset.rows], subset.names
+    if not {*theirs} & {*ours} or same_classes(theirs, [*ours]):
+        return
+    what = f"{len(theirs)} classes, not {len(ours)}"
+    if len(theirs) == len(ours):
+        row, one, other = next(
+            (row, *names)
+            for row, names in enumerate(zip(theirs, ours, strict=True))
+            if names[0] != names[1]
+        )
+        what = f"class {row} is {one!r} there, {other!r} among the images"
+    raise UserError(
+        f"teacher weights {path} are of another class list than the images ({what}): name the "
+        "class folders as those it was trained on; if they are a part of these, list these in "
+        "--teacher-classes"
+    )
 
 
 def _needs_outputs(model: nn.Module, state: dict[str, torch.Tensor], total: int) -> bool:
@@ -191,11 +254,10 @@ def _needs_outputs(model: nn.Module, state: dict[str, torch.Tensor], total: int)
 
 
 def _find_weights(
-    name: str, weights: Path | None, dataset: Dataset, ema: bool
+    name: str, content: object, weights: Path | None, dataset: Dataset, ema: bool
 ) -> tuple[dict[str, torch.Tensor], str] | None:
     """The state dict and where it came from; None when the factory brings its own weights."""
     if weights is not None:
-        content = load_tensors(weights, "teacher weights")
         hint = "--teacher-ema takes the averaged weights"
         return unwrap_state(content, weights, ema, hint), str(weights)
     if ema:

@@ -30,6 +30,11 @@ if [[ ! "$GPUS" =~ ^(all|[1-9][0-9]*)$ || ! "$TRAIN_GPUS" =~ ^[1-9][0-9]*$ ]]; t
     exit 2
 fi
 
+if [[ "$RECIPE" != published && "$RECIPE" != auto ]]; then
+    echo "RECIPE=$RECIPE: must be published or auto" >&2
+    exit 2
+fi
+
 DOWNLOADS="https://drive.google.com/drive/folders"
 
 folder_of() { # PARENT DATASET: its folder, which the published data may name otherwise
@@ -39,7 +44,29 @@ folder_of() { # PARENT DATASET: its folder, which the published data may name ot
 
 flags_name() { # FLAG ...: those that decide the result, as the end of a folder's name
     sed -E 's/ --(device|workers|packers|val-cache|resume|wandb-project)[= ][^ ]+//g
-        s/ --(compile|graph|no-graph|tensorboard|force)( |$)/\2/g; s/[^A-Za-z0-9.]+/-/g; s/^-/_/; s/-$//' <<< " $*"
+        s/ --(compile|graph|no-graph|tensorboard|force)( |$)/\2/g; s/[^A-Za-z0-9.]+/-/g; s/-$//; s/^-/_/' <<< " $*"
+}
+
+refuse_own() { # DATASET FLAG ...: flags that would contradict what a script itself passes on
+    local dataset="$1" instead
+    shift
+    while [[ $# -gt 0 ]]; do
+        case "${1%%=*}" in
+            --data-dir | --val-dir | --label-dir) instead="its arguments and settings name folders" ;;
+            --output-dir) instead="Main_Data_Path and RUN_NAME choose it" ;;
+            --model) instead="set MODEL, of a teacher TEACHER" ;;
+            --dataset)
+                instead="the script is for $dataset"
+                [[ "$1" != "--dataset=$dataset" && "$1 ${2:-}" != "--dataset $dataset" ]] || instead=""
+                ;;
+            *) instead="" ;;
+        esac
+        if [[ -n "$instead" ]]; then
+            echo "$(basename "$0"): $1 is the script's own: $instead" >&2
+            return 2
+        fi
+        shift
+    done
 }
 
 check_paths() { # DATASET IMAGES VALIDATION LABELS: one line for each thing that is missing
@@ -50,19 +77,26 @@ check_paths() { # DATASET IMAGES VALIDATION LABELS: one line for each thing that
             "run: bash scripts/run_demo.sh" >&2
         return 2
     fi
+    local setting
+    for setting in Main_Data_Path val_dir; do
+        if [[ ! -d "${!setting}" ]]; then
+            echo "$setting=${!setting}, in config.sh or the environment, is no folder" >&2
+            return 2
+        fi
+    done
     if [[ ! -d "$images" ]]; then
         echo "no distilled images at $images: download them from" \
             "$DOWNLOADS/1H99ui_LZxyNYfaAEfDVX7rvobP3J-Lwp or select some (METHOD=rded) with: python" \
             "scripts/prepare_distilled.py --help; METHOD=$METHOD and IPC=$IPC choose the folder" >&2
         missing=1
     fi
-    if [[ ! -d "$validation" ]]; then
+    if ! compgen -G "$validation/*/" > /dev/null; then
         case "$dataset" in
             cifar*) sort="make them (val/) with: python scripts/prepare_torchvision.py --help" ;;
             imagenette | imagewoof) sort="link val/ of the data set's own archive there" ;;
             *) sort="sort your own with: python scripts/prepare_val.py --help" ;;
         esac
-        echo "no validation images at $validation: download them from" \
+        echo "no class folders of validation images in $validation: download them from" \
             "$DOWNLOADS/1BCWWdvo1MnwtTUIEK-t3QcS0KwwAMVqH or $sort" >&2
         missing=1
     fi
@@ -71,7 +105,7 @@ check_paths() { # DATASET IMAGES VALIDATION LABELS: one line for each thing that
         echo "no teacher weights at TEACHER_WEIGHTS=$TEACHER_WEIGHTS" >&2
         missing=1
     elif [[ -z "$TEACHER_WEIGHTS" && "$dataset" != imagenet1k && "$TEACHER" != *:* &&
-        ! -f "$published" && ! -f "$local_weights" && ! -f "$Main_Data_Path/$TEACHER.pth" ]]; then
+        ! -d "$published" && ! -f "$local_weights" && ! -f "$Main_Data_Path/$TEACHER.pth" ]]; then
         echo "no teacher weights at $local_weights: put a $TEACHER trained on $dataset there, train" \
             "one with: bash scripts/train_teacher.sh $dataset, or name a file with TEACHER_WEIGHTS" >&2
         missing=1
@@ -107,20 +141,23 @@ run_pipeline() { # DATASET [-- FLAG ...]: the flags go to validate/train.py
         return 2
     fi
     local name="${METHOD}_bs${BATCH_SIZE}_slc${SLC}_ipc${IPC}"
-    local images published order validation kind="" flags=() run phases
+    local images published imported=False validation kind="" flags=() run phases
     images="$(folder_of "$Main_Data_Path/generated_data/syn_data" "$dataset")/${METHOD}_ipc$IPC"
     published="$(folder_of "$Main_Data_Path/generated_data/new_labels" "$dataset")/$name"
-    order="$published/sampler_indices_dict.pt"
     validation="$(folder_of "$val_dir" "$dataset")"
     read -ra flags <<< "$RELABEL_FLAGS"
+    refuse_own "$dataset" "${flags[@]}" "$@"
     if [[ "$SCHEDULE" == *:* && -n "$SOFT_EPOCHS$HARD_EPOCHS" ]]; then
         echo "SCHEDULE=$SCHEDULE names its epochs itself: unset SOFT_EPOCHS and HARD_EPOCHS, also in" \
             "config.sh" >&2
         return 2
     fi
-    check_paths "$dataset" "$images" "$validation" "$order"
+    check_paths "$dataset" "$images" "$validation" "$published"
     use_environment requirements.txt
-    if [[ -f "$order" ]]; then
+    [[ ! -d "$published" ]] || imported="$(path="$(realpath "$published")" && cd "$ROOT" &&
+        "$PYTHON" -c 'import sys; from relabel import published as p; print(p.is_published(sys.argv[1]))' \
+            "$path")"
+    if [[ "$imported" == True ]]; then
         kind=_imported
     else
         [[ "$CODEC" == fp16 ]] || kind="_$CODEC"

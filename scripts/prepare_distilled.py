@@ -16,21 +16,19 @@ if not __package__:  # run as a plain script: imports start at the repository ro
 
 import argparse
 import dataclasses
-import hashlib
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from relabel.teacher import Ensemble, load_teacher
+from relabel.teacher import Ensemble, load_teacher, training_facts
 from utils import cli, runtime
 from utils.cli import UserError, bounded
-from utils.data import datasets, folders, images
+from utils.data import custom, datasets, folders, images
 from utils.data.views import ORDER, ViewSpec, centre_views, crop_resize, draw, shuffle
 from utils.files import atomic_write, to_json, whole_folder
 
-_RECORD = "selection.json"
 _BATCH = 64
 
 
@@ -45,6 +43,8 @@ def parse_arguments() -> argparse.Namespace:
     weights = "a state dict; default: $Main_Data_Path/<dataset>/NAME.pth, else "
     weights += "$Main_Data_Path/NAME.pth, else torchvision's"
     add("--teacher-weights", type=Path, metavar="FILE", help=weights)
+    listing = "all classes of a teacher of more, as for relabel/generate.py"
+    add("--teacher-classes", type=Path, metavar="FILE", help=listing)
     add("--ipc", type=bounded(int, 1), required=True, help="images per class to make")
     add("--crops", type=bounded(int, 0), default=5, help="crops per image; 0: the central square")
     share = {"type": bounded(float, 0.0001, 1), "metavar": "SHARE"}
@@ -143,10 +143,12 @@ def write_images(
 
 def main() -> None:
     args = parse_arguments()
-    dataset = datasets.from_arguments(args)
+    dataset = datasets.from_arguments(args, inferred=True)
     machine = runtime.from_arguments(args)
     folder = folders.scan(args.data_dir, dataset.num_classes)
-    dataset = dataclasses.replace(dataset, num_classes=len(folder.classes))
+    weights = args.teacher_weights and [args.teacher_weights]
+    trained_with = training_facts([args.teacher], weights, dataset)
+    dataset = custom.complete(dataset, folder, None, trained_with, "the teacher's checkpoint")
     if dataset.input_size % args.collage:
         raise UserError(f"--collage {args.collage} does not divide {dataset.input_size} pixels")
     needed = args.ipc * args.collage**2
@@ -156,18 +158,24 @@ def main() -> None:
     for name, count in zip(folder.classes, folder.counts(), strict=True):
         if count < needed:
             raise UserError(f"{folder.root / name} has {count} images, but {takes} per class")
-    teacher = load_teacher(args.teacher, args.teacher_weights, dataset, machine)
-    names = "".join(f"{path.relative_to(folder.root).as_posix()}\n" for path in folder.files)
+    teacher = load_teacher(
+        args.teacher,
+        args.teacher_weights,
+        dataset,
+        machine,
+        classes=folder.classes,
+        listing=args.teacher_classes,
+    )
     record = {
         "dataset": dataclasses.asdict(dataset),
-        "source_names_sha256": hashlib.sha256(names.encode()).hexdigest(),
+        folders.SOURCE: folder.names_sha256(),
         "teacher": args.teacher,
         "teacher_sha256": teacher.sha256,
         "classes": folder.classes,
     }
     choices = ("ipc", "crops", "min_scale", "collage", "candidates", "format", "seed")
     record |= {name: getattr(args, name) for name in choices}
-    made = args.out_dir / _RECORD
+    made = args.out_dir / folders.SELECTION
     if made.is_file() and made.read_bytes() == to_json(record):
         print(f"{args.out_dir} is there already: nothing to do")
         return
@@ -187,8 +195,11 @@ def main() -> None:
             members = (looked_at.labels == label).nonzero()[:, 0]
             chosen.append(members[losses[members].argsort(stable=True)][:needed].tolist())
         write_images(out, looked_at, chosen, boxes, dataset.input_size, args)
-        atomic_write(out / _RECORD, to_json(record))
-    print(f"{args.out_dir}: IPC {args.ipc} for {len(folder.classes)} classes")
+        atomic_write(out / folders.SELECTION, to_json(record))
+    print(
+        f"{args.out_dir}: IPC {args.ipc} for {len(folder.classes)} classes; relabel/generate.py "
+        "labels them without BSSL"
+    )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@
 #   --relabel "FLAGS"     of relabel/generate.py, for label sets to be made
 #   --jobs N              runs side by side (default: one per visible GPU, one on a CPU)
 #   --only WHAT           list the runs; or make only labels, only runs, or collect table and plots
-#   --estimate            only say what it will take: runs, label sets, disk, hours; these from the
+#   --estimate            only say what it will take: runs, label sets, disk, time; that from the
 #                         epochs measured so far, or from --images-per-second X ... (one number, or
 #                         one for each student)
 #   --task N              only run N of --only list, for job arrays

@@ -19,13 +19,21 @@ explain() { # ARGUMENT ...: with --help, prints the comment at the head of the s
 }
 
 read_config() { # reads config.sh, whatever editor wrote it; one line and 2 where that fails
-    local config complaint
+    local config line complaint
     config="$(tr -d '\r' < "$ROOT/config.sh")"       # as an editor of Windows may have written it
     config="${config#$'\xef\xbb\xbf'}"$'\ntrue' # a last line like [[ -d /x ]] && IPC=50 may be false
-    if ! complaint="$(bash -euc "$config" config.sh 2>&1 >/dev/null)"; then
-        complaint="${complaint%%$'\n'*}"
-        echo "${complaint:-config.sh: a command in it failed}; it must be lines of NAME=value," \
-            "without spaces around the =" >&2
+    # What the environment could not override, or what would be set in this function alone.
+    line="$(sed -nE '/^([^#]*[[:space:];&|])?(readonly|declare|typeset)[[:space:]]/ { =; q }' \
+        <<< "$config")"
+    if [[ -n "$line" ]]; then
+        complaint="config.sh: line $line: readonly, declare or typeset"
+    elif complaint="$(bash -euc "$config" config.sh 2>&1 >/dev/null)"; then
+        complaint=""
+    else
+        complaint="${complaint%%$'\n'*}" complaint="${complaint:-config.sh: a command in it failed}"
+    fi
+    if [[ -n "$complaint" ]]; then
+        echo "$complaint; it must be lines of NAME=value, without spaces around the =" >&2
         return 2
     fi
     eval "$config"

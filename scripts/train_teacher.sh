@@ -32,6 +32,7 @@ fi
 use_environment requirements.txt
 dataset="$(cd "$ROOT" && "$PYTHON" -c \
     'import sys; from utils.data import datasets; print(datasets.canonical(sys.argv[1]))' "$dataset")"
+refuse_own "$dataset" "$@"
 home="$(folder_of "$Main_Data_Path" "$dataset")"
 train="${folders[0]:-$home/train}"
 validation="${folders[1]:-$(folder_of "$val_dir" "$dataset")}"

@@ -129,6 +129,17 @@ def test_runs_of_different_length_have_axes_of_their_own(tmp_path):
     assert [line.split()[column - 1] for line in lines] == ["60", "4"]
 
 
+def test_panels_are_equally_wide_and_their_titles_fit(tmp_path):
+    finished(tmp_path / "run", ["soft"] * 3)
+    runs = compare.finished_runs(str(tmp_path / "run"))
+    figure = compare.draw_curves([(name, runs) for name in ("a", "long name, " * 9, "c")])
+    figure.draw_without_rendering()
+    shown = [axes for axes in figure.axes if axes.axison]
+    assert len({round(axes.get_position().width, 6) for axes in shown}) == 1
+    for axes in shown:
+        assert axes.title.get_window_extent().width < axes.get_window_extent().width
+
+
 def test_a_phase_of_one_epoch_is_drawn(tmp_path):
     run = runlog.RunFolder(finished(tmp_path / "run", ["soft", "hard", "hard", "soft"]))
     figure = runlog.plot_curves(run.log_lines(), run.result(), {})

@@ -1,6 +1,7 @@
 """Published FKD label folders: imported batch for batch as an independent decoding reads them."""
 
 import json
+import math
 import shutil
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from conftest import CUSTOM, TINY, generate_arguments, train_arguments, tree, wr
 from torch.utils.data import DataLoader, RandomSampler
 from torchvision.transforms import functional as transforms
 
-from relabel import convert, export, generate
+from relabel import convert, export, generate, published
 from utils.data import folders, images
 from utils.data.images import ResidentImages
 from utils.labels import LabelSet
@@ -119,6 +120,7 @@ def test_every_layout_is_imported_as_an_independent_decoding_reads_it(
 ):
     fkd, out = tmp_path / "fkd", tmp_path / "labels"
     truth = write_published(fkd, code, passes=3)
+    assert published.is_published(fkd) and not published.is_published(world.labels)
     done = command(convert.main, *arguments(world, fkd, out))
     assert done.code == 0, done.err
     assert f"layout of {code.split()[0]}" in done.out and "boxes rounded" in done.out
@@ -196,7 +198,7 @@ def test_an_order_that_does_not_fit_is_told_as_what_it_is(world, tmp_path, comma
     with monkeypatch.context() as patched:  # the first two passes alone are looked at before
         patched.setattr(convert, "_CHECKED_VIEWS", 1)
         done = command(convert.main, *arguments(world, fkd, out), "--fkd-seed", 7)
-    assert done.code == 2 and "of the labels of pass 2 name the class" in done.err, done.err
+    assert done.code == 2 and "teacher top-1 on the views of pass 2 is only" in done.err, done.err
     assert not (out / "manifest.json").exists()
     for file in fkd.glob("epoch_*/*"):
         content = torch.load(file, weights_only=False)
@@ -278,6 +280,12 @@ def test_labels_of_other_images_are_refused_unless_forced(world, tmp_path, comma
     assert command(convert.main, *arguments(world, fkd, tmp_path / "l"), "--force").code == 0
 
 
+def test_a_seed_that_torch_does_not_take_is_refused(world, tmp_path, command):
+    flags = ("--fkd-seed", 10**30)
+    done = command(convert.main, *arguments(world, tmp_path, tmp_path / "labels"), *flags)
+    assert done.code == 2 and "is out of range" in done.err
+
+
 REFUSED = {
     "no folder": (shutil.rmtree, "published label folder not found"),
     "missing pass": (lambda fkd: (fkd / "epoch_1.tar").unlink(), "has 1 files epoch_*.tar, but"),
@@ -287,8 +295,32 @@ REFUSED = {
         "lists 13 images",
     ),
     "image twice": (
-        lambda fkd: torch.save({"0": [0, 0, *range(2, 12)]}, fkd / "sampler_indices_dict.pt"),
+        lambda fkd: torch.save(
+            {"0": [0, 0, *range(2, 12)], "1": [*range(12)]}, fkd / "sampler_indices_dict.pt"
+        ),
         "once each",
+    ),
+    "image list of lists": (
+        lambda fkd: torch.save(
+            {"0": [0, [1, 2]], "1": [*range(12)]}, fkd / "sampler_indices_dict.pt"
+        ),
+        "has no list of image indices for 0",
+    ),
+    "fractional partner": (
+        lambda fkd: change(fkd, lambda b: b[1].__setitem__(2, b[1][2] + 0.5)),
+        "batch 1: a flip, mix_index, box or class index is no whole number",
+    ),
+    "fractional box": (
+        lambda fkd: change(fkd, lambda b: b[1].__setitem__(4, [0, 0, 4.5, 4])),
+        "batch 1: a flip, mix_index, box or class index is no whole number",
+    ),
+    "endless box": (
+        lambda fkd: change(fkd, lambda b: b[1].__setitem__(4, [0, 0, 4, math.inf])),
+        "batch 1: a flip, mix_index, box or class index is no whole number",
+    ),
+    "sparse crops": (
+        lambda fkd: change(fkd, lambda b: b[1].__setitem__(0, b[1][0].to_sparse())),
+        "batch 1 is no batch of [coords,",
     ),
     "other classes": (
         lambda fkd: change(fkd, lambda b: b[1].__setitem__(5, b[1][5][:, :3])),
@@ -384,6 +416,11 @@ LAYOUTS_REFUSED = {
         lambda f: change_batch(f / "batch_2.tar", lambda b: [*b[:5], b[5][:, :1], b[6][:, :1]]),
         "soft labels are no k logits, as in the first batch",
     ),
+    "no logits at all": (
+        "LPQLD k",
+        lambda f: change_batch(f / "batch_2.tar", lambda b: [*b[:5], b[5][:, :0], b[6][:, :0]]),
+        "batch_2.tar is no batch of [coords,",
+    ),
     "classes that are none": (
         "LPQLD k",
         lambda f: change_batch(f / "batch_2.tar", lambda b: [*b[:6], b[6] + 3]),
@@ -417,8 +454,13 @@ def test_an_exported_set_is_as_published_and_comes_back_equal(world, tmp_path, c
     order = torch.load(tmp_path / "fkd" / "sampler_indices_dict.pt", weights_only=True)
     assert [*order] == ["0", "1"] and order["1"] == labels.whole_pass(1).views.index.tolist()
     assert {file.name for file in (tmp_path / "fkd").iterdir()} == {
-        *("epoch_0.tar", "epoch_1.tar", "sampler_indices_dict.pt")
+        *("epoch_0.tar", "epoch_1.tar", "sampler_indices_dict.pt", "export.json")
     }
+    before = tree(tmp_path / "fkd")
+    done = command(export.main, "--label-dir", tmp_path / "own", "--out-dir", tmp_path / "fkd")
+    assert done.code == 0 and "there already: nothing to do" in done.out
+    done = command(export.main, "--label-dir", world.labels, "--out-dir", tmp_path / "fkd")
+    assert done.code == 2 and "exists already" in done.err and tree(tmp_path / "fkd") == before
     for pass_index in range(2):
         batches = torch.load(tmp_path / "fkd" / f"epoch_{pass_index}.tar", weights_only=True)
         assert [len(batch[0]) for batch in batches] == [5, 5, 2]
@@ -450,3 +492,17 @@ def test_an_exported_set_is_as_published_and_comes_back_equal(world, tmp_path, c
         for number, (views, logits) in enumerate(LabelSet.open(back)):
             assert views.checksum() == labels.views(number).checksum()
             assert torch.allclose(logits, labels[number].logits, atol=0.03)
+
+
+def test_a_pruned_set_comes_back_from_its_export(world, tmp_path, command):
+    write_published(tmp_path / "fkd", "LPLD pruned", passes=3)
+    pruned, back = tmp_path / "pruned", tmp_path / "back"
+    assert command(convert.main, *arguments(world, tmp_path / "fkd", pruned)).code == 0
+    done = command(export.main, "--label-dir", pruned, "--out-dir", tmp_path / "exported")
+    assert done.code == 0, done.err
+    done = command(convert.main, *arguments(world, tmp_path / "exported", back))
+    assert done.code == 0, done.err
+    labels = LabelSet.open(pruned)
+    for number, (views, logits) in enumerate(LabelSet.open(back)):
+        assert views.checksum() == labels.views(number).checksum()
+        assert torch.allclose(logits, labels[number].logits, atol=0.03)

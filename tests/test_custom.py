@@ -1,16 +1,19 @@
 """Custom data sets, whose facts come from their images, and teachers of more classes than one's."""
 
+import dataclasses
+import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, generate_arguments, train_arguments, write_images
+from conftest import CPU, TINY, generate_arguments, train_arguments, write_images
 from PIL import Image
 
 import models
 from relabel import generate
 from relabel.teacher import find_subset, load_teacher, training_facts
+from scripts import prepare_distilled
 from utils.cli import UserError
 from utils.data import datasets
 from utils.data.datasets import Dataset
@@ -62,14 +65,84 @@ def test_facts_come_from_the_images_and_labels_pass_them_on(world, tmp_path, com
     assert LabelSet.open(tmp_path / "same").manifest["mean"] == manifest["mean"]
 
 
+def checkpoint(path, classes=("a", "b", "c", "d"), mean=(0.5, 0.5, 0.5)):
+    """A teacher as validate/train.py saves it."""
+    facts = Dataset("custom", len(classes), 32, mean, (0.25, 0.25, 0.25))
+    state = {"format": "hald-student", "network": "ConvNetW32", "precision": "off"}
+    state |= {"dataset": vars(facts), "classes": [*classes]}
+    torch.save({**state, "model": models.build("ConvNetW32", len(classes), 32).state_dict()}, path)
+    return path
+
+
 def test_teachers_that_were_trained_with_different_facts_are_refused(tmp_path):
-    files = [tmp_path / f"{number}.pth" for number in range(3)]
-    for path, mean in zip(files, [(0.5, 0.5, 0.5), (0.5, 0.5, 0.5), (0.4, 0.5, 0.5)], strict=True):
-        facts = vars(Dataset("custom", 4, 32, mean, (0.25, 0.25, 0.25)))
-        torch.save({"format": "hald-student", "dataset": facts}, path)
-    assert training_facts(files[:2])["mean"] == (0.5, 0.5, 0.5)
-    with pytest.raises(UserError, match=r"mean is \(0.5, 0.5, 0.5\) in .*0.pth, \(0.4, "):
-        training_facts(files)
+    means = [(0.5, 0.5, 0.5), (0.5, 0.5, 0.5), (0.4, 0.5, 0.5)]
+    files = [checkpoint(tmp_path / f"{number}.pth", mean=mean) for number, mean in enumerate(means)]
+    open_facts = Dataset("custom", None, None, None, None)
+    assert training_facts([], files[:2], open_facts)["mean"] == (0.5, 0.5, 0.5)
+    with pytest.raises(UserError, match=r"0.pth with mean 0.5 0.5 0.5, not 0.4 0.5 0.5 in .*2.pth"):
+        training_facts([], files, open_facts)
+    assert training_facts([], files, TINY) is None
+
+
+def test_facts_that_contradict_the_teachers_own_are_said(tmp_path, capsys):
+    load_teacher("ConvNetW32", checkpoint(tmp_path / "t.pth"), TINY, CPU)
+    assert capsys.readouterr().out == ""
+    shown = dataclasses.replace(TINY, mean=(0.4, 0.5, 0.5))
+    load_teacher("ConvNetW32", tmp_path / "t.pth", shown, CPU)
+    told = "teacher ConvNetW32 was trained with mean 0.5 0.5 0.5, not 0.4 0.5 0.5\n"
+    assert capsys.readouterr().out == told
+
+
+WORDNET = ("n00000001", "n00000002", "n00000003", "n00000004")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "told"),
+    [
+        ("abcd", "abcd", ""),
+        ("abcd", "bacd", "class 0 is 'a' there, 'b' among the images"),
+        ("abcd", "abce", "class 3 is 'd' there, 'e' among the images"),
+        ("abcd", "wxyz", ""),
+        ("abcde", "abcd", "5 classes, not 4"),
+        ("0123", WORDNET, ""),
+        (WORDNET, ("00000", "00001", "00002", "00003"), ""),
+        (WORDNET, (*WORDNET[:3], "n00000009"), "class 3 is 'n00000004' there"),
+    ],
+)
+def test_a_teachers_class_list_is_compared_with_the_images(tmp_path, theirs, ours, told):
+    path = checkpoint(tmp_path / "t.pth", theirs)
+    load = lambda: load_teacher("ConvNetW32", path, TINY, CPU, classes=[*ours])  # noqa: E731
+    if not told:
+        assert load().model(torch.zeros(1, 3, 32, 32)).shape == (1, 4)
+        return
+    with pytest.raises(UserError, match=re.escape(f"class list than the images ({told}")):
+        load()
+
+
+def test_a_part_of_a_teachers_classes_is_compared_with_its_own_list(tmp_path):
+    listing = tmp_path / "classes.txt"
+    listing.write_text("a\nb\nc\nd\ne\n")
+    given = {"classes": ["a", "b", "d", "e"], "listing": listing}
+    load_teacher("ConvNetW32", checkpoint(tmp_path / "t.pth", "abcde"), TINY, CPU, **given)
+    path = checkpoint(tmp_path / "t.pth", "abced")
+    with pytest.raises(UserError, match="class 2 is 'e' there, 'd' among the images"):
+        load_teacher("ConvNetW32", path, TINY, CPU, **given)
+
+
+def test_selecting_images_takes_facts_from_the_teacher_or_the_images(tmp_path, world, command):
+    flags = ["--data-dir", world.data, "--dataset", "custom", "--teacher", "ConvNetW32", "--ipc", 1]
+    flags += ["--crops", 1, "--device", "cpu", "--workers", 0]
+    teacher = checkpoint(tmp_path / "t.pth", ("0", "1", "2", "3"), mean=(0.4, 0.5, 0.5))
+    for weights, told in (
+        (teacher, "mean 0.4 0.5 0.5, std 0.25 0.25 0.25; input size, mean, std from the teacher's"),
+        (world.weights, f"input size, mean, std from the images in {world.data}"),
+    ):
+        out = tmp_path / weights.stem
+        done = command(
+            prepare_distilled.main, *flags, "--out-dir", out, "--teacher-weights", weights
+        )
+        assert done.code == 0 and told in done.out, done.err
+        assert Image.open(out / "00000" / "00000.png").size == (32, 32)
 
 
 @pytest.mark.parametrize(
@@ -108,14 +181,13 @@ def test_an_imagenet_teacher_labels_imagewoof_by_its_ten_rows(tmp_path, named, c
         text = "n02086240 n02087394 n02088364 n02089973 n02093754 n02096294 n02099601 n02105641"
         classes = [*text.split(), "n02111889", "n02115641"]
     woof = datasets.named("imagewoof")
-    subset = find_subset(woof, classes, None)
-    loaded = load_teacher("ConvNetW32", tmp_path / "t.pth", woof, CPU, subset=subset)
+    loaded = load_teacher("ConvNetW32", tmp_path / "t.pth", woof, CPU, classes=classes)
     pixels = torch.randn(2, 3, 224, 224)
     assert torch.allclose(loaded.model(pixels), teacher(pixels)[:, DOGS], atol=1e-5)
     assert "10 of its 1000 classes" in capsys.readouterr().out
     # One of ten classes labels by all of them.
     torch.save(models.build("ConvNetW32", 10, 224).state_dict(), tmp_path / "ten.pth")
-    ten = load_teacher("ConvNetW32", tmp_path / "ten.pth", woof, CPU, subset=subset)
+    ten = load_teacher("ConvNetW32", tmp_path / "ten.pth", woof, CPU, classes=classes)
     assert ten.model(pixels).shape == (2, 10) and "rows" not in ten.model.state_dict()
 
 
@@ -127,7 +199,8 @@ def test_a_list_of_the_teachers_classes_gives_the_rows(tmp_path):
     assert (subset.total, subset.rows) == (4, [1, 3])
     teacher = models.build("ConvNetW32", 4, 32).eval()
     torch.save(teacher.state_dict(), tmp_path / "t.pth")
-    loaded = load_teacher("ConvNetW32", tmp_path / "t.pth", data, CPU, subset=subset)
+    given = {"classes": ["n01", "n02"], "listing": listing}
+    loaded = load_teacher("ConvNetW32", tmp_path / "t.pth", data, CPU, **given)
     pixels = torch.randn(2, 3, 32, 32)
     assert torch.allclose(loaded.model(pixels), teacher(pixels)[:, [1, 3]], atol=1e-6)
     with pytest.raises(UserError, match="class folder n05 is none of the classes of --teacher-cl"):

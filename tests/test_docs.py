@@ -154,6 +154,7 @@ QUICK = {  # what makes a command of docs/own-images.md short
     "relabel/report.py": "",
     "validate/train.py": "--soft-epochs 1 --hard-epochs 1 --device cpu --workers 0",
     "validate/evaluate.py": "--device cpu",
+    "scripts/run_sweep.sh": "--soft-epochs 1 --hard-epochs 1 --device cpu --workers 0",
 }
 
 
@@ -188,7 +189,8 @@ def test_the_commands_for_own_images_run_one_after_the_other(tmp_path, command, 
             done = command(module.main, *flags)
             assert done.code == 0, done.err
         ran.append(entry)
-    assert {*ran} == {*QUICK} and len(ran) == 8
+    assert {*ran} == {*QUICK} and len(ran) == 9
+    assert (tmp_path / "hald/comparison/table.tex").exists()
     assert kinds_logged(tmp_path / "hald/student") == ["hard", "soft"]
     labels = LabelSet.open(tmp_path / "hald/labels")
     assert labels.manifest["bssl"] is False and labels.passes == 3

@@ -107,7 +107,15 @@ GENERATE = {
             Image.new("F", (32, 32)).save(w.data / "00002" / "1.tiff"),
         ],
         [],
-        "00002/1.tiff has floating-point pixels",
+        "00002/1.tiff has floating-point, signed or 32-bit pixels",
+    ),
+    "image of 32 bits": (
+        lambda w: [
+            (w.data / "00002" / "1.png").unlink(),
+            Image.new("I", (32, 32), 70_000).save(w.data / "00002" / "1.tif"),
+        ],
+        [],
+        "00002/1.tif has floating-point, signed or 32-bit pixels",
     ),
     "links in a circle": (
         lambda w: [
@@ -182,7 +190,7 @@ GENERATE = {
 
 TRAIN = {
     "missing validation": (None, ["--val-dir", "no/such"], "image folder not found: no/such"),
-    "other images": (other_images, [], "images (SHA-256 over names and contents)"),
+    "other images": (other_images, [], "are those of 12 other images"),
     "other data set": (
         lambda w: break_manifest(w, dataset="cifar10"),
         [],
@@ -421,9 +429,26 @@ def test_a_checkpoint_with_code_is_refused(world, tmp_path, command):
 def test_a_checkpoint_that_names_code_needs_confirmation(world, tmp_path, command):
     state = {"format": "hald-student", "network": "os:system", "precision": "off"}
     facts = {"name": "c", "num_classes": 4, "input_size": 32, "mean": (0.0,) * 3, "std": (1.0,) * 3}
-    torch.save({**state, "dataset": facts, "classes": [], "model": {}}, tmp_path / "c.pt")
-    done = command(evaluate.main, "--checkpoint", tmp_path / "c.pt", "--val-dir", world.val)
+    state |= {"dataset": facts, "classes": [*"abcd"], "model": {"weight": torch.zeros(1)}}
+    torch.save(state, tmp_path / "c.pt")
+    arguments = ("--checkpoint", tmp_path / "c.pt", "--val-dir", world.val)
+    done = command(evaluate.main, *arguments)
     assert done.code == 2 and "confirm with --model os:system" in done.err
+    done = command(evaluate.main, *arguments, "--model", "os:system")
+    assert done.code == 2 and "--model: os:system(num_classes=4) failed: TypeError" in done.err
+    # Any of its fields may be missing or of another kind.
+    for field, value in {
+        "dataset": {**facts, "mean": 0.5},
+        "network": 5,
+        "classes": ["a"],
+        "precision": None,
+        "model": {"weight": [1.0]},
+    }.items():
+        for damaged in ({**state, field: value}, {k: v for k, v in state.items() if k != field}):
+            torch.save(damaged, tmp_path / "c.pt")
+            done = command(evaluate.main, *arguments)
+            told = "not what that writes" if field in damaged else "missing"
+            assert done.code == 2 and f"validate/train.py: {field} is {told}" in done.err
 
 
 def test_unusual_image_files_are_converted(tmp_path):

@@ -5,6 +5,7 @@ import datetime
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -243,13 +244,22 @@ def test_the_warnings_of_decoders_are_silenced_once(tmp_path, recwarn):
 
 
 @pytest.mark.parametrize("room", [0, 100_000, 400_000, 10**9])
-def test_no_more_processes_decode_than_can_hand_over_their_crops(monkeypatch, room):
+def test_no_more_processes_decode_than_can_hand_over_their_crops(tmp_path, monkeypatch, room):
     """Batches of 5 views at 32 pixels take 61,440 bytes; each process keeps up to three."""
     source = StreamingImages([], TINY, CPU.device, 4)
     views = draw(ViewSpec(32, 5), np.full((12, 2), 32), 0)
     usage = shutil.disk_usage("/")._replace(free=room)
     monkeypatch.setattr(images.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(images, "_SHARED_MEMORY", tmp_path)
     assert source._workers_with_room(list(views)) == room // (3 * 61_440)
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_no_process_decodes_without_shared_memory_to_write_to(tmp_path, monkeypatch, writable):
+    monkeypatch.setattr(images, "_SHARED_MEMORY", tmp_path if writable else tmp_path / "missing")
+    views = draw(ViewSpec(32, 5), np.full((12, 2), 32), 0)
+    allowed = StreamingImages([], TINY, CPU.device, 4)._workers_with_room(list(views))
+    assert (allowed > 0) == writable
 
 
 @pytest.mark.parametrize("trouble", ["dies", "hangs"])
@@ -377,6 +387,8 @@ def test_any_config_that_sets_the_two_paths_works(clone, tmp_path, config, shell
         ("val_dir=/v\nfalse\n", "a command in it failed"),
         ("val_dir='/v\n", "unexpected EOF"),
         ("val_dir=$NO_SUCH/v\n", "NO_SUCH: unbound variable"),
+        ("# readonly\nreadonly IPC=50\n", "line 2: readonly, declare or typeset;"),
+        ("val_dir=/v; declare -x Main_Data_Path=/m\n", "line 1: readonly, declare"),
     ],
 )
 def test_a_config_that_fails_is_told_in_one_line(clone, config, message):
@@ -404,6 +416,34 @@ def test_schedulers_and_closed_terminals_end_any_program_as_sigterm_does(name):
     done = script("-c", program, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 128 + {"SIGUSR1": 10, "SIGHUP": 1}[name]
     assert f"ended by {name}; the same command again continues" in done.stderr
+
+
+def test_names_with_line_breaks_leave_an_error_one_line(tmp_path, command):
+    (tmp_path / "class").mkdir()
+    (tmp_path / "class" / "a\nb.png").write_bytes(b"")
+    done = command(lambda: images.inspect(folders.scan(tmp_path)))
+    assert done.code == 2 and "a\\nb.png: it is an empty file" in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_a_second_signal_while_a_program_ends_says_nothing_more(command):
+    kill = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+
+    def main():
+        try:
+            with cli.delayed_signals():
+                kill()
+                kill()
+            kill()
+        finally:
+            kill()
+
+    done = command(main)
+    assert done.code == 128 + signal.SIGTERM
+    assert done.err == (
+        "\nfinishing the step; again: ending at once\n"
+        "\ncommand: terminated; the same command again continues\n"
+    )
 
 
 @pytest.mark.slow

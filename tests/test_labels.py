@@ -55,6 +55,18 @@ def test_labels_are_the_teachers_logits_with_batch_statistics(world):
         assert torch.allclose(batch.logits, expected, atol=2e-3, rtol=1e-3)
 
 
+def test_selected_images_are_labelled_without_bssl_unless_it_is_asked_for(
+    copied, tmp_path, command
+):
+    (copied.data / "selection.json").write_text("{}")
+    for more, said in (((), "it is off"), (("--bssl",), "it is on, as --bssl says")):
+        labels = tmp_path / f"labels{len(more)}"
+        arguments = generate_arguments(copied.data, labels, copied.weights, "--slc", 3, *more)
+        done = command(generate.main, *arguments)
+        assert done.code == 0 and said in done.out
+        assert LabelSet.open(labels).manifest["bssl"] == bool(more)
+
+
 def test_without_bssl_running_statistics_are_used(world, tmp_path, command):
     done = command(
         generate.main,

@@ -244,11 +244,24 @@ def test_factory_of_any_module_is_called_with_the_classes(monkeypatch):
     [
         ("no_such_module:factory", "cannot import .*'no_such_module'"),
         ("torch.nn:no_such_factory", "'torch.nn' has no function 'no_such_factory'"),
+        (":factory", "cannot import the model's module '': ValueError"),
+        ("os:system", r"os:system\(num_classes=10\) failed: TypeError: .*'command'"),
+        ("os:getcwd", r"failed: TypeError: .* takes no keyword arguments$"),
+        ("builtins:dict", "gives a dict, not a torch.nn.Module"),
     ],
 )
 def test_missing_module_or_factory_is_named(name, message):
     with pytest.raises(ValueError, match=message):
         models.build(name, 10, 32)
+
+
+@pytest.mark.parametrize("line", ["raise KeyError(1)", "def make(num_classes): {}[num_classes]"])
+def test_code_that_fails_is_told_with_its_line(tmp_path, monkeypatch, line):
+    (tmp_path / "failing_net.py").write_text(f"\n{line}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "failing_net", raising=False)
+    with pytest.raises(ValueError, match=r"KeyError: \d+ \(.*failing_net.py, line 2\)$"):
+        models.build("failing_net:make", 10, 32)
 
 
 def test_weights_are_the_v1_ones_and_fit_the_network(monkeypatch):

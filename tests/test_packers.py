@@ -83,8 +83,8 @@ def test_the_end_of_a_packer_is_told(inline, writer):
 @pytest.mark.parametrize(
     ("cores", "gigabytes", "world", "on_machine", "expected"),
     [
-        *((1, 64, 1, None, 1), (3, 64, 1, None, 2), (32, 128, 1, None, 4)),
-        *((32, 50, 1, None, 2), (32, 20, 1, None, 0)),  # too little memory: labelling packs
+        *((1, 64, 1, None, 1), (3, 64, 1, None, 2), (32, 256, 1, None, 8)),
+        *((32, 128, 1, None, 6), (32, 20, 1, None, 0)),  # too little memory: labelling packs
         *((32, 128, 4, None, 1), (32, 128, 4, 2, 3), (4, 128, 4, 2, 1)),
     ],
 )

@@ -13,6 +13,7 @@ from analysis import checks, estimate, sweep
 from utils import runlog
 from utils.cli import UserError
 from utils.data import datasets
+from utils.files import lock
 
 
 def tiny_plan(world, tmp_path, *flags: object) -> argparse.Namespace:
@@ -36,6 +37,13 @@ def test_what_would_stop_a_run_is_said_before_the_first_starts(world, tmp_path):
     refused("the labels in .* were made for something else: mean", "--mean", 0.1, 0.5, 0.5)
     refused("nowhere", "--val-dir", tmp_path / "nowhere")
     refused("--hard-share is for joint epochs", "--", "--hard-share", "0.3")
+    plan = tiny_plan(world, tmp_path, "--methods", "hard")
+    plan.methods["hard"] = sweep.Method("--schedule soft", labels="")
+    with pytest.raises(UserError, match="has soft epochs: say `like: soft`"):
+        checks.check(sweep.run_tasks(plan))
+    refused(
+        "hard_ipc2_ConvNetW32_seed0: --ipc 2: .* has 3 images per class", "--ipc", 2, "--slc", 2
+    )
     for flag, value in (("--seed", 5), ("--model", "MobileNetV2"), ("--output-dir", "elsewhere")):
         refused("are the sweep's own", "--", flag, value)
     unmade = ("--label-dir", tmp_path / "labels", "--relabel", "--teacher ConvNetW32")
@@ -49,15 +57,48 @@ def test_what_would_stop_a_run_is_said_before_the_first_starts(world, tmp_path):
         tiny_plan(world, tmp_path, "--images-per-second", 5)
     with pytest.raises(UserError, match="labels_views_ipc3: --teacher-weights: no file W"):
         checks.check(sweep.label_tasks(plan))
+    plan = tiny_plan(world, tmp_path, *unmade[:3], "--teacher ConvNetW23")
+    with pytest.raises(UserError, match="labels_views_ipc3: --teacher: unknown model 'ConvNetW23'"):
+        checks.check(sweep.label_tasks(plan))
 
 
 def test_a_run_with_other_settings_in_the_folder_of_the_plan_is_refused_early(world, tmp_path):
-    settings, _ = open_run(world, tmp_path / "run", "--schedule", "hard:1")
-    folder = tmp_path / "runs" / "hard_ipc3_ConvNetW32_seed0"
+    settings, _ = open_run(world, tmp_path / "run", "--schedule", "soft:1", "--slc", 3)
+    folder = tmp_path / "runs" / "soft_slc3_ipc3_ConvNetW32_seed0"
     folder.mkdir(parents=True)
     runlog.RunFolder(folder).begin(vars(settings), 0)
-    with pytest.raises(UserError, match="holds a run with other settings"):
-        checks.check(sweep.run_tasks(tiny_plan(world, tmp_path, "--", "--lr", 1)))
+    flags = ("--methods", "soft", "--", "--soft-epochs", 1, "--hard-epochs", 0, "--eval-every", 2)
+    checks.check(sweep.run_tasks(tiny_plan(world, tmp_path, *flags)))
+    flags += ("--label-smoothing", 0.1)
+    other = r"\(--label-smoothing: expected 0\.1, found 0\.8\): give the method another name"
+    with pytest.raises(UserError, match=other):
+        checks.check(sweep.run_tasks(tiny_plan(world, tmp_path, *flags)))
+    (folder / "args.yaml").write_text("damaged")
+    with pytest.raises(UserError, match=r"soft_slc3_.* damaged; choose another --out-dir"):
+        checks.check(sweep.run_tasks(tiny_plan(world, tmp_path)))
+
+
+def test_bssl_of_selected_images_is_said_before_the_start(copied, tmp_path, capsys):
+    (copied.data / "selection.json").write_text("{}")
+    for more, said in (("", "it is off"), (" --bssl", "it is on")):
+        flags = ("--label-dir", tmp_path / "unmade", f"--relabel=--teacher ConvNetW32{more}")
+        checks.check(sweep.label_tasks(tiny_plan(copied, tmp_path, *flags)))
+        assert said in capsys.readouterr().out
+
+
+def test_a_second_sweep_in_a_folder_is_told_of_the_first(world, tmp_path, command, monkeypatch):
+    """But not the tasks of a job array, and not a look at what is finished."""
+    plan = [*CUSTOM, "--data-dir", world.data, "--val-dir", world.val, "--out-dir", tmp_path]
+    plan += ["--methods", "hard", "--slc", 3, "--ipc", 3, "--students", "ConvNetW32"]
+    monkeypatch.setattr(sweep, "run_all", lambda tasks, slots, what: [])
+    with lock(tmp_path, "testing"):
+        done = command(sweep.main, *plan)
+        assert done.code == 2 and f"is running a sweep in {tmp_path}; wait for it" in done.err
+        assert "failed" not in done.err
+        assert command(sweep.main, *plan, "--task", 0).code == 0
+        assert (
+            "no run of the plan is finished" in command(sweep.main, *plan, "--only", "collect").err
+        )
 
 
 def test_data_set_flags_are_given_once(world, tmp_path):
@@ -76,6 +117,8 @@ def test_a_path_with_a_variable_that_is_not_set_is_refused(world, tmp_path, monk
     monkeypatch.setenv("Main_Data_Path", "/m")
     plan = tiny_plan(world, tmp_path, "--data-dir", "$Main_Data_Path/d{ipc}")
     assert sweep.images_dir(plan, 3) == Path("/m/d3")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert tiny_plan(world, tmp_path, "--out-dir=~/o").out_dir == "/home/me/o"
 
 
 PAPER = sorted((ROOT / "analysis/plans/paper").glob("*.yaml"))
@@ -95,13 +138,15 @@ def test_what_the_plan_of_imagenet_will_take(command):
     done = command(sweep.main, *arguments, "--images-per-second", 1000, 500, 250, "--jobs", 2)
     assert done.code == 0, done.err
     views = 3 * 16 * 300 * (1 + 10 + 50) * 1000
-    hours = [views / rate / 3600 for rate in (1000, 500, 250)]
+    days = [(views / rate + 144) / 86400 for rate in (1000, 500, 250)]
     assert "runs: 432, 432 to do\nlabel sets: 3, 3 to make\n" in done.out
     assert "label sets 1.22 GB and headers, runs 188" in done.out
-    assert f"ResNet50 {views:.3g} views at 500 images/s = {hours[1]:.1f}" in done.out
-    assert f"hours in all: {sum(hours):.1f}; 2 at a time: {sum(hours) / 2:.1f}" in done.out
+    time = f"ResNet50 {views:,} views at 500 images/s, 144 starts = {days[1]:.1f} days\n"
+    assert time in done.out
+    in_all = f"time in all: {sum(days):.1f} days; 2 at a time: {sum(days) / 2:.1f} days\n"
+    assert in_all in done.out
     done = command(sweep.main, *arguments)
-    assert done.code == 0 and "no epoch is measured yet" in done.out
+    assert done.code == 0 and "as in log.jsonl of any run of this network" in done.out
 
 
 def test_an_estimate_on_label_sets_that_are_there_needs_no_teacher(world, tmp_path, monkeypatch):
@@ -115,7 +160,14 @@ def test_an_estimate_on_label_sets_that_are_there_needs_no_teacher(world, tmp_pa
     text = estimate.estimate(plan, 4, labels, runs)
     assert "label sets: 1, 1 to make\ndisk: label sets 48.00 B and" in text
     views = sum(estimate.count_views(task, 4) for task in runs)
-    assert f"; 4 at a time: {views / 0.01 / 3600 / 4:.1f}\n" in text  # a run on each of the GPUs
+    days = (views / 0.01 + 3) / 86400
+    assert f"; 4 at a time: {days / 4:.1f} days\n" in text  # a run on each of the GPUs
+
+
+def test_durations_are_in_units_that_people_use():
+    seconds = (0, 119.4, 120, 7199, 7200, 172_800)
+    told = ["0 s", "119 s", "2.0 min", "120.0 min", "2.0 h", "2.0 days"]
+    assert [estimate.duration(each) for each in seconds] == told
 
 
 @pytest.mark.slow
@@ -146,4 +198,4 @@ def test_a_cell_of_the_paper_runs_from_labels_to_its_table(world, tmp_path, comm
     assert command(sweep.main, *plan, "hard", *flags).code == 0
     assert tree(tmp_path / "logs") == logs
     done = command(sweep.main, *plan, "hard", "hald", "--estimate", *flags)
-    assert "runs: 3, 1 to do" in done.out and "hours in all: 0.0" in done.out
+    assert "runs: 3, 1 to do" in done.out and "time in all: 1 s" in done.out

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from scripts import prepare_torchvision, prepare_val
 from utils import cli
 from utils.cli import UserError
 from utils.data import folders
+from utils.files import whole_folder
 
 
 def run(monkeypatch, script, *arguments):
@@ -299,6 +301,17 @@ def test_interrupted_writing_starts_over(fashion, tmp_path, monkeypatch):
     run(monkeypatch, prepare_torchvision, *fashion_arguments(source, out))
     assert not partial.exists() and not (out / "left").exists()
     assert (out / "val/00001/00000.png").is_file()
+
+
+def test_a_folder_stopped_just_before_it_gets_its_name_is_made_again(tmp_path, monkeypatch):
+    with monkeypatch.context() as interrupted, pytest.raises(KeyboardInterrupt):
+        interrupted.setattr(Path, "rename", raise_interrupt)
+        with whole_folder(tmp_path / "out") as folder:
+            (folder / "a").write_bytes(b"1")
+    with whole_folder(tmp_path / "out") as folder:
+        (folder / "b").write_bytes(b"2")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b"]
+    assert not (tmp_path / "out.partial").exists()
 
 
 def raise_interrupt(*_):

@@ -140,6 +140,16 @@ def test_layout_is_five_digit_folders_and_files_in_source_order(source, tmp_path
     assert folders.scan(tmp_path / "out", 2).ipc() == 2
 
 
+def test_a_selection_knows_from_which_images_it_was_made(source, tmp_path, monkeypatch):
+    """So that training says when it is validated on these."""
+    run(monkeypatch, source, tmp_path / "out")
+    chosen_from, others = folders.scan(source), folders.scan(tmp_path / "out")
+    assert folders.are_selected(tmp_path / "out") and not folders.are_selected(source)
+    assert folders.selected_from(tmp_path / "out", chosen_from)
+    assert not folders.selected_from(tmp_path / "out", others)
+    assert not folders.selected_from(source, chosen_from)
+
+
 def test_another_teacher_makes_another_choice(source, tmp_path, monkeypatch):
     run(monkeypatch, source, tmp_path / "out", teacher=f"{__name__}:darkness_teacher", ipc=1)
     assert pixels(tmp_path / "out/00000/00000.png")[0, 0, 0] == 40

@@ -80,7 +80,7 @@ def test_spread_of_two_passes_is_the_trace_of_the_sample_covariance(world):
         assert found.spread[image] == pytest.approx(np.trace(np.cov(soft.T)), abs=1e-6)
 
 
-def test_a_view_drifts_when_its_first_class_is_none_of_its_classes(world):
+def test_a_view_drifts_when_its_top1_class_is_none_of_its_classes(world):
     """It counts for the image that covers most of it; a hit of the partner's class is no drift."""
     labels, rows = labels_and_views(world.labels)
     found = drift.measure(labels)
@@ -156,7 +156,7 @@ def test_tables_and_pictures(world, tmp_path, command):
         labels = LabelSet.open(world.labels)
         batch, position = divmod(int(row["row"]), 5)
         soft = labels[3 * int(row["pass"]) + batch].logits[position].softmax(0)
-        name, probability = row["first"].split()
+        name, probability = row["top1"].split()
         assert name == labels.manifest["classes"][int(soft.argmax())] != row["class"]
         assert float(probability) == pytest.approx(float(soft.max()), abs=1e-4)
     found = json.loads((tmp_path / "R" / "report.json").read_text())
@@ -181,6 +181,50 @@ def test_the_share_of_drifting_views_is_the_same_in_every_table_and_picture(worl
     shown = [row for row in report.area_rows(measured) if row["views"]]
     heights = [bar.get_height() * row["views"] for bar, row in zip(bars, shown, strict=True)]
     assert sum(heights) == pytest.approx(100 * count)
+
+
+def test_the_top1_of_the_teacher_is_that_of_its_own_output_in_any_codec(world, klt, command):
+    told = LabelSet.open(world.labels).manifest["teacher_top1"]
+    for path in (world.labels, klt):
+        run = command(report.main, "--label-dir", path)
+        assert f"; teacher top-1 on the views {told:.1f} %\n" in run.out
+
+
+def test_bars_of_drift_name_classes_and_count_views(world):
+    labels = LabelSet.open(world.labels)
+    measured = drift.measure(labels)
+    by_area, by_class, spread = report.draw_drift(labels, measured).axes
+    rows = report.class_rows(labels, measured)
+    names = [label.get_text() for label in by_class.get_yticklabels()]
+    assert names == [row["name"] for row in rows]
+    widths = [bar.get_width() for bar in by_class.patches]
+    assert widths == [100 * row["drifting_share"] for row in rows] == sorted(widths, reverse=True)
+    assert by_class.yaxis_inverted()  # the first is on top
+    texts = [text.get_text() for text in by_class.texts]
+    assert texts == [f"{100 * row['drifting_share']:.0f} % of {row['views']}" for row in rows]
+    counts = [int(text.get_text().split()[-1]) for text in by_area.texts]
+    assert counts == [row["views"] for row in report.area_rows(measured) if row["views"]]
+    assert sum(bar.get_height() for bar in spread.patches) == 12
+
+
+def test_of_many_classes_the_twenty_that_drift_most_are_drawn(world):
+    measured = drift.measure(LabelSet.open(world.labels))
+    many = LabelSet.open(world.labels)
+    many.manifest["num_classes"] = 30
+    many.manifest["classes"] = [f"{label} " + "long name " * 3 for label in range(30)]
+    measured.label = np.arange(24)  # class 7, all of whose views drift, is the worst
+    measured.drifts = np.arange(24) == 7
+    _, by_class, _ = report.draw_drift(many, measured).axes
+    names = [label.get_text() for label in by_class.get_yticklabels()]
+    assert len(names) == 20 and names[0].startswith("7 long") and names[0].endswith("…")
+    assert max(map(len, names)) == 24 and "worst 20 of 24" in by_class.get_title()
+
+
+def test_without_a_second_pass_no_spread_is_drawn(world):
+    labels = LabelSet.open(world.labels)
+    measured = drift.measure(labels)
+    measured.spread[:] = np.nan
+    assert len(report.draw_drift(labels, measured).axes) == 2
 
 
 def test_pictured_views_name_both_classes_and_box_the_crop_to_the_pixel(world, capsys):

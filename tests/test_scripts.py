@@ -41,6 +41,8 @@ def test_the_defaults_that_config_names_are_those_of_the_pipeline():
 
 
 def test_everything_that_is_missing_is_named_at_once(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
     done = bash("run_cifar100.sh", Main_Data_Path=tmp_path / "a", val_dir=tmp_path / "b", IPC=7)
     assert done.returncode == 2 and not done.stdout
     images, validation, teacher = done.stderr.splitlines()
@@ -49,12 +51,20 @@ def test_everything_that_is_missing_is_named_at_once(tmp_path):
     assert f"{tmp_path}/b/cifar100" in validation and "prepare_torchvision.py" in validation
     assert f"{tmp_path}/a/cifar100/ResNet18.pth" in teacher and "train_teacher.sh" in teacher
     assert tree(tmp_path) == {}
+    done = bash("run_cifar100.sh", Main_Data_Path=tmp_path / "c", val_dir=tmp_path / "b")
+    told = f"Main_Data_Path={tmp_path}/c, in config.sh or the environment, is no folder"
+    assert done.returncode == 2 and done.stderr.strip() == told
 
 
 @pytest.mark.parametrize("wrong", [{"GPUS": "two"}, {"TRAIN_GPUS": 0}])
 def test_numbers_of_gpus_are_checked(tmp_path, wrong):
     done = bash("run_imagenet.sh", Main_Data_Path=tmp_path, val_dir=tmp_path, **wrong)
     assert done.returncode == 2 and "must be numbers from 1 on" in done.stderr
+
+
+def test_an_unknown_recipe_is_refused_before_any_work(tmp_path):
+    done = bash("run_imagenet.sh", RECIPE="best", Main_Data_Path=tmp_path, val_dir=tmp_path)
+    assert done.returncode == 2 and "RECIPE=best: must be published or auto" in done.stderr
 
 
 def test_epochs_beside_a_schedule_that_names_its_own_are_refused_before_any_work(tmp_path):
@@ -132,9 +142,11 @@ def test_imagenette_is_found_under_its_published_name(tmp_path):
     (tmp_path / "generated_data/syn_data/imagenet-nette/fadrm_ipc10").mkdir(parents=True)
     (tmp_path / "imagenet-nette").mkdir()
     (tmp_path / "imagenet-nette" / "ResNet18.pth").touch()
+    validation = tmp_path / "v" / "imagenette"
+    validation.mkdir(parents=True)  # without class folders
     done = bash("run_imagenette.sh", Main_Data_Path=tmp_path, val_dir=tmp_path / "v")
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"no validation images at {tmp_path}/v/imagenette: ")
+    assert line.startswith(f"no class folders of validation images in {validation}: ")
 
 
 @pytest.mark.parametrize("wrong", [[], ["--lr", "1"], ["custom", "/train"], ["a", "b", "c", "d"]])
@@ -148,6 +160,27 @@ def test_a_teacher_without_validation_images_or_with_two_gpus_in_words_is_refuse
     assert done.returncode == 2 and "set val_dir" in done.stderr
     done = bash("train_teacher.sh", "CIFAR-10", Main_Data_Path=tmp_path, TRAIN_GPUS="two")
     assert done.returncode == 2 and "TRAIN_GPUS=two: must be numbers" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--lr", "1", "--output-dir", "X"], "--output-dir is the script's own: Main_Data_Path"),
+        (["--model=Y"], "--model=Y is the script's own: set MODEL"),
+        (["--dataset", "cifar100"], "--dataset is the script's own: the script is for cifar10"),
+        (["--dataset", "cifar10", "--dataset=custom"], "--dataset=custom is the script's own"),
+    ],
+)
+def test_flags_that_contradict_a_scripts_own_are_refused(tmp_path, flags, told):
+    settings = {"Main_Data_Path": tmp_path, "val_dir": tmp_path}
+    for done in (
+        bash("train_teacher.sh", "CIFAR-10", "--", *flags, **settings),
+        bash("run_cifar10.sh", "--", *flags, **settings),
+        bash("run_cifar10.sh", RELABEL_FLAGS=" ".join(flags), **settings),
+    ):
+        (line,) = done.stderr.splitlines()
+        assert done.returncode == 2 and told in line
+    assert tree(tmp_path) == {}
 
 
 def test_weights_of_another_teacher_are_left_as_they_are(tmp_path):
@@ -180,6 +213,23 @@ def test_a_signal_to_a_script_reaches_its_program_and_is_waited_for(tmp_path):
 def test_flags_for_training_follow_two_dashes(tmp_path):
     done = bash("run_imagenet.sh", "--lr", "1", Main_Data_Path=tmp_path, val_dir=tmp_path)
     assert done.returncode == 2 and "flags for validate/train.py follow --" in done.stderr
+
+
+def test_published_labels_of_any_layout_are_imported_not_made(tmp_path):
+    images, labels = (
+        tmp_path / "generated_data" / kind / "cifar10" / name
+        for kind, name in (("syn_data", "rded_ipc1"), ("new_labels", "rded_bs16_slc1_ipc1"))
+    )
+    for label in range(10):
+        (images / str(label)).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(images / str(label) / "0.png")
+    (labels / "epoch_0").mkdir(parents=True)
+    (labels / "epoch_0" / "batch_0.tar").write_bytes(b"damaged")
+    (tmp_path / "cifar10" / "0").mkdir(parents=True)
+    settings = {"Main_Data_Path": tmp_path, "val_dir": tmp_path, "METHOD": "rded"}
+    done = bash("run_cifar10.sh", **settings, IPC=1, SLC=1)
+    assert done.returncode == 2 and "importing the published ones" in done.stdout
+    assert f"{labels}/epoch_0/batch_0.tar is damaged" in done.stderr
 
 
 @pytest.mark.slow

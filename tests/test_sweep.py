@@ -197,6 +197,16 @@ def test_a_plan_file_is_overridden_by_flags_and_checked(tmp_path):
         (text.replace("lpld: ", "lpld: 0"), "method 'lpld' must be empty or {like"),
         (text.replace("flags:", "flag:"), "method 'mine' .*unknown 'flag'; did you mean flags"),
         (text.replace("like: balanced", "like: [hald]"), "method 'mine' must be empty or {like"),
+        (text.replace("like: balanced, ", ""), "unknown method 'mine' .* mine: {like: hald, flags"),
+        (text + "flags: --lr '1\n", "flags: --lr '1: no closing quotation"),
+        (text + 'relabel: --teacher T"\n', '--relabel: --teacher T": no closing quotation'),
+        (text.replace("--lr 1", "--lr \\"), r"method 'mine': --lr \\: no escaped character"),
+        (text + "codecs: {klt: --codec 'klt}\n", "codec 'klt': --codec 'klt: no closing quotation"),
+        (text + 'cells: [{ipc: 5, flags: "\'"}]\n', "cell 1: ': no closing quotation"),
+        (
+            text.replace("ipc: [5]", "ipc: [5, 10]").replace("D", "D{ipc}") + "label_dir: L\n",
+            "--label-dir must contain {ipc}",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             read(wrong)
@@ -210,6 +220,18 @@ def test_values_of_a_plan_are_checked_as_those_of_flags(tmp_path, capsys):
         with pytest.raises(SystemExit):
             settings(tmp_path, **wrong)
         assert capsys.readouterr().err.startswith(f"{tmp_path}/plan.yaml: ")
+
+
+def test_only_ipc_is_filled_in_where_a_path_has_braces(tmp_path):
+    plan = settings(tmp_path, data_dir="D{x}{ipc}{", label_dir="{}/L")
+    assert str(sweep.images_dir(plan, 5)) == "D{x}5{"
+    assert str(sweep.label_dir(plan, 5, "_static")) == "{}/L_static"
+
+
+def test_a_plan_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "plan.yaml").write_bytes(b"dataset: d\xe9\n")
+    with pytest.raises(UserError, match=r"plan\.yaml is not YAML: 'utf-8' codec can't"):
+        sweep.read_settings(["--plan", str(tmp_path / "plan.yaml")])
 
 
 def task(tmp_path, name, code) -> runner.Task:
@@ -322,54 +344,6 @@ def test_results_become_csv_table_and_plots(tmp_path):
     assert table[4] == "| ConvNetW32 | 5 | soft | 10 | 1,000 | 54.5 ± 2.1 | 53.5 ± 2.1 | 2 |"
     for name in ("top1_slc.png", "top1_bytes.png"):
         assert Image.open(out / name).size[0] > 800
-
-
-@pytest.mark.parametrize("sizes", [(3100, 3600), (9000, 9000), (2e6, 5e6), (3000, 40_000)])
-def test_an_axis_of_bytes_has_ticks_however_short_it_is(sizes):
-    row = {"student": "S", "ipc": 5, "method": "soft", "seed": 0, "last_top1": 50.0}
-    rows = [{**row, "slc": 5 + size, "label_bytes": size} for size in sizes]
-    axis = tables.plot(rows, "label_bytes").axes[0]
-    low, high = axis.get_xlim()
-    texts = [axis.xaxis.major.formatter(x) for x in axis.get_xticks() if low <= x <= high]
-    assert len(texts) >= 2 and len({*texts}) == len(texts)
-    assert all(text.endswith(("kB", "MB")) and len(text) <= 6 for text in texts)
-
-
-def test_a_table_in_the_layout_of_a_paper():
-    """Labels that do not depend on the SLC give the same value in every row of their IPC."""
-    row = {"ipc": 2, "student": "S", "codec": ""}
-    rows = [
-        {**row, "method": method, "slc": slc, "seed": seed, "last_top1": top1 + seed}
-        for method, slc, top1 in (("hard", None, 10.0), ("soft", 2, 20.0), ("soft", 6, 30.0))
-        for seed in (0, 1)
-    ]
-    lines = tables.in_layout(rows, rows=["ipc", "labels_per_image"], columns=["student", "method"])
-    assert lines == [
-        {"IPC": 2, "labels per image": 1, "S hard": "10.5 ± 0.7", "S soft": "20.5 ± 0.7"},
-        {"IPC": 2, "labels per image": 3, "S hard": "10.5 ± 0.7", "S soft": "30.5 ± 0.7"},
-    ]
-
-
-def test_a_table_never_averages_over_what_it_does_not_name():
-    row = {"student": "S", "method": "soft", "slc": 4, "seed": 0, "last_top1": 1.0}
-    rows = [{**row, "ipc": ipc, "codec": codec} for ipc in (2, 4) for codec in ("a", "b")]
-    lines = tables.in_layout(rows, rows=["ipc"], columns=["method"])
-    assert [list(line.values()) for line in lines] == [
-        [ipc, codec, count, "1.0"] for ipc, count in ((2, 2), (4, 1)) for codec in ("a", "b")
-    ]
-
-
-def test_a_table_in_latex():
-    rows = [{"method": "a_b & c", "top-1 (%)": "10.5 ± 0.7", "SLC": "–"}]
-    assert tables.latex_table(rows, left=("method",)).splitlines()[1:] == [
-        r"\begin{tabular}{lrr}",
-        r"\toprule",
-        r"method & top-1 (\%) & SLC \\",
-        r"\midrule",
-        r"a\_b \& c & 10.5 $\pm$ 0.7 & -- \\",
-        r"\bottomrule",
-        r"\end{tabular}",
-    ]
 
 
 def test_the_summary_counts_seeds_and_gives_no_deviation_of_a_single_one(tmp_path):

@@ -26,6 +26,7 @@ from utils import extensions
 
 _REPEAT_SECONDS = 1.0
 _at_once = False  # see ending_at_once
+_told = False  # whether end_by_signal has said its line
 # From a scheduler, a user, SLURM before the time limit, a terminal that is closed.
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # What gloo and NCCL say when another process is gone.
@@ -161,22 +162,25 @@ def _fail(program: str, message: str) -> NoReturn:
         # What every process meets, the first one says, and torchrun ends the others meanwhile.
         time.sleep(5)
         program = f"{program} (process {_rank()})"
-    print(f"{program}: {message}", file=sys.stderr)
+    line = message.replace("\n", "\\n").replace("\r", "\\r")  # of the names of files
+    print(f"{program}: {line}", file=sys.stderr)
     kill_children()
     sys.exit(2)
 
 
 def end_by_signal(number: int, where: str = "") -> NoReturn:
-    """Ends the program with 128 + the signal's number, and says that it can be continued.
+    """Ends the program with 128 + the signal's number, and says once that it can be continued.
 
     Args:
         number: the signal.
         where: what the same command continues with, such as "from epoch 4 of 300".
     """
+    global _told
     what = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}.get(
         number, f"ended by {signal.Signals(number).name}"
     )
-    if _rank() == 0:
+    if _rank() == 0 and not _told:
+        _told = True
         with contextlib.suppress(OSError):  # of a terminal that is closed
             message = f"{what}; the same command again continues {where}".rstrip()
             print(f"\n{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
@@ -229,9 +233,10 @@ def delayed_signals() -> Iterator[Callable[[], int | None]]:
     def note(number: int, frame) -> None:
         if _at_once:
             end_by_signal(number)
+        first = not noted
         if time.monotonic() - noted.setdefault(number, time.monotonic()) > _REPEAT_SECONDS:
             earlier[number](number, frame)
-        elif _rank() == 0 and len(noted) == 1:
+        elif _rank() == 0 and first:
             with contextlib.suppress(OSError):
                 print("\nfinishing the step; again: ending at once", file=sys.stderr)
 
@@ -294,7 +299,8 @@ def _output_unread(probe: str = "") -> bool:
 
 
 def _run(main: Callable[[], None]) -> NoReturn:
-    program = Path(sys.argv[0]).name
+    global _told
+    program, _told = Path(sys.argv[0]).name, False
     if _rank() > 0:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - stays open to the end
     for number in {*_heeded()} - {signal.SIGINT}:  # which raises KeyboardInterrupt

@@ -163,9 +163,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
             elif entry.name not in (LOCK, marker.name):
                 entry.unlink()
         yield partial
-        marker.unlink()
-        (partial / LOCK).unlink()
         partial.rename(path)
+        # Only now: without its marker, a partial folder would be in the way of the next attempt.
+        for left in (LOCK, marker.name):
+            (path / left).unlink()
 
 
 def _umask() -> int:
@@ -318,7 +319,7 @@ def load_tensors(path: Path, what: str) -> Any:
             raise
         raise UserError(f"{what} {path} {_why_unreadable(path, error)}") from None
     checksum = content.pop(_SEAL, None) if isinstance(content, dict) else None
-    if checksum not in (None, sha256_state(content)):
+    if checksum is not None and checksum != sha256_state(content):
         raise UserError(f"{what} {path} is damaged: its content does not agree with its checksum")
     return content
 

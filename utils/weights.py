@@ -1,5 +1,6 @@
-"""State dicts in the checkpoints of all kinds of training scripts."""
+"""Checkpoints: state dicts in those of all kinds of training scripts, the facts in our own."""
 
+import dataclasses
 import re
 import textwrap
 from collections.abc import Iterator
@@ -9,10 +10,51 @@ import torch
 from torch import nn
 
 from utils.cli import UserError
+from utils.data.datasets import Dataset
 
 _USUAL_KEYS = ("state_dict", "model", "net", "network", "model_state_dict", "model_state")
 _PREFIXES = ("module.", "_orig_mod.")
 _AVERAGED = re.compile("(?<![a-z])ema(?![a-z])", re.IGNORECASE)
+
+
+def own_facts(content: object, path: Path) -> Dataset | None:
+    """The data set of a checkpoint that validate/train.py wrote; None for other code's.
+
+    Args:
+        content: of the file.
+        path: of the file, for messages.
+
+    Raises:
+        UserError: a checkpoint of ours without one of the fields that describe its network, or
+            with another kind of value in it.
+    """
+    if not isinstance(content, dict) or content.get("format") != "hald-student":
+        return None
+    facts = content.get("dataset")
+    names = {field.name for field in dataclasses.fields(Dataset)}
+    described = isinstance(facts, dict) and {*facts} == names
+    count = facts["num_classes"] if described else None
+    fits = {
+        "dataset": described
+        and isinstance(facts["name"], str)
+        and all(isinstance(facts[name], int) for name in ("num_classes", "input_size"))
+        and all(_is_list(facts[name], float) and len(facts[name]) == 3 for name in ("mean", "std")),
+        "network": isinstance(content.get("network"), str),
+        "classes": _is_list(content.get("classes"), str) and len(content["classes"]) == count,
+        "precision": content.get("precision") in ("fp16", "bf16", "off"),
+        "model": [*dict(_find_states({"model": content.get("model")}, ""))] == ["model"],
+    }
+    if wrong := [field for field, right in fits.items() if not right]:
+        state = "not what that writes" if wrong[0] in content else "missing"
+        raise UserError(
+            f"{path} is no whole checkpoint of validate/train.py: {wrong[0]} is {state}"
+        )
+    return Dataset(**facts)
+
+
+def _is_list(value: object, kind: type) -> bool:
+    """Whether it is a list or tuple of values of a type."""
+    return isinstance(value, list | tuple) and all(isinstance(each, kind) for each in value)
 
 
 def unwrap_state(

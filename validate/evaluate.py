@@ -25,7 +25,7 @@ from utils.data.views import normalise
 from utils.files import load_tensors
 from utils.metrics import hits, top_classes
 from utils.runtime import send
-from utils.weights import load_state, unwrap_state
+from utils.weights import load_state, own_facts, unwrap_state
 
 _BATCH_SIZE = 256
 
@@ -151,10 +151,12 @@ def load_student(
         dataset: what a checkpoint of other code was trained on.
 
     Raises:
-        UserError: no checkpoint, one that must be named, or weights that do not fit.
+        UserError: no checkpoint, one that must be named or is not whole, or weights that do not
+            fit.
     """
     saved = load_tensors(checkpoint, "checkpoint")
-    if not isinstance(saved, dict) or saved.get("format") != "hald-student":
+    facts = own_facts(saved, checkpoint)
+    if facts is None:
         if name is None or dataset is None:
             raise UserError(
                 f"{checkpoint} is not a checkpoint of validate/train.py; say with --model and "
@@ -164,20 +166,18 @@ def load_student(
         state = unwrap_state(saved, checkpoint, hint=hint)
         saved = {"network": name, "dataset": vars(dataset), "model": state}
         saved |= {"precision": "off", "classes": None}
+        facts = dataset
     elif dataset is not None:
         raise UserError(f"--dataset is for checkpoints of other code; {checkpoint} names its own")
-    needed = ("dataset", "network", "classes", "precision", "model")
-    if missing := [field for field in needed if field not in saved]:
-        raise UserError(f"{checkpoint} is incomplete: it has no {missing[0]!r}")
     network = name or saved["network"]
     check_confirmed(network, name, checkpoint)
-    facts = Dataset(**saved["dataset"])
     try:
         model = models.build(network, facts.num_classes, facts.input_size)
     except ValueError as error:
         raise UserError(f"--model: {error}") from None
     state = models.under_our_names(model, saved["model"])
     load_state(model, state, f"the weights in {checkpoint}", network)
+    runtime.check_outputs(model, facts, torch.device("cpu"), f"--model {network}")
     return model, saved
 
 

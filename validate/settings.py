@@ -184,8 +184,14 @@ class Settings:
         return cls(**record)
 
     def difference(self, earlier: "Settings") -> str:
-        """ "field: expected X, found Y" of the first field that decides the result, or ""."""
-        return first_difference(vars(self), vars(earlier), FREE)
+        """ "--flag: expected X, found Y" of the first field that decides the result, or "".
+
+        A field without a flag stands under its name.
+        """
+        name, colon, values = first_difference(vars(self), vars(earlier), FREE).partition(":")
+        flags = [field.name for field in dataclasses.fields(self) if field.metadata]
+        shown = "--" + name.replace("_", "-") if name in flags else name
+        return shown + colon + values
 
     def check_continues(self, earlier: "Settings", path: Path) -> None:
         """Raises UserError unless the run at `path` was begun with settings of the same result."""
@@ -271,9 +277,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--recipe",
         choices=recipe.RECIPES,
         default="published",
-        help="where --schedule, --soft-loss-scale, --temperature and --label-smoothing come from "
-        "if they are not given. auto: a rule of labels per image and classes, and of how often the "
-        "teacher names a view's class (analysis/study.md)",
+        help="gives --schedule, --soft-loss-scale, --temperature, --label-smoothing, each unless "
+        "it is given; auto: by labels per image, classes and the teacher's top-1 on the views",
     )
     group.add_argument(
         "--schedule",

@@ -21,7 +21,7 @@ import torch
 import models
 from utils import cli, loggers, runlog, runtime
 from utils.cli import UserError
-from utils.data import datasets, evaluation, images
+from utils.data import datasets, evaluation, folders, images
 from utils.files import lock
 from validate import evaluate, schedule, step
 from validate.kinds import KINDS, Batch, Kind, TrainingData, colours
@@ -37,8 +37,15 @@ def main() -> None:
     machine = runtime.from_arguments(args)
     print(runtime.describe(machine))
     materials = Materials.open(dataset, args.data_dir, args.val_dir, args.label_dir)
+    folder, validation = materials.folder, materials.validation
+    print(
+        f"training on {len(folder.files)} images of {folder.root}, validating on "
+        f"{len(validation.files)} of {validation.root}"
+    )
     if args.val_dir.resolve() == args.data_dir.resolve():
         print("--val-dir is --data-dir: top-1 is that on the training images")
+    elif folders.selected_from(folder.root, validation):
+        print(f"{folder.root} was selected from --val-dir: top-1 counts images trained on, too")
     settings = resolve(args, materials, machine)
     run = runlog.RunFolder(args.output_dir)
     if recorded := run.settings():

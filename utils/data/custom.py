@@ -8,7 +8,7 @@ import numpy as np
 from utils.cli import UserError
 from utils.data.datasets import Dataset
 from utils.data.folders import ImageFolder
-from utils.data.images import decode, map_files
+from utils.data.images import decode, inspect, map_files
 
 _GREY_LEVELS = 256
 
@@ -16,7 +16,7 @@ _GREY_LEVELS = 256
 def complete(
     dataset: Dataset,
     folder: ImageFolder,
-    sizes: np.ndarray,
+    sizes: np.ndarray | None,
     recorded: dict | None = None,
     recorded_by: str = "",
 ) -> Dataset:
@@ -25,7 +25,7 @@ def complete(
     Args:
         dataset: as the flags give it.
         folder: its images.
-        sizes: int [images, 2], their heights and widths.
+        sizes: int [images, 2], their heights and widths; None: read where they are needed.
         recorded: facts that count more than the images': those of their label set, or those that
             the teacher was trained with.
         recorded_by: what holds these, for the message.
@@ -55,8 +55,10 @@ def complete(
     return dataset
 
 
-def common_size(folder: ImageFolder, sizes: np.ndarray) -> int:
+def common_size(folder: ImageFolder, sizes: np.ndarray | None) -> int:
     """The side of all images; raises UserError where they are no squares of one size."""
+    if sizes is None:
+        sizes, _ = inspect(folder)
     if sizes.min() != sizes.max():
         (low, narrow), (high, wide) = sizes.min(axis=0), sizes.max(axis=0)
         raise UserError(

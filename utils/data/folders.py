@@ -16,6 +16,7 @@ import torch
 
 from utils.cli import UserError
 from utils.data.views import ORDER, shuffle
+from utils.files import read_json
 
 IMAGE_ENDINGS = {
     ".jpg",
@@ -30,6 +31,8 @@ IMAGE_ENDINGS = {
     ".gif",
     ".avif",
 }
+# Beside class folders whose images are selected ones, not synthesised; a field of it says of which.
+SELECTION, SOURCE = "selection.json", "source_names_sha256"
 # What macOS, network storage, archives and notebooks leave beside images; names with a dot, too.
 _LEFT_BEHIND = {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information"}
 
@@ -53,6 +56,11 @@ class ImageFolder:
     def counts(self) -> list[int]:
         """Images per class."""
         return torch.bincount(self.labels, minlength=len(self.classes)).tolist()
+
+    def names_sha256(self) -> str:
+        """The hex SHA-256 over the names of all files."""
+        names = "".join(f"{path.relative_to(self.root).as_posix()}\n" for path in self.files)
+        return hashlib.sha256(names.encode()).hexdigest()
 
     def sample(self, count: int) -> "ImageFolder":
         """The folder with at most `count` of its images, chosen at random but always the same."""
@@ -179,20 +187,25 @@ def _check_order(root: Path, classes: list[str]) -> None:
             )
 
 
-def check_same_classes(folder: ImageFolder, classes: list[str], owner: str) -> None:
-    """Raises UserError unless the folder's classes can be those of `owner`.
+def same_classes(first: list[str], second: list[str]) -> bool:
+    """Whether two lists of class folders can name the same classes in the same order.
 
-    Index folders (00000 ..., 0 ... or new000 ...) and WordNet ids (n01440764 ...) name the same
-    classes in the same order; any other difference in names is a difference of class lists.
+    Index folders (00000 ..., 0 ... or new000 ...) and WordNet ids (n01440764 ...) do; any other
+    difference in names is a difference of class lists.
     """
-    sides = (folder.classes, classes)
-    if len(folder.classes) == len(classes):
-        if folder.classes == classes or {_kind(side) for side in sides} == {"index", "WordNet"}:
-            return
-        if {_kind(side) for side in sides} == {"index"}:
-            first, second = ([int(name.removeprefix("new")) for name in side] for side in sides)
-            if first == second:
-                return
+    sides = (first, second)
+    if len(first) != len(second):
+        return False
+    kinds = {_kind(side) for side in sides}
+    if kinds == {"index"}:
+        first, second = ([int(name.removeprefix("new")) for name in side] for side in sides)
+    return first == second or kinds == {"index", "WordNet"}
+
+
+def check_same_classes(folder: ImageFolder, classes: list[str], owner: str) -> None:
+    """Raises UserError unless the folder's classes can be those of `owner`, see same_classes."""
+    if same_classes(folder.classes, classes):
+        return
     only = [
         f"only in {where}: {textwrap.shorten(', '.join(names), 100, placeholder=' ...')}"
         for where, names in (
@@ -225,3 +238,14 @@ def published_names(classes: list[str]) -> list[str]:
     if _kind(classes) == "names":
         return classes
     return [f"{label:05d}" for label in range(len(classes))]
+
+
+def are_selected(root: Path) -> bool:
+    """Whether scripts/prepare_distilled.py selected the images of a folder."""
+    return (root / SELECTION).is_file()
+
+
+def selected_from(root: Path, source: ImageFolder) -> bool:
+    """Whether it selected them from a folder whose files are named like those of `source`."""
+    selection = read_json(root / SELECTION) if are_selected(root) else None
+    return isinstance(selection, dict) and selection.get(SOURCE) == source.names_sha256()

@@ -9,6 +9,7 @@ import collections
 import contextlib
 import hashlib
 import io
+import os
 import re
 import shutil
 import signal
@@ -49,11 +50,14 @@ def decode(path: Path, data: bytes | None = None) -> Image.Image:
     try:
         source = path if data is None else io.BytesIO(data)
         image = Image.open(source, formats=_FORMATS)
+        if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+            raise UserError(
+                f"image {path} has floating-point, signed or 32-bit pixels, whose white is not "
+                "known; save it with 8 bits"
+            )
         if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
             wide = np.asarray(image).clip(0, 65535)
             image = Image.fromarray((wide // 256).astype(np.uint8))
-        elif image.mode == "F":
-            raise UserError(f"image {path} has floating-point pixels; save it with 8 bits")
         return image.convert("RGB")
     except Image.DecompressionBombError:
         raise UserError(f"image {path} is implausibly large; it was not decoded") from None
@@ -176,7 +180,8 @@ class StreamingImages:
         """Yields the network's input, float32 [N, 3, S, S], for each batch (or more) of views."""
         batches = list(batches)
         parts = [part for views in batches for part in views.to(torch.device("cpu"))]
-        workers = min(self.workers, len(parts), self._workers_with_room(parts))
+        room = self._workers_with_room(parts)
+        workers = min(self.workers, len(parts), room, usable_cores())
         loader = torch.utils.data.DataLoader(
             _Crops(self.files, parts, self.size),
             batch_size=None,
@@ -200,10 +205,13 @@ class StreamingImages:
     def _workers_with_room(self, parts: list[Views]) -> int:
         """How many processes can hand over their crops: each keeps up to three batches in /dev/shm.
 
-        Containers often have 64 MB there, and a process that finds it full dies.
+        Containers often have 64 MB there, and a process that finds it full dies; without it, or
+        where it is read-only, none can be started.
         """
-        if not parts or not _SHARED_MEMORY.is_dir():
+        if not parts:
             return self.workers
+        if not os.access(_SHARED_MEMORY, os.W_OK):
+            return 0
         largest = max(len(part.index) for part in parts) * 3 * self.size**2 * 4
         return shutil.disk_usage(_SHARED_MEMORY).free // (3 * largest)
 

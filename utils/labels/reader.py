@@ -165,12 +165,17 @@ class LabelSet:
             ("mean", list(dataset.mean), manifest["mean"]),
             ("std", list(dataset.std), manifest["std"]),
             ("class list", list(classes), manifest["classes"]),
-            ("images (SHA-256 over names and contents)", images, manifest["images"]["sha256"]),
         ):
             if difference := layout.first_difference({what: expected}, {what: stored}):
+                hint = " (left out, it is that of the labels)" if what in ("mean", "std") else ""
                 raise UserError(
-                    f"the labels in {self.path} were made for something else: {difference}"
+                    f"the labels in {self.path} were made for something else: {difference}{hint}"
                 )
+        if images != manifest["images"]["sha256"]:
+            raise UserError(
+                f"the labels in {self.path} are those of {manifest['images']['count']} other "
+                "images: names or contents of files differ from the ones that were labelled"
+            )
 
     def _pass(self, pass_index: int) -> tuple[Views, Codes]:
         if pass_index not in self._loaded:

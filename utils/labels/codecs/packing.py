@@ -5,6 +5,8 @@ import numpy as np
 from utils.cli import UserError
 
 DAMAGED = "the packed numbers of a label set are damaged"
+# Of a stream, where its numbers are neither too few nor too many for pages of such a size.
+_PAGES, _SMALLEST_PAGE, _LARGEST_PAGE = 12, 1 << 12, 1 << 16
 
 
 def _pcodec():
@@ -20,12 +22,13 @@ def pack_integers(values: np.ndarray) -> bytes:
     """A pcodec stream (standalone format) of int16 numbers, in the order of rows."""
     pcodec = _pcodec()
     # Neighbours have nothing in common that a difference or a common factor would show, but rows
-    # differ in spread: each part of a stream has frequencies of its own.
+    # differ in spread: each page has frequencies of its own, which it begins with.
+    page = min(max(values.size // _PAGES, _SMALLEST_PAGE), _LARGEST_PAGE)
     packing = pcodec.ChunkConfig(
         compression_level=12,
         mode_spec=pcodec.ModeSpec.classic(),
         delta_spec=pcodec.DeltaSpec.no_op(),
-        paging_spec=pcodec.PagingSpec.equal_pages_up_to(1 << 16),
+        paging_spec=pcodec.PagingSpec.equal_pages_up_to(page),
     )
     return bytes(pcodec.standalone.simple_compress(values.astype(np.int16).reshape(-1), packing))
 
