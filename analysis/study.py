@@ -5,7 +5,8 @@ python analysis/study.py --collect PLAN …   first takes over the results of fi
 
 A table stands in study.md between `<!-- KIND NAME -->` and `<!-- end -->`, KIND one of `results`
 (the sweep's table of NAME.csv), `choice` (how settings of one method compare on held-out
-training images) and `pivot` (methods named "ROW / COLUMN": a cell for each).
+training images), `pivot` (methods named "ROW / COLUMN": a cell for each) and `labels` (a line for
+each number of labels per image; with auto against the best of the others, paired by seed).
 """
 
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 if not __package__:  # run as a plain script: imports start at the repository root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import math
 import re
 import statistics
 
@@ -93,17 +95,47 @@ def choice_table(rows: list[dict]) -> str:
 def pivot_table(rows: list[dict]) -> str:
     """Last top-1, mean ± standard deviation over seeds, of methods "ROW / COLUMN"."""
     corner = "last top-1 (%)"
+    groups = tables.grouped(rows, "method")
+    headings = dict.fromkeys(method.partition(" / ")[2] for (method,) in groups)
     lines: dict[str, dict[str, str]] = {}
-    for (method,), group in tables.grouped(rows, "method").items():
+    for (method,), group in groups.items():
         name, _, heading = method.partition(" / ")
-        line = lines.setdefault(name, {corner: name})
+        line = lines.setdefault(name, {corner: name, **dict.fromkeys(headings, "–")})
         line[heading] = tables.mean_std(tables.column(group, "last_top1"))
     return tables.markdown_table(list(lines.values()), left=(corner,))
 
 
+def labels_table(rows: list[dict]) -> str:
+    """Last top-1 of every method by labels per image, and by how much auto exceeds the best other.
+
+    With the difference stands its standard error, from the differences of equal seeds.
+    """
+    lines = []
+    for slc in dict.fromkeys(row["slc"] for row in rows if row["slc"]):
+        compared = [row for row in rows if row["slc"] in (slc, None)]
+        methods = {
+            method: tables.column(sorted(group, key=lambda row: row["seed"]), "last_top1")
+            for (method,), group in tables.grouped(compared, "method").items()
+        }
+        line = {"labels per image": slc // compared[0]["ipc"]}
+        line |= {method: tables.mean_std(top1) for method, top1 in methods.items()}
+        if auto := methods.pop("auto", None):
+            best = max(methods, key=lambda method: statistics.mean(methods[method]))
+            differences = [one - other for one, other in zip(auto, methods[best], strict=True)]
+            error = statistics.stdev(differences) / math.sqrt(len(differences))
+            line["auto - best"] = f"{statistics.mean(differences):+.1f} ± {error:.1f} ({best})"
+        lines.append(line)
+    return tables.markdown_table(lines, left=())
+
+
 def fill(text: str) -> str:
     """study.md with every table made again; raises UserError for an unknown kind of table."""
-    kinds = {"results": results_table, "choice": choice_table, "pivot": pivot_table}
+    kinds = {
+        "results": results_table,
+        "choice": choice_table,
+        "pivot": pivot_table,
+        "labels": labels_table,
+    }
 
     def table(marker: re.Match) -> str:
         kind, name = marker[1], marker[2]

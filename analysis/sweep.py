@@ -57,6 +57,7 @@ class Method:
 
 
 _NAMED = {
+    "auto": Method("--recipe auto"),
     "hald": Method("--schedule hald"),
     "balanced": Method("--schedule hald --soft-loss-scale T2"),
     "reset": Method("--schedule hald --reset-optimizer"),

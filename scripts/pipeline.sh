@@ -13,8 +13,9 @@ explain "$@"
 # The environment overrides config.sh, which may set as little as the two paths.
 declare -A settings=(
     [Main_Data_Path]="" [val_dir]="" [METHOD]=fadrm [IPC]=10 [SLC]=150 [BATCH_SIZE]=16 [CODEC]=klt
-    [TEACHER]=ResNet18 [TEACHER_WEIGHTS]="" [MODEL]=ResNet18 [SCHEDULE]=hald [SOFT_EPOCHS]=""
-    [HARD_EPOCHS]="" [SEED]=0 [WORKERS]=4 [GPUS]=all [TRAIN_GPUS]=1 [RELABEL_FLAGS]="" [RUN_NAME]=""
+    [TEACHER]=ResNet18 [TEACHER_WEIGHTS]="" [MODEL]=ResNet18 [RECIPE]=published [SCHEDULE]=""
+    [SOFT_EPOCHS]="" [HARD_EPOCHS]="" [SEED]=0 [WORKERS]=4 [GPUS]=all [TRAIN_GPUS]=1
+    [RELABEL_FLAGS]="" [RUN_NAME]=""
 )
 declare -A given=()
 for name in "${!settings[@]}"; do given[$name]="${!name:-}"; done
@@ -26,6 +27,11 @@ done
 export Main_Data_Path val_dir
 if [[ ! "$GPUS" =~ ^(all|[1-9][0-9]*)$ || ! "$TRAIN_GPUS" =~ ^[1-9][0-9]*$ ]]; then
     echo "GPUS=$GPUS, TRAIN_GPUS=$TRAIN_GPUS: must be numbers from 1 on; GPUS may be all" >&2
+    exit 2
+fi
+
+if [[ "$RECIPE" != published && "$RECIPE" != auto ]]; then
+    echo "RECIPE=$RECIPE: must be published or auto" >&2
     exit 2
 fi
 
@@ -159,7 +165,9 @@ run_pipeline() { # DATASET [-- FLAG ...]: the flags go to validate/train.py
         kind+="$(flags_name "${flags[@]}")"
     fi
     local labels="$published$kind"
-    phases="${SCHEDULE//[:,]/-}${SOFT_EPOCHS:+_soft$SOFT_EPOCHS}${HARD_EPOCHS:+_hard$HARD_EPOCHS}"
+    phases="${SCHEDULE:-hald}"
+    [[ "$RECIPE" == published ]] || phases="$RECIPE${SCHEDULE:+-$SCHEDULE}"
+    phases="${phases//[:,]/-}${SOFT_EPOCHS:+_soft$SOFT_EPOCHS}${HARD_EPOCHS:+_hard$HARD_EPOCHS}"
     [[ "$TRAIN_GPUS" == 1 ]] || phases+="_gpus$TRAIN_GPUS"
     run="$name${kind}_${MODEL//[:\/]/-}_${phases}_seed$SEED$(flags_name "$@")"
     run="$Main_Data_Path/runs/$dataset/${RUN_NAME:-$run}"
@@ -179,12 +187,13 @@ run_pipeline() { # DATASET [-- FLAG ...]: the flags go to validate/train.py
             --dataset "$dataset" --slc "$SLC" --batch-size "$BATCH_SIZE" --codec "$CODEC" \
             --workers "$WORKERS" "${labelling[@]}" "${flags[@]}"
     fi
-    local epochs=()
-    [[ -z "$SOFT_EPOCHS" ]] || epochs+=(--soft-epochs "$SOFT_EPOCHS")
-    [[ -z "$HARD_EPOCHS" ]] || epochs+=(--hard-epochs "$HARD_EPOCHS")
+    local schedule=()
+    [[ -z "$SCHEDULE" ]] || schedule+=(--schedule "$SCHEDULE")
+    [[ -z "$SOFT_EPOCHS" ]] || schedule+=(--soft-epochs "$SOFT_EPOCHS")
+    [[ -z "$HARD_EPOCHS" ]] || schedule+=(--hard-epochs "$HARD_EPOCHS")
     echo "== 2/2 student: $run"
     mkdir -p "$(dirname "$run")"
     in_processes "$TRAIN_GPUS" "$ROOT/validate/train.py" --data-dir "$images" --label-dir "$labels" \
         --val-dir "$validation" --output-dir "$run" --dataset "$dataset" --model "$MODEL" \
-        --schedule "$SCHEDULE" "${epochs[@]}" --seed "$SEED" --workers "$WORKERS" "$@"
+        --recipe "$RECIPE" "${schedule[@]}" --seed "$SEED" --workers "$WORKERS" "$@"
 }

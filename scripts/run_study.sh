@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Everything behind analysis/study.md: data, teachers, labels, sweeps, tables and plots.
 #   bash scripts/run_study.sh [FOLDER WITH FASHION-MNIST'S FOUR IDX FILES] [FOLDER WITH TYPEFACES]
+#       [FOLDER WITH PHOTOGRAPHS]
 # Without the first (or with "") torchvision downloads Fashion-MNIST; Debian has it too
 # (dataset-fashion-mnist, in /usr/share/datasets/fashion-mnist). benchmarks/glyphs.py says how to
-# get the typefaces; without them the part on 200 characters is left out. About two hours
-# on two CPU cores; may be stopped and repeated.
+# get the typefaces, benchmarks/photos.py how to get the photographs; without them the parts on
+# 200 characters and on photographs are left out. About two and a half hours on two CPU cores; may
+# be stopped and repeated.
 set -euo pipefail
 
 # shellcheck source=scripts/setup.sh
@@ -19,8 +21,9 @@ done
 use_environment requirements.txt
 source_dir=()
 [[ -z "${1:-}" ]] || source_dir=(--source-dir "$(realpath "$1")")
-fonts=""
+fonts="" photos=""
 [[ -z "${2:-}" ]] || fonts="$(realpath "$2")"
+[[ -z "${3:-}" ]] || photos="$(realpath "$3")"
 cd "$ROOT"
 study=runs/study
 mkdir -p "$study"
@@ -69,7 +72,7 @@ label digits_ipc5 25 digits digits_labels "${digits[@]}"
 for batch in 10 50; do
     label digits_ipc5 15 digits "digits_labels_bs$batch" "${digits[@]}" --batch-size "$batch"
 done
-sweep digits_tune digits balance
+sweep digits_tune digits recipe_digits balance
 
 if [[ -n "$fonts" ]]; then
     glyphs=(--dataset custom --input-size 32 --mean 0.062 0.062 0.062 --std 0.219 0.219 0.219)
@@ -89,6 +92,19 @@ else
     echo "run_study: no folder with typefaces was given: the 200 characters are left out"
 fi
 
+if [[ -n "$photos" ]]; then
+    patches=(--dataset custom --input-size 32 --mean 0.45 0.45 0.45 --std 0.25 0.25 0.25)
+    [[ -d "$study/photos" ]] ||
+        "$PYTHON" benchmarks/photos.py --photos "$photos" --out-dir "$study/photos"
+    (teacher photos photos/train photos/val "${patches[@]}" --schedule hard:40 --hard-mix cutmix \
+        --batch-size 64 --lr 0.003 --eval-every 10)
+    distil photos photos photos/train 5 "${patches[@]}"
+    label photos_ipc5 50 photos photos_labels "${patches[@]}"
+    sweep recipe_photos_tune recipe_photos
+else
+    echo "run_study: no folder with photographs was given: that part is left out"
+fi
+
 fashion=(--dataset fashion_mnist)
 "$PYTHON" scripts/prepare_torchvision.py --dataset fashion_mnist --size 32 \
     --out-dir "$study/fashion_mnist" "${source_dir[@]}"
@@ -102,7 +118,7 @@ wait $!
 distil fashion fashion fashion_split/rest 10 "${fashion[@]}" --candidates 300
 label fashion_ipc10 50 fashion fashion_plain_labels "${fashion[@]}"
 label fashion_ipc10 50 fashion_cutmix fashion_labels "${fashion[@]}"
-sweep fashion_tune fashion fashion_share
+sweep fashion_tune fashion recipe_fashion fashion_share
 
 sweep digits_share fashion_plain_tune resnet18
 # For the figure of the stall: published at the T of the balanced run.

@@ -12,8 +12,8 @@
 #   --val-dir DIR         validation images
 #   --out-dir DIR         gets runs, logs, results.csv, summary.csv, table.md, table.tex and plots
 #   --label-dir DIR       label sets, {ipc} as above (default: labels/ipc{ipc} in --out-dir)
-#   --methods NAME ...    hard, soft, hald, balanced, reset, S1 to S8, joint, static, lpld, lpqld,
-#                         or a kind of epoch of extensions/. In a plan a method has flags of its
+#   --methods NAME ...    hard, soft, hald, balanced, auto, reset, S1 to S8, joint, moved, static,
+#                         lpld, lpqld, or a kind of extensions/. In a plan a method has flags of its
 #                         own: {soft at T 4: {like: soft, flags: --temperature 4}}
 #   --slc N ...           soft labels per class; or --labels-per-image N ...
 #   --ipc N ...           distilled images per class

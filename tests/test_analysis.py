@@ -243,11 +243,28 @@ def test_the_study_chooses_the_settings_with_the_highest_mean():
 
 
 def test_a_pivot_has_a_cell_for_each_pair_of_names():
-    top1 = {"a / x": (70, 72), "b / x": (50, 50), "a / y": (81, 81), "b / y": (9, 9)}
+    top1 = {"a / x": (70, 72), "b / x": (50, 50), "a / y": (81, 81)}
     rows = [{"method": name, "last_top1": value} for name in top1 for value in top1[name]]
     table = study.pivot_table(rows).splitlines()
     assert table[0] == "| last top-1 (%) | x | y |"
     assert table[2] == "| a | 71.0 ± 1.4 | 81.0 ± 0.0 |"
+    assert table[3] == "| b | 50.0 ± 0.0 | – |"
+
+
+def test_auto_is_compared_with_the_best_of_the_others_seed_by_seed():
+    """Differences 1, 2 and 3: mean 2, standard deviation 1, standard error 1 / sqrt(3)."""
+    top1 = {("hard", None): (50, 60, 70), ("soft", 5): (40, 40, 40), ("soft", 15): (80, 80, 80)}
+    top1 |= {("auto", 5): (51, 62, 73), ("auto", 15): (80, 80, 80)}
+    rows = [
+        {"method": method, "ipc": 5, "slc": slc, "seed": seed, "last_top1": value}
+        for (method, slc), values in top1.items()
+        for seed, value in enumerate(values)
+    ]
+    table = study.labels_table(rows).splitlines()
+    assert table[0] == "| labels per image | hard | soft | auto | auto - best |"
+    rest = "62.0 ± 11.0 | +2.0 ± 0.6 (hard) |"
+    assert table[2] == f"| 1 | 60.0 ± 10.0 | 40.0 ± 0.0 | {rest}"
+    assert table[3].endswith("| 80.0 ± 0.0 | +0.0 ± 0.0 (soft) |")
 
 
 def test_the_tables_of_the_study_are_those_of_its_numbers(tmp_path, monkeypatch):

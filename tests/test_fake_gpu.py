@@ -102,7 +102,8 @@ def trained(
 
 
 @pytest.mark.parametrize(
-    ("kind", "most"), [("hard", 270), ("soft", 270), ("joint", 299), ("static", 270)]
+    ("kind", "most"),
+    [("hard", 270), ("soft", 270), ("joint", 299), ("moved", 299), ("static", 270)],
 )
 def test_an_epoch_reads_one_result_and_launches_few_kernels(stored, record_property, kind, most):
     """At most 20 launches per step outside a graph; one by one, ResNet-18 itself needs some 220."""

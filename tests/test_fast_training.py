@@ -49,7 +49,7 @@ def trained(
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
-@pytest.mark.parametrize("schedule", ["hard:2,soft:2,joint:2,hard:1,soft:1", "static:2"])
+@pytest.mark.parametrize("schedule", ["hard:2,soft:2,joint:2,moved:2,soft:1", "static:2"])
 def test_steps_as_graphs_are_those_of_single_kernels(
     world, whole_labels, tmp_path, schedule, device
 ):

@@ -62,6 +62,11 @@ def test_numbers_of_gpus_are_checked(tmp_path, wrong):
     assert done.returncode == 2 and "must be numbers from 1 on" in done.stderr
 
 
+def test_an_unknown_recipe_is_refused_before_any_work(tmp_path):
+    done = bash("run_imagenet.sh", RECIPE="best", Main_Data_Path=tmp_path, val_dir=tmp_path)
+    assert done.returncode == 2 and "RECIPE=best: must be published or auto" in done.stderr
+
+
 def test_epochs_beside_a_schedule_that_names_its_own_are_refused_before_any_work(tmp_path):
     paths = {"Main_Data_Path": tmp_path, "val_dir": tmp_path}
     done = bash("run_imagenet.sh", SCHEDULE="soft:1,hard:2", SOFT_EPOCHS=150, **paths)

@@ -12,19 +12,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from utils.cli import UserError
-from utils.data.views import Mixture, Views, draw
+from utils.data.views import Mixture, Views, draw, raws
 from utils.labels import LabelSet
-from utils.runtime import Runtime
+from utils.runtime import Runtime, send
 from validate import schedule
 
 if TYPE_CHECKING:
     from validate.settings import Materials, Settings
 
 KINDS: dict[str, type[Kind]] = {}
+_MOVES = 16  # the purpose of what is drawn here, see utils.data.views.raws
 
 
 class Batch(NamedTuple):
@@ -98,6 +100,19 @@ class TrainingData:
         )
         return self.machine.share(drawn)
 
+    def moves(self, epoch: int, views: int) -> torch.Tensor:
+        """How so many views of an epoch are moved on this rank: int64 [views, 3].
+
+        Down and right, each by up to a sixteenth of the side, and 1 for mirrored.
+        """
+        world, most = self.machine.world, self.source.size // 16
+        numbers = raws(self.settings.seed, _MOVES, epoch, views * world)[self.machine.rank :: world]
+        steps = [numbers >> np.uint64(bits) & np.uint64(0xFFFF) for bits in (0, 16)]
+        down, right = ((step % np.uint64(2 * most + 1)).view(np.int64) - most for step in steps)
+        mirrored = (numbers >> np.uint64(63)).view(np.int64)
+        drawn = torch.from_numpy(np.stack([down, right, mirrored], axis=1))
+        return send(drawn, self.machine.device)
+
     def fresh_views(self, epoch: int) -> list[Views]:
         """This rank's batches of freshly drawn views, one view of every image over all ranks."""
         if self._next_drawn and self._next_drawn[0] == epoch:
@@ -127,13 +142,24 @@ class TrainingData:
         for views, group in self.groups(batches):
             yield from group.split(views.batch_size)
 
-    def render_stored(self, batch_indices: Sequence[int]) -> Iterator[Batch]:
-        """Batches of stored views, as the teacher saw them, with its labels."""
+    def render_stored(
+        self, batch_indices: Sequence[int], moves: torch.Tensor | None = None
+    ) -> Iterator[Batch]:
+        """Batches of stored views, as the teacher saw them or moved, with its labels for them.
+
+        Args:
+            batch_indices: which of the stored batches.
+            moves: of their views one by one, or of more of them; see `move`.
+        """
         stored = [self.labels.views(index) for index in batch_indices]
-        remaining = iter(batch_indices)
+        remaining, done = iter(batch_indices), 0
         for views, group in self.groups(stored):
             indices = [*itertools.islice(remaining, len(views))]
             group = group._replace(teacher=self.labels.logits(indices, group.mixture))
+            if moves is not None:
+                moved = move(group.pixels, moves[done : done + len(group.pixels)])
+                group = group._replace(pixels=moved)
+                done += len(group.pixels)
             yield from group.split(views.batch_size)
 
 
@@ -227,6 +253,22 @@ class Soft(Kind):
         return self.soft_loss(logits, batch.teacher)
 
 
+class Moved(Soft):
+    """Stored views, each time moved anew and every other one mirrored, with their soft labels.
+
+    With one label per image a view comes back every epoch and is soon known by heart. Of a moved
+    one the teacher would say nearly the same.
+    """
+
+    name = "moved"
+    colour = "tab:cyan"
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        stored = self.data.stored_batches(epoch)
+        moves = self.data.moves(epoch, len(stored) * self.settings.batch_size)
+        return self.data.render_stored(stored, moves)
+
+
 class Hard(Kind):
     """Fresh views with the classes of their images."""
 
@@ -292,6 +334,22 @@ class Static(Kind):
 
     def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         return self.soft_loss(logits, batch.teacher)
+
+
+def move(pixels: torch.Tensor, moves: torch.Tensor) -> torch.Tensor:
+    """Each image moved down and right by so many pixels, its border repeated, then mirrored.
+
+    Args:
+        pixels: [B, 3, S, S].
+        moves: int64 [B, 3]: down, right, and 1 for mirrored.
+    """
+    size = pixels.shape[-1]
+    down, right, mirrored = (moves[:, column, None] for column in range(3))
+    at = torch.arange(size, device=pixels.device)
+    rows, columns = ((at - by).clamp(0, size - 1) for by in (down, right))
+    columns = torch.where(mirrored > 0, columns.flip(1), columns)
+    each = torch.arange(len(pixels), device=pixels.device)[:, None, None]
+    return pixels[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def soft_loss(

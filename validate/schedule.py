@@ -8,7 +8,7 @@ from utils.cli import UserError, did_you_mean
 from utils.data.views import POOL, shuffle
 
 Phase = tuple[str, int]  # a kind of epoch, and how many of them follow one another
-ALTERNATING = ("S2", "S3", "S4", "S5")
+ALTERNATING = ("S2", "S3", "S4", "S5", "turns")
 NAMES = ("hald", "S1", *ALTERNATING, "S6", "S7", "S8")
 
 
@@ -16,11 +16,12 @@ def phases(schedule: str, soft: int, hard: int, passes: int, kinds: Sequence[str
     """The phases of a schedule, in order.
 
     Args:
-        schedule: a name of NAMES (HALD's ablation table, arXiv 2512.15647; hald = S6), a kind, or
-            the free form "soft:75,hard:150,soft:75". A kind's name trains all soft + hard epochs on
-            that one kind, so that baselines take equally many steps.
-        soft, hard: number of soft-label and hard-label epochs; of S2 to S5 their sum alone counts,
-            as in the published code.
+        schedule: a name of NAMES (HALD's ablation table, arXiv 2512.15647; hald = S6),
+            "turns" (a hard epoch, one of moved views, and so on), a kind, or the free form
+            "soft:75,hard:150,soft:75". A kind's name trains all soft + hard epochs on that one
+            kind, so that baselines take equally many steps.
+        soft, hard: number of soft-label and hard-label epochs; of S2 to S5 and of turns their sum
+            alone counts, as in the published code.
         passes: stored soft labels per image; the n of S2 to S5.
         kinds: the names of all kinds of epoch.
 
@@ -47,6 +48,8 @@ def phases(schedule: str, soft: int, hard: int, passes: int, kinds: Sequence[str
             parts = _sandwich("hard", hard, "soft", soft)
         case "S8":
             parts = [("soft", soft), ("hard", hard)]
+        case "turns":
+            parts = _alternate(("hard", "moved"), soft + hard, 1)
         case kind if kind in kinds:
             parts = [(kind, soft + hard)]
         case text if ":" in text:

@@ -14,7 +14,7 @@ from utils.data import custom, datasets, evaluation, folders, images
 from utils.data.views import MIXES, ViewSpec
 from utils.files import sha256_file
 from utils.labels import LabelSet, first_difference
-from validate import schedule, step
+from validate import recipe, schedule, step
 from validate.kinds import KINDS
 
 _DEFAULT_EPOCHS = 150
@@ -98,26 +98,26 @@ class Settings:
         "mixing in hard epochs; none suits training a teacher", choices=MIXES, default="cutmix"
     )
     temperature: float = _flag(
-        "of teacher and student in the soft loss", type=bounded(float, 0.01), default=20.0
+        "of teacher and student in the soft loss (default: the recipe's, 20 as published)",
+        type=bounded(float, 0.01),
     )
     temperature_end: float | None = _flag(
         "anneal the temperature to this one over the run, by equal factors per epoch",
         type=bounded(float, 0.01),
     )
     soft_loss_scale: str = _flag(
-        "none: as published; T2: times T^2 (arXiv 1503.02531), the balanced recipe, which keeps "
-        "gradients as large as those of hard labels",
+        "none: as published; T2: times T^2 (arXiv 1503.02531), the balanced loss, which keeps "
+        "gradients as large as those of hard labels (default: the recipe's)",
         choices=("none", "T2"),
-        default="none",
     )
     hard_share: float | None = _flag(
         f"weight of the hard loss in joint epochs (default: {_DEFAULT_HARD_SHARE})",
         type=bounded(float, 0, 1),
     )
     label_smoothing: float = _flag(
-        "of hard labels; 0.8 suits 1000 classes, ten want less",
+        "of hard labels; 0.8 suits 1000 classes, ten want less (default: the recipe's, 0.8 as "
+        "published)",
         type=bounded(float, 0, 1),
-        default=0.8,
     )
     lr: float = _flag("of the first epoch (default: validate/hyper.yaml)", type=bounded(float, 0))
     eta: float = _flag(
@@ -274,10 +274,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     datasets.add_arguments(parser)
     group = parser.add_argument_group("training")
     group.add_argument(
+        "--recipe",
+        choices=recipe.RECIPES,
+        default="published",
+        help="gives --schedule, --soft-loss-scale, --temperature, --label-smoothing, each unless "
+        "it is given; auto: by labels per image, classes and the teacher's top-1 on the views",
+    )
+    group.add_argument(
         "--schedule",
-        default="hald",
         help=f'{", ".join([*schedule.NAMES, *KINDS])}, or a form like "soft:75,hard:150,soft:75"; '
-        f"{', '.join(KINDS)} train soft + hard epochs on that kind alone",
+        f"{', '.join(KINDS)} train soft + hard epochs on that kind alone (default: the recipe's, "
+        "hald as published)",
     )
     of_a_name = f"of a schedule given by name (default: {_DEFAULT_EPOCHS})"
     group.add_argument(
@@ -307,9 +314,11 @@ def resolve(args: argparse.Namespace, materials: Materials, machine: runtime.Run
         UserError: flags that clash with each other, with the schedule or with the label set.
     """
     dataset, labels = materials.dataset, materials.labels
+    passes = _labels_per_image(args, labels)
+    top1 = labels.manifest["teacher_top1"] if labels else 0
+    args = recipe.apply(args, passes, dataset.num_classes, top1)
     if args.temperature_end == args.temperature:
         raise UserError(f"--temperature-end {args.temperature_end:g} is what --temperature is")
-    passes = _labels_per_image(args, labels)
     soft, hard = count_epochs(args, passes, dataset.num_classes)
     phases = schedule.phases(args.schedule, soft, hard, max(passes, 1), [*KINDS])
     kinds = sorted({kind for kind, _ in phases})
