@@ -362,6 +362,8 @@ def test_any_config_that_sets_the_two_paths_works(clone, tmp_path, config, shell
         environment["POSIXLY_CORRECT"] = "1"
     if "Main_Data_Path" not in config:
         environment |= {"Main_Data_Path": f"{tmp_path}/d a", "val_dir": f"{tmp_path}/v"}
+    for folder in ("d a", "v"):
+        (tmp_path / folder).mkdir()
     done = subprocess.run(
         ["bash" if shell == "posix" else shell, "scripts/run_cifar100.sh"],
         cwd=clone,
@@ -374,7 +376,7 @@ def test_any_config_that_sets_the_two_paths_works(clone, tmp_path, config, shell
         f"no distilled images at {tmp_path}/d a/generated_data/syn_data/cifar100/fadrm_ipc7: "
         in (done.stderr)
     )
-    assert f"no validation images at {tmp_path}/v/cifar100: " in done.stderr
+    assert f"no class folders of validation images in {tmp_path}/v/cifar100: " in done.stderr
     assert "\r" not in done.stderr and "unbound" not in done.stderr
 
 
