@@ -247,7 +247,7 @@ def plot(rows: list[dict], against: str) -> Figure:
         if against == "slc":
             ticks = far_apart(amounts, math.log(1.3**2 * most / least) / _MOST_TICKS)
             axes.set_xticks(ticks, [str(amount) for amount in ticks])
-            axes.set_xlabel("soft labels per class (SLC)")
+            axes.set_xlabel("soft labels per class (SLC), or as many bytes")
         else:
             label_round(axes.xaxis, EngFormatter("B"))
             if most < 4 * least:  # too short for more than one round number

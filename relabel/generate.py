@@ -262,7 +262,7 @@ def label_passes(
 
     def finished() -> tuple[int, Views, torch.Tensor]:
         pass_index, views, fetched = labelled.popleft()
-        logits = fetched()  # the only wait for the GPU
+        logits = fetched()  # where images are resident, the only wait for the GPU
         if not logits.isfinite().all():
             raise UserError(
                 f"the teacher gave NaN or infinite logits in pass {pass_index}; try --amp off, "
@@ -335,6 +335,7 @@ def make_passes(
         passes = label_passes(mine, writer, teachers, source, bar)
         for pass_index, views, logits in passes:
             write_pass(pass_index, logits, views, hard_labels)
+            del logits  # before the next is there: a pass of a whole training set takes gigabytes
     machine.barrier()
 
 

@@ -20,6 +20,7 @@ from utils.labels import LabelWriter
 
 _MOST = 8  # packers beside a GPU, unless told otherwise: a teacher may label faster than 4 pack
 _COPIES = 4  # of the float32 logits of a pass that a packer is reckoned to hold while packing
+_IN_FLIGHT = 4  # those of two passes in pinned memory, which is handed out in powers of two
 
 
 def default_packers(device: torch.device, writer: LabelWriter) -> int:
@@ -33,7 +34,8 @@ def default_packers(device: torch.device, writer: LabelWriter) -> int:
     local = os.environ.get("LOCAL_WORLD_SIZE", "")  # torchrun's processes on this machine
     sharing = max(1, int(local)) if local.isdecimal() else world_size()
     pass_bytes = 4 * len(writer.sizes) * writer.settings["num_classes"]
-    with_room = images.available_memory() // (sharing * _COPIES * pass_bytes)
+    room = images.available_memory() // sharing - _IN_FLIGHT * pass_bytes
+    with_room = max(room, 0) // (_COPIES * pass_bytes)
     return min(_MOST, max(1, runtime.usable_cores() // sharing - 1), with_room)
 
 

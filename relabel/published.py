@@ -37,12 +37,6 @@ _ROUNDING = 0.01  # of a sum of half-precision probabilities
 _REST = 1 / 1024
 
 
-def is_published(folder: Path | str) -> bool:
-    """Whether a folder holds files of one of the layouts, however damaged."""
-    patterns = (HALD_ORDER, "epoch_*", "batch_*.tar")
-    return any(True for pattern in patterns for _ in Path(folder).glob(pattern))
-
-
 class _StoredBatch(NamedTuple):
     """Where a batch is: its file, its pass (in LPQLD's layout, its order), its position there."""
 
@@ -172,7 +166,7 @@ class PublishedLabels:
             if not enough or order.min(initial=0) < 0 or order.max(initial=0) >= count:
                 raise UserError(
                     f"{self.order_file}: entry {number} lists {len(order)} images, which are not "
-                    f"those of the {count} in the image folder, once each"
+                    f"those of the {count} in the image folder"
                 )
             orders.append(order.astype(np.int32))
         return orders

@@ -345,9 +345,9 @@ class Ensemble:
 
         Args:
             views: rendered, float32 [N, 3, S, S], of one or several batches.
-            batch_size: under BSSL, the views per batch: each batch has its own statistics, as if
-                it were labelled alone, and on a GPU a CUDA graph labels them; None: all views are
-                one batch.
+            batch_size: the views per batch, of which each, under BSSL, has its own statistics, as
+                if it were labelled alone; on a GPU a CUDA graph labels them, so BSSL must have been
+                switched on before. None: all views are one batch, and no graph labels them.
 
         Returns:
             float32 [N, C] on the views' device.

@@ -69,6 +69,11 @@ refuse_own() { # DATASET FLAG ...: flags that would contradict what a script its
     done
 }
 
+has_published_labels() { # FOLDER: whether it has files of a layout that relabel/published.py reads
+    [[ -n "$(find "$1/" -maxdepth 1 \( -name sampler_indices_dict.pt -o -name 'epoch_*' \
+        -o -name 'batch_*.tar' \) -print -quit 2> /dev/null)" ]]
+}
+
 check_paths() { # DATASET IMAGES VALIDATION LABELS: one line for each thing that is missing
     local dataset="$1" images="$2" validation="$3" published="$4" missing=0 sort local_weights
     if [[ -z "$Main_Data_Path" || -z "$val_dir" ]]; then
@@ -90,7 +95,8 @@ check_paths() { # DATASET IMAGES VALIDATION LABELS: one line for each thing that
             "scripts/prepare_distilled.py --help; METHOD=$METHOD and IPC=$IPC choose the folder" >&2
         missing=1
     fi
-    if ! compgen -G "$validation/*/" > /dev/null; then
+    if [[ -z "$(find "$validation/" -mindepth 1 -maxdepth 1 \( -type d -o -type l \) -print -quit \
+        2> /dev/null)" ]]; then
         case "$dataset" in
             cifar*) sort="make them (val/) with: python scripts/prepare_torchvision.py --help" ;;
             imagenette | imagewoof) sort="link val/ of the data set's own archive there" ;;
@@ -105,7 +111,8 @@ check_paths() { # DATASET IMAGES VALIDATION LABELS: one line for each thing that
         echo "no teacher weights at TEACHER_WEIGHTS=$TEACHER_WEIGHTS" >&2
         missing=1
     elif [[ -z "$TEACHER_WEIGHTS" && "$dataset" != imagenet1k && "$TEACHER" != *:* &&
-        ! -d "$published" && ! -f "$local_weights" && ! -f "$Main_Data_Path/$TEACHER.pth" ]]; then
+        ! -f "$local_weights" && ! -f "$Main_Data_Path/$TEACHER.pth" ]] &&
+        ! has_published_labels "$published"; then
         echo "no teacher weights at $local_weights: put a $TEACHER trained on $dataset there, train" \
             "one with: bash scripts/train_teacher.sh $dataset, or name a file with TEACHER_WEIGHTS" >&2
         missing=1
@@ -141,7 +148,7 @@ run_pipeline() { # DATASET [-- FLAG ...]: the flags go to validate/train.py
         return 2
     fi
     local name="${METHOD}_bs${BATCH_SIZE}_slc${SLC}_ipc${IPC}"
-    local images published imported=False validation kind="" flags=() run phases
+    local images published validation kind="" flags=() run phases
     images="$(folder_of "$Main_Data_Path/generated_data/syn_data" "$dataset")/${METHOD}_ipc$IPC"
     published="$(folder_of "$Main_Data_Path/generated_data/new_labels" "$dataset")/$name"
     validation="$(folder_of "$val_dir" "$dataset")"
@@ -154,10 +161,7 @@ run_pipeline() { # DATASET [-- FLAG ...]: the flags go to validate/train.py
     fi
     check_paths "$dataset" "$images" "$validation" "$published"
     use_environment requirements.txt
-    [[ ! -d "$published" ]] || imported="$(path="$(realpath "$published")" && cd "$ROOT" &&
-        "$PYTHON" -c 'import sys; from relabel import published as p; print(p.is_published(sys.argv[1]))' \
-            "$path")"
-    if [[ "$imported" == True ]]; then
+    if has_published_labels "$published"; then
         kind=_imported
     else
         [[ "$CODEC" == fp16 ]] || kind="_$CODEC"

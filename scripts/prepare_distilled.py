@@ -168,7 +168,7 @@ def main() -> None:
     )
     record = {
         "dataset": dataclasses.asdict(dataset),
-        folders.SOURCE: folder.names_sha256(),
+        folders.SOURCE: folder.listing_sha256(),
         "teacher": args.teacher,
         "teacher_sha256": teacher.sha256,
         "classes": folder.classes,

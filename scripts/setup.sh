@@ -23,7 +23,7 @@ read_config() { # reads config.sh, whatever editor wrote it; one line and 2 wher
     config="$(tr -d '\r' < "$ROOT/config.sh")"       # as an editor of Windows may have written it
     config="${config#$'\xef\xbb\xbf'}"$'\ntrue' # a last line like [[ -d /x ]] && IPC=50 may be false
     # What the environment could not override, or what would be set in this function alone.
-    line="$(sed -nE '/^([^#]*[[:space:];&|])?(readonly|declare|typeset)[[:space:]]/ { =; q }' \
+    line="$(sed -nE '/^([^#]*[;&|])?[[:space:]]*(readonly|declare|typeset)[[:space:]]/ { =; q }' \
         <<< "$config")"
     if [[ -n "$line" ]]; then
         complaint="config.sh: line $line: readonly, declare or typeset"

@@ -12,7 +12,7 @@ from conftest import CUSTOM, TINY, generate_arguments, train_arguments, tree, wr
 from torch.utils.data import DataLoader, RandomSampler
 from torchvision.transforms import functional as transforms
 
-from relabel import convert, export, generate, published
+from relabel import convert, export, generate
 from utils.data import folders, images
 from utils.data.images import ResidentImages
 from utils.labels import LabelSet
@@ -120,7 +120,6 @@ def test_every_layout_is_imported_as_an_independent_decoding_reads_it(
 ):
     fkd, out = tmp_path / "fkd", tmp_path / "labels"
     truth = write_published(fkd, code, passes=3)
-    assert published.is_published(fkd) and not published.is_published(world.labels)
     done = command(convert.main, *arguments(world, fkd, out))
     assert done.code == 0, done.err
     assert f"layout of {code.split()[0]}" in done.out and "boxes rounded" in done.out

@@ -84,14 +84,14 @@ def test_the_end_of_a_packer_is_told(inline, writer):
     ("cores", "gigabytes", "world", "on_machine", "expected"),
     [
         *((1, 64, 1, None, 1), (3, 64, 1, None, 2), (32, 256, 1, None, 8)),
-        *((32, 128, 1, None, 6), (32, 20, 1, None, 0)),  # too little memory: labelling packs
-        *((32, 128, 4, None, 1), (32, 128, 4, 2, 3), (4, 128, 4, 2, 1)),
+        *((32, 128, 1, None, 5), (32, 20, 1, None, 0)),  # too little memory: labelling packs
+        *((32, 128, 4, None, 0), (32, 128, 4, 2, 2), (4, 128, 4, 2, 1)),
     ],
 )
 def test_packers_are_as_many_as_cores_and_memory_of_this_machine_allow(
     monkeypatch, cores, gigabytes, world, on_machine, expected
 ):
-    """Logits of 1,281,167 images and 1000 classes: four times 5.1 GB a packer."""
+    """Logits of 1,281,167 images and 1000 classes: four times 5.1 GB a packer, and beside them."""
     writer = SimpleNamespace(sizes=range(1281167), settings={"num_classes": 1000})
     monkeypatch.setattr("utils.runtime.usable_cores", lambda: cores)
     monkeypatch.setattr("utils.data.images.available_memory", lambda: gigabytes * 10**9)

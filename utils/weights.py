@@ -42,7 +42,9 @@ def own_facts(content: object, path: Path) -> Dataset | None:
         "network": isinstance(content.get("network"), str),
         "classes": _is_list(content.get("classes"), str) and len(content["classes"]) == count,
         "precision": content.get("precision") in ("fp16", "bf16", "off"),
-        "model": [*dict(_find_states({"model": content.get("model")}, ""))] == ["model"],
+        "model": isinstance(state := content.get("model"), dict)
+        and all(isinstance(key, str) for key in state)
+        and any(isinstance(value, torch.Tensor) for value in state.values()),
     }
     if wrong := [field for field, right in fits.items() if not right]:
         state = "not what that writes" if wrong[0] in content else "missing"

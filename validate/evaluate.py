@@ -74,6 +74,7 @@ def main() -> None:
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
         pixels = evaluation.load(folder, dataset, machine.device, args.val_cache)
     model.to(machine.device, memory_format=torch.channels_last)
+    runtime.check_outputs(model, dataset, machine.device, f"the network of {args.checkpoint}")
     predicted = []
     if args.per_class:
         model.register_forward_hook(
@@ -177,7 +178,6 @@ def load_student(
         raise UserError(f"--model: {error}") from None
     state = models.under_our_names(model, saved["model"])
     load_state(model, state, f"the weights in {checkpoint}", network)
-    runtime.check_outputs(model, facts, torch.device("cpu"), f"--model {network}")
     return model, saved
 
 

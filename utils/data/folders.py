@@ -32,7 +32,7 @@ IMAGE_ENDINGS = {
     ".avif",
 }
 # Beside class folders whose images are selected ones, not synthesised; a field of it says of which.
-SELECTION, SOURCE = "selection.json", "source_names_sha256"
+SELECTION, SOURCE = "selection.json", "source_listing_sha256"
 # What macOS, network storage, archives and notebooks leave beside images; names with a dot, too.
 _LEFT_BEHIND = {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information"}
 
@@ -56,11 +56,6 @@ class ImageFolder:
     def counts(self) -> list[int]:
         """Images per class."""
         return torch.bincount(self.labels, minlength=len(self.classes)).tolist()
-
-    def names_sha256(self) -> str:
-        """The hex SHA-256 over the names of all files."""
-        names = "".join(f"{path.relative_to(self.root).as_posix()}\n" for path in self.files)
-        return hashlib.sha256(names.encode()).hexdigest()
 
     def sample(self, count: int) -> "ImageFolder":
         """The folder with at most `count` of its images, chosen at random but always the same."""
@@ -246,6 +241,6 @@ def are_selected(root: Path) -> bool:
 
 
 def selected_from(root: Path, source: ImageFolder) -> bool:
-    """Whether it selected them from a folder whose files are named like those of `source`."""
+    """Whether it selected them from a folder whose files have the names and sizes of `source`."""
     selection = read_json(root / SELECTION) if are_selected(root) else None
-    return isinstance(selection, dict) and selection.get(SOURCE) == source.names_sha256()
+    return isinstance(selection, dict) and selection.get(SOURCE) == source.listing_sha256()
