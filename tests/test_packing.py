@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+import pcodec
 import pytest
 import torch
 from pcodec import standalone
@@ -27,6 +28,12 @@ def test_a_stream_is_what_pcodec_alone_reads_row_after_row():
     values = np.arange(-300, 300).reshape(2, 300)
     read = standalone.simple_decompress(pack_integers(values))
     assert read.dtype == np.int16 and read.tolist() == list(range(-300, 300))
+
+
+def test_pcodec_1_0_has_its_functions_in_a_module_that_is_no_attribute(monkeypatch):
+    monkeypatch.delattr(pcodec, "standalone")
+    values = np.arange(12).reshape(3, 4)
+    assert unpack_integers(pack_integers(values), 12).tolist() == [*range(12)]
 
 
 def test_ternary_numbers_take_their_entropy():
