@@ -143,11 +143,9 @@ def test_layout_is_five_digit_folders_and_files_in_source_order(source, tmp_path
 def test_a_selection_knows_from_which_images_it_was_made(source, tmp_path, monkeypatch):
     """So that training says when it is validated on these."""
     run(monkeypatch, source, tmp_path / "out")
-    chosen_from, others = folders.scan(source), folders.scan(tmp_path / "out")
     assert folders.are_selected(tmp_path / "out") and not folders.are_selected(source)
-    assert folders.selected_from(tmp_path / "out", chosen_from)
-    assert not folders.selected_from(tmp_path / "out", others)
-    assert not folders.selected_from(source, chosen_from)
+    assert folders.selection_source(tmp_path / "out") == folders.scan(source).listing_sha256()
+    assert folders.selection_source(source) is None
 
 
 def test_another_teacher_makes_another_choice(source, tmp_path, monkeypatch):

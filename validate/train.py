@@ -44,9 +44,9 @@ def main() -> None:
     )
     if args.val_dir.resolve() == args.data_dir.resolve():
         print("--val-dir is --data-dir: top-1 is that on the training images")
-    elif folders.selected_from(folder.root, validation):
-        print(f"{folder.root} was selected from --val-dir: top-1 counts images trained on, too")
     settings = resolve(args, materials, machine)
+    if folders.selection_source(folder.root) == settings.validation_images:
+        print(f"{folder.root} was selected from --val-dir: top-1 counts images trained on, too")
     run = runlog.RunFolder(args.output_dir)
     if recorded := run.settings():
         settings.check_continues(Settings.from_record(recorded, run.path), run.path)

@@ -240,7 +240,7 @@ def are_selected(root: Path) -> bool:
     return (root / SELECTION).is_file()
 
 
-def selected_from(root: Path, source: ImageFolder) -> bool:
-    """Whether it selected them from a folder whose files have the names and sizes of `source`."""
+def selection_source(root: Path) -> str | None:
+    """`listing_sha256` of the folder that it selected them from; None where it did not."""
     selection = read_json(root / SELECTION) if are_selected(root) else None
-    return isinstance(selection, dict) and selection.get(SOURCE) == source.listing_sha256()
+    return selection.get(SOURCE) if isinstance(selection, dict) else None
