@@ -92,7 +92,7 @@ def parse(task: Task) -> argparse.Namespace:
 
 def phases_of(args: argparse.Namespace, passes: int, classes: int) -> list[schedule.Phase]:
     """The phases of a run on so many labels per image; raises UserError for a wrong schedule."""
-    args = recipe.apply(args, passes, classes, teacher_top1=100)
+    args = recipe.apply(args, classes)
     soft, hard = settings.count_epochs(args, passes, classes)
     return schedule.phases(args.schedule, soft, hard, passes, [*KINDS])
 

@@ -166,6 +166,7 @@ run_pipeline() { # DATASET [-- FLAG ...]: the flags go to validate/train.py
     else
         [[ "$CODEC" == fp16 ]] || kind="_$CODEC"
         [[ "$TEACHER" == ResNet18 ]] || kind+="_${TEACHER//[:\/]/-}"
+        [[ "$RECIPE" == published ]] || kind+="_$RECIPE"
         kind+="$(flags_name "${flags[@]}")"
     fi
     local labels="$published$kind"
@@ -189,7 +190,7 @@ run_pipeline() { # DATASET [-- FLAG ...]: the flags go to validate/train.py
         mkdir -p "$(dirname "$labels")"
         in_processes "$GPUS" "$ROOT/relabel/generate.py" --data-dir "$images" --label-dir "$labels" \
             --dataset "$dataset" --slc "$SLC" --batch-size "$BATCH_SIZE" --codec "$CODEC" \
-            --workers "$WORKERS" "${labelling[@]}" "${flags[@]}"
+            --recipe "$RECIPE" --workers "$WORKERS" "${labelling[@]}" "${flags[@]}"
     fi
     local schedule=()
     [[ -z "$SCHEDULE" ]] || schedule+=(--schedule "$SCHEDULE")

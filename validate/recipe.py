@@ -1,9 +1,6 @@
 """Recipes: what schedule, loss, T and label smoothing are where no flag says so."""
 
 import argparse
-import math
-
-from utils.cli import UserError
 
 RECIPES = ("published", "auto")
 _MOST_MEASURED = 200  # classes
@@ -15,43 +12,29 @@ _PUBLISHED = {
 }
 
 
-def advise(labels_per_image: int, classes: int, teacher_top1: float) -> dict[str, object]:
-    """The flags of the recipe "auto", by name. Source: analysis/study.md.
-
-    Args:
-        labels_per_image, classes: of the run.
-        teacher_top1: in how many of the stored views the teacher names the class that covers most
-            of the view, in percent; the rest drifts.
-    """
-    if labels_per_image * math.log10(classes) >= 2:
-        schedule = "soft"
-    else:
-        schedule = "moved" if teacher_top1 >= 80 else "turns"
+def advise(classes: int) -> dict[str, object]:
+    """The flags of the recipe "auto", by name. Source: analysis/study.md."""
     return {
-        "schedule": schedule,
-        "soft_loss_scale": "T2" if schedule == "turns" else "none",
+        "schedule": "moved",
+        "soft_loss_scale": "none",
         "temperature": 4.0,
         "label_smoothing": 0.1 if classes < 100 else 0.8,
     }
 
 
-def apply(
-    args: argparse.Namespace, labels_per_image: int, classes: int, teacher_top1: float
-) -> argparse.Namespace:
+def apply(args: argparse.Namespace, classes: int, made_by_auto: bool = True) -> argparse.Namespace:
     """The flags of validate/train.py, those not given as --recipe says; prints what auto chose.
 
-    Raises:
-        UserError: auto without labels.
+    Args:
+        made_by_auto: whether auto chose the views that have a label.
     """
     if args.recipe == "published":
         return argparse.Namespace(**vars(args) | _missing(args, _PUBLISHED))
-    if not labels_per_image:
-        raise UserError("--recipe auto needs --label-dir: it looks at the labels")
-    chosen = _missing(args, advise(labels_per_image, classes, teacher_top1))
+    chosen = _missing(args, advise(classes))
     flags = [f"--{name.replace('_', '-')} {value}" for name, value in chosen.items()]
     print(
-        f"--recipe auto: {' '.join(flags)}; {labels_per_image} labels per image of {classes} "
-        f"classes, the teacher right on {teacher_top1:.1f} % of the views"
+        f"--recipe auto: {' '.join(flags)}"
+        + ("" if made_by_auto else "; its labels are those of relabel/generate.py --recipe auto")
         + (f"; not measured above {_MOST_MEASURED} classes" if classes > _MOST_MEASURED else "")
     )
     return argparse.Namespace(**vars(args) | chosen)

@@ -278,7 +278,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         choices=recipe.RECIPES,
         default="published",
         help="gives --schedule, --soft-loss-scale, --temperature, --label-smoothing, each unless "
-        "it is given; auto: by labels per image, classes and the teacher's top-1 on the views",
+        "it is given; auto: stored views alone, moved anew each time, for labels of that recipe",
     )
     group.add_argument(
         "--schedule",
@@ -315,8 +315,8 @@ def resolve(args: argparse.Namespace, materials: Materials, machine: runtime.Run
     """
     dataset, labels = materials.dataset, materials.labels
     passes = _labels_per_image(args, labels)
-    top1 = labels.manifest["teacher_top1"] if labels else 0
-    args = recipe.apply(args, passes, dataset.num_classes, top1)
+    made_by_auto = labels is not None and "small_crops_top1" in labels.manifest
+    args = recipe.apply(args, dataset.num_classes, made_by_auto)
     if args.temperature_end == args.temperature:
         raise UserError(f"--temperature-end {args.temperature_end:g} is what --temperature is")
     soft, hard = count_epochs(args, passes, dataset.num_classes)
