@@ -10,7 +10,7 @@ from utils.data.views import ViewSpec, draw
 
 RECIPES = ("published", "auto")
 _PUBLISHED = {"mix": "cutmix", "min_scale": 0.08}
-_LARGE = {"mix": "none", "min_scale": 0.8}
+_LARGE = {"mix": "none", "min_scale": 0.9}
 _SURE = 93  # percent
 _PROBED = 1024  # views, and images at most
 

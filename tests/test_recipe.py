@@ -19,7 +19,7 @@ from validate import recipe, train
 from validate.kinds import KINDS, TrainingData, move
 from validate.settings import parse_arguments
 
-LARGE = {"mix": "none", "min_scale": 0.8}
+LARGE = {"mix": "none", "min_scale": 0.9}
 
 
 @pytest.mark.parametrize(
@@ -72,11 +72,11 @@ def test_auto_labels_are_printed_recorded_and_overridden_by_flags(world, tmp_pat
 
     said, manifest = label("auto")
     measured = manifest["small_crops_top1"]
-    assert measured < 93 and (manifest["mix"], manifest["crop_scale"]) == ("none", [0.8, 1.0])
-    assert f"--mix none --min-scale 0.8; the teacher is right on {measured} % of small" in said
+    assert measured < 93 and (manifest["mix"], manifest["crop_scale"]) == ("none", [0.9, 1.0])
+    assert f"--mix none --min-scale 0.9; the teacher is right on {measured} % of small" in said
     said, manifest = label("mixed", "--mix", "cutmix")
-    assert (manifest["mix"], manifest["crop_scale"]) == ("cutmix", [0.8, 1.0])
-    assert "--recipe auto: --min-scale 0.8; " in said
+    assert (manifest["mix"], manifest["crop_scale"]) == ("cutmix", [0.9, 1.0])
+    assert "--recipe auto: --min-scale 0.9; " in said
     said, manifest = label("own", "--mix", "cutmix", "--min-scale", 0.08)
     assert manifest["crop_scale"] == [0.08, 1.0] and "small_crops_top1" not in manifest
 
