@@ -115,11 +115,13 @@ def labels_table(rows: list[dict]) -> str:
     With the difference stands its standard error, from the differences of equal seeds.
     """
     lines = []
+    methods = list(dict.fromkeys(row["method"] for row in rows))
     students = list(dict.fromkeys(row["student"] for row in rows))
     for student in students:
         of_student = [row for row in rows if row["student"] == student]
         for slc in dict.fromkeys(row["slc"] for row in of_student if row["slc"]):
             compared = [row for row in of_student if row["slc"] in (slc, None)]
+            compared.sort(key=lambda row: (methods.index(row["method"]), row["seed"]))
             line = {"student": student} if len(students) > 1 else {}
             lines.append(
                 line | {"labels per image": slc // compared[0]["ipc"]} | _compared(compared)
@@ -128,9 +130,9 @@ def labels_table(rows: list[dict]) -> str:
 
 
 def _compared(rows: list[dict]) -> dict[str, str]:
-    """The cells of a line of `labels_table`."""
+    """The cells of a line of `labels_table`, from rows in order of methods and seeds."""
     top1 = {
-        method: tables.column(sorted(group, key=lambda row: row["seed"]), "last_top1")
+        method: tables.column(group, "last_top1")
         for (method,), group in tables.grouped(rows, "method").items()
     }
     best = max(RIVALS & top1.keys(), key=lambda method: statistics.mean(top1[method]))

@@ -6,8 +6,7 @@
 # (dataset-fashion-mnist, in /usr/share/datasets/fashion-mnist). benchmarks/glyphs.py says how to
 # get the typefaces, benchmarks/photos.py how to get the photographs; without them the parts on
 # 200 characters and on photographs are left out. About four hours on two CPU cores; may be stopped
-# and repeated. analysis/plans/recipe_students_*.yaml, larger students on the same images, are for a
-# GPU: bash scripts/run_sweep.sh --plan each of them afterwards.
+# and repeated.
 set -euo pipefail
 
 # shellcheck source=scripts/setup.sh
@@ -101,7 +100,7 @@ if [[ -n "$fonts" ]]; then
     label glyphs_ipc2 20 glyphs_cutmix glyphs_labels_ipc2 "${glyphs[@]}"
     label glyphs_ipc5 25 glyphs glyphs_plain_labels "${glyphs[@]}"
     label glyphs_ipc5 25 glyphs_cutmix glyphs_labels "${glyphs[@]}"
-    sweep glyphs_tune glyphs glyphs_share recipe_{views,scale,long}_glyphs recipe_glyphs
+    sweep glyphs_tune glyphs glyphs_share recipe_{views,scale}_glyphs recipe_glyphs
 else
     echo "run_study: no folder with typefaces was given: the 200 characters are left out"
 fi
@@ -136,7 +135,7 @@ label fashion_ipc10 100 fashion_cutmix fashion_labels "${fashion[@]}"
 recipes fashion fashion_ipc10 100 fashion_cutmix fashion_labels "${fashion[@]}"
 sweep fashion_tune fashion fashion_share recipe_{views,scale,long}_fashion recipe_fashion
 
-sweep digits_share fashion_plain_tune resnet18
+sweep digits_share fashion_plain_tune resnet18 recipe_resnet18
 # For the figure of the stall: published at the T of the balanced run.
 "${train[@]}" --data-dir "$study/digits_ipc5" --label-dir "$study/digits_labels" \
     --val-dir "$study/digits_split/held_out" --output-dir "$study/stall_published" \
