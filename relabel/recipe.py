@@ -24,7 +24,9 @@ def advise(small_crops_top1: float) -> dict[str, object]:
     return _PUBLISHED if small_crops_top1 >= _SURE else _LARGE
 
 
-def probe(teachers: Ensemble, folder: ImageFolder, dataset: Dataset, args) -> float:
+def probe(
+    args: argparse.Namespace, teachers: Ensemble, folder: ImageFolder, dataset: Dataset
+) -> float:
     """In how many unmixed crops of 8 % and more the teacher names the class, in percent.
 
     Of a thousand views, with BatchNorm's running statistics.
@@ -51,7 +53,7 @@ def apply(
     """
     advised, measured = _PUBLISHED, {}
     if args.recipe == "auto" and None in (args.mix, args.min_scale):
-        top1 = teachers.runtime.from_first(probe(teachers, folder, dataset, args))
+        top1 = teachers.runtime.from_first(probe(args, teachers, folder, dataset))
         advised, measured = advise(top1), {"small_crops_top1": top1}
     missing = {name: value for name, value in advised.items() if getattr(args, name) is None}
     vars(args).update(missing)

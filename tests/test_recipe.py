@@ -59,7 +59,7 @@ def test_the_probe_counts_in_how_many_small_unmixed_crops_the_teacher_is_right(t
         Image.fromarray(image).save(tmp_path / name / "0.png")
     args = SimpleNamespace(batch_size=2, workers=0)
     dataset = dataclasses.replace(TINY, num_classes=2, mean=(0.5,) * 3, std=(0.5,) * 3)
-    top1 = label_recipe.probe(ByBrightness(), folders.scan(tmp_path), dataset, args)
+    top1 = label_recipe.probe(args, ByBrightness(), folders.scan(tmp_path), dataset)
     assert 70 < top1 < 80
 
 
@@ -99,7 +99,8 @@ def test_auto_is_printed_recorded_and_continued(world, tmp_path, command):
     assert done.code == 0, done.err
     assert (
         "--recipe auto: --schedule moved --soft-loss-scale none --temperature 4.0 "
-        "--label-smoothing 0.1; its labels are those of relabel/generate.py --recipe auto\n"
+        "--label-smoothing 0.1; meant for labels of relabel/generate.py --recipe auto, which "
+        "these are not\n"
     ) in done.out
     recorded = runlog.RunFolder(run).settings()
     assert (recorded["schedule"], recorded["temperature"]) == ("moved:4", 4.0)
@@ -113,7 +114,7 @@ def test_a_flag_given_by_hand_wins_even_at_the_published_value(world, tmp_path, 
     settings = settings_of(world, tmp_path, "--recipe", "auto", *given)
     assert (settings.schedule, settings.temperature) == ("soft:4", 20)
     assert (settings.label_smoothing, settings.soft_loss_scale) == (0.8, "none")
-    assert "--recipe auto: --soft-loss-scale none; its labels" in capsys.readouterr().out
+    assert "--recipe auto: --soft-loss-scale none; meant for" in capsys.readouterr().out
 
 
 def test_a_sweep_leaves_everything_to_the_rule(tmp_path):

@@ -31,12 +31,12 @@ def apply(args: argparse.Namespace, classes: int, made_by_auto: bool = True) -> 
     if args.recipe == "published":
         return argparse.Namespace(**vars(args) | _missing(args, _PUBLISHED))
     chosen = _missing(args, advise(classes))
-    flags = [f"--{name.replace('_', '-')} {value}" for name, value in chosen.items()]
-    print(
-        f"--recipe auto: {' '.join(flags)}"
-        + ("" if made_by_auto else "; its labels are those of relabel/generate.py --recipe auto")
-        + (f"; not measured above {_MOST_MEASURED} classes" if classes > _MOST_MEASURED else "")
-    )
+    said = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in chosen.items())
+    if not made_by_auto:
+        said += "; meant for labels of relabel/generate.py --recipe auto, which these are not"
+    if classes > _MOST_MEASURED:
+        said += f"; not measured above {_MOST_MEASURED} classes"
+    print(f"--recipe auto: {said}")
     return argparse.Namespace(**vars(args) | chosen)
 
 
