@@ -114,7 +114,7 @@ if [[ -n "$photos" ]]; then
     distil photos photos photos/train 5 "${patches[@]}"
     label photos_ipc5 50 photos photos_labels "${patches[@]}"
     recipes photos photos_ipc5 50 photos photos_labels "${patches[@]}"
-    sweep recipe_photos_tune recipe_{views,long}_photos recipe_photos
+    sweep recipe_photos_tune recipe_{views,scale,long}_photos recipe_photos
 else
     echo "run_study: no folder with photographs was given: that part is left out"
 fi
