@@ -17,7 +17,7 @@ python="${PYTHON:-python3}"
 out="$ROOT/runs/gpu_check"
 limit=530
 network=()
-images=(--classes 100 --seconds 2 --repeats 3 --val-images 50000)
+images=(--classes 100 --seconds 1 --repeats 3 --val-images 50000)
 workers=(4 16)
 if [[ -n "${GPU_CHECK_SMALL:-}" ]]; then
     network=(--model ConvNetW32 --size 32 --batch-size 4 --classes 4)
