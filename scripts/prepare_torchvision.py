@@ -169,12 +169,9 @@ def main() -> None:
     if args.size is not None and (kind is not FashionMNIST or args.size % 2):
         raise UserError("--size goes with --dataset fashion_mnist, and must be even")
     record = {"dataset": args.dataset, "size": args.size}
-    if args.out_dir.exists():
-        made = args.out_dir / _RECORD
-        if made.is_file() and read_json(made) == record:
-            print(f"{args.out_dir} is there already: nothing to do")
-            return
-        raise UserError(f"{args.out_dir} exists already and is left as it is; choose another")
+    if (args.out_dir / _RECORD).is_file() and read_json(args.out_dir / _RECORD) == record:
+        print(f"{args.out_dir} is there already: nothing to do")
+        return
     source = args.source_dir
     if source is None:
         source = args.out_dir.with_name(args.out_dir.name + ".download")
