@@ -2,20 +2,20 @@
 
 Both come as one flat folder of images and a list of labels. The images stay where they are, under
 their names: the class folders hold symbolic links to them (cp -rL copies them). Everything is
-checked before the first link is made.
+checked before the first link is made. --labels is
 
-  --kind tiny_imagenet: --data-dir is tiny-imagenet-200 or its val/ (images/, val_annotations.txt).
-  --kind imagenet1k: --data-dir holds ILSVRC2012_val_00000001.JPEG, ...; --labels is
-    * a text in which an image's name and a WordNet id stand on one line: LOC_val_solution.csv, the
-      script valprep.sh (which is read and not run), or a plain list; or
-    * the devkit's ILSVRC2012_validation_ground_truth.txt, with its meta.mat as --synsets: its
-      numbers count from 1 in an order of the devkit's own.
-    The classes of the first three images are public knowledge, so a list in another order is
-    noticed.
+* a text in which an image's name and a WordNet id stand on one line: LOC_val_solution.csv, the
+  script valprep.sh (which is read and not run), Tiny-ImageNet's val_annotations.txt; or
+* the devkit's ILSVRC2012_validation_ground_truth.txt, with its meta.mat as --synsets: its numbers
+  count from 1 in an order of the devkit's own.
 
-python scripts/prepare_val.py --kind tiny_imagenet --data-dir tiny-imagenet-200 --out-dir V
-python scripts/prepare_val.py --kind imagenet1k --data-dir ILSVRC2012_img_val
-    --labels LOC_val_solution.csv --out-dir V
+Of ImageNet-1K the classes of the first three images are public knowledge, so a list in another
+order is noticed.
+
+python scripts/prepare_val.py --data-dir ILSVRC2012_img_val --labels LOC_val_solution.csv
+    --out-dir V
+python scripts/prepare_val.py --data-dir tiny-imagenet-200/val/images
+    --labels tiny-imagenet-200/val/val_annotations.txt --out-dir V
 """
 
 import sys
@@ -24,19 +24,17 @@ from pathlib import Path
 if not __package__:  # run as a plain script: imports start at the repository root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import argparse
 import hashlib
 import re
 
 from utils import cli
 from utils.cli import UserError
-from utils.data import datasets, folders
+from utils.data import folders
 from utils.files import atomic_write, read_json, to_json, whole_folder
 
 _RECORD = "validation.json"
 _WORDNET_ID = re.compile(r"\bn\d{8}\b")
-_IMAGENET = re.compile(r"\bILSVRC2012_val_\d{8}\b")
-_TINY_IMAGENET = re.compile(r"\bval_\d+\b")
+_IMAGE = re.compile(r"\b(ILSVRC2012_)?val_\d+\b")
 _CLASSES = 1000
 _FORMS = (
     "--labels must be lines with an image's name and its WordNet id (ILSVRC2012_val_00000001 "
@@ -47,24 +45,6 @@ _KNOWN = {
     "ILSVRC2012_val_00000002": "n09193705",
     "ILSVRC2012_val_00000003": "n02105855",
 }
-
-
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = cli.Parser(description="Sort flat validation images into class folders, by links.")
-    add = parser.add_argument
-    kinds = ("tiny_imagenet", "imagenet1k")
-    add("--kind", type=datasets.canonical, choices=kinds, required=True, help="whose images")
-    add("--data-dir", type=Path, required=True, help="the images as they came")
-    add("--out-dir", type=Path, required=True, help="class folders to make")
-    add("--labels", type=Path, metavar="FILE", help="imagenet1k: lines of image and WordNet id")
-    add("--synsets", type=Path, metavar="FILE", help="imagenet1k: the devkit's meta.mat")
-    args = parser.parse_args()
-    if args.kind == "imagenet1k" and args.labels is None:
-        parser.error("--kind imagenet1k also needs --labels, the list of labels")
-    if args.kind == "tiny_imagenet" and (args.labels or args.synsets):
-        parser.error("--labels and --synsets go with --kind imagenet1k")
-    return args
 
 
 def list_images(folder: Path) -> dict[str, Path]:
@@ -82,11 +62,11 @@ def list_images(folder: Path) -> dict[str, Path]:
     return images
 
 
-def labels_beside_names(path: Path, name: re.Pattern) -> dict[str, str]:
+def labels_beside_names(path: Path) -> dict[str, str]:
     """WordNet id by image, of the lines that hold both; other lines are passed over."""
     classes: dict[str, str] = {}
     for line in path.read_text(errors="replace").splitlines():
-        image, ids = name.search(line), set(_WORDNET_ID.findall(line))
+        image, ids = _IMAGE.search(line), set(_WORDNET_ID.findall(line))
         if image is None or not ids:
             continue
         if image[0] in classes or len(ids) > 1:
@@ -122,12 +102,9 @@ def read_synsets(path: Path) -> list[str]:
         raise UserError(f"{path} is damaged or not the devkit's meta.mat ({error})") from None
 
 
-def read_imagenet(path: Path, synsets: Path | None) -> dict[str, str]:
+def read_labels(path: Path, synsets: Path | None) -> dict[str, str]:
     """WordNet id by image, of either form; raises UserError for anything else."""
-    if synsets is None:
-        classes = labels_beside_names(path, _IMAGENET)
-    else:
-        classes = ground_truth(path, read_synsets(synsets))
+    classes = ground_truth(path, read_synsets(synsets)) if synsets else labels_beside_names(path)
     if not classes:
         raise UserError(f"{path} does not say which classes are meant: {_FORMS}")
     for image, expected in _KNOWN.items():
@@ -139,10 +116,8 @@ def read_imagenet(path: Path, synsets: Path | None) -> dict[str, str]:
     return classes
 
 
-def check_complete(
-    images: dict[str, Path], classes: dict[str, str], path: Path, num_classes: int
-) -> None:
-    """Raises UserError unless every image has a label, every label an image, no class lacks."""
+def check_complete(images: dict[str, Path], classes: dict[str, str], path: Path) -> None:
+    """Raises UserError unless every image has a label, and every label an image."""
     if unlabelled := [images[image] for image in images if image not in classes]:
         count = len(unlabelled)
         raise UserError(f"{path} has no label for {count} images, the first: {unlabelled[0]}")
@@ -151,27 +126,21 @@ def check_complete(
             f"{len(absent)} images of {path} are not there, the first: {absent[0]}; is everything "
             "unpacked?"
         )
-    named = len(set(classes.values()))
-    if named != num_classes:
-        raise UserError(f"{path} names {named} classes, there must be {num_classes}")
 
 
 def main() -> None:
-    args = parse_arguments()
+    parser = cli.Parser(description="Sort flat validation images into class folders, by links.")
+    add = parser.add_argument
+    add("--data-dir", type=Path, required=True, help="the folder with the images")
+    add("--out-dir", type=Path, required=True, help="class folders to make")
+    add("--labels", type=Path, required=True, metavar="FILE", help="names and WordNet ids")
+    add("--synsets", type=Path, metavar="FILE", help="meta.mat, where the labels are the devkit's")
+    args = parser.parse_args()
     folder = args.data_dir.resolve()
-    if args.kind == "tiny_imagenet":
-        if (folder / "val" / "val_annotations.txt").is_file():
-            folder = folder / "val"
-        labels, images = folder / "val_annotations.txt", list_images(folder / "images")
-        classes = labels_beside_names(labels, _TINY_IMAGENET)
-        folder = folder / "images"
-    else:
-        labels, images = args.labels, list_images(folder)
-        classes = read_imagenet(labels, args.synsets)
-    check_complete(images, classes, labels, datasets.named(args.kind).num_classes)
+    images, classes = list_images(folder), read_labels(args.labels, args.synsets)
+    check_complete(images, classes, args.labels)
     assigned = "".join(f"{image} {classes[image]}\n" for image in sorted(classes))
     record = {
-        "kind": args.kind,
         "source": str(folder),
         "images": len(images),
         "labels_sha256": hashlib.sha256(assigned.encode()).hexdigest(),
