@@ -65,38 +65,31 @@ def download(dataset: str, folder: Path) -> None:
         ) from None
 
 
-def check_md5(path: Path, md5: str) -> None:
-    """Raises UserError unless a file is the published one."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing (--help says what --source-dir holds)")
-    if not check_integrity(path, md5):
-        raise UserError(
-            f"{path} is damaged or not the published file (its MD5 is not {md5}); nothing in it "
-            "was read: get it again"
-        )
-
-
 def read_cifar(kind: type[CIFAR10], source: Path) -> Splits:
     """The splits, uint8 [N, 32, 32, 3] and labels, of an archive, or a folder of it or its files.
 
-    An archive is extracted for the time of reading. torchvision's reader checks every MD5 again.
+    An archive is extracted for the time of reading. torchvision's reader checks the MD5 of every
+    file before it unpickles any. Raises UserError unless all are the published ones.
     """
-    files = [*kind.train_list, *kind.test_list, [kind.meta["filename"], kind.meta["md5"]]]
     reader = type(kind.__name__, (kind,), {"base_folder": ""})  # whatever the folder's name is
-    splits = {}
+    archive, folder, splits = source / kind.filename, source / kind.base_folder, {}
     with tempfile.TemporaryDirectory() as scratch:
-        archive = source if source.is_file() else source / kind.filename
-        if archive.is_file():
-            check_md5(archive, kind.tgz_md5)
+        if source.is_file() or archive.is_file():
+            archive = source if source.is_file() else archive
+            if not check_integrity(archive, kind.tgz_md5):
+                raise UserError(f"{archive} is damaged or not the published file: get it again")
             extract_archive(archive, scratch)
-            source = Path(scratch)
-        inside = source / kind.base_folder
-        folder = inside if inside.is_dir() else source
-        for name, md5 in files:
-            check_md5(folder / name, md5)
-        for split in ("train", "val"):
-            data = reader(folder, train=split == "train")
-            splits[split] = data.data, np.array(data.targets)
+            folder = Path(scratch) / kind.base_folder
+        folder = folder if folder.is_dir() else source
+        try:
+            for split in ("train", "val"):
+                data = reader(folder, train=split == "train")
+                splits[split] = data.data, np.array(data.targets)
+        except RuntimeError:
+            raise UserError(
+                f"{folder} does not hold {kind.__name__}'s files, or not as published (their MD5 "
+                "differs): get them again"
+            ) from None
     return splits
 
 
