@@ -181,7 +181,7 @@ def test_images_in_main_memory_are_sent_without_waiting(stored):
     with mock.patch.object(images, "fits", lambda *_: False):
         watch = trained(settings, materials)
     index = "a copy to the CPU is waited for, utils/data/images.py: "
-    index += "indices = [views.index.cpu() for views in batches]"
+    index += "indices = [views.index.to(self.pixels.device) for views in batches]"
     assert watch.waits == {READ_BACK: 7, index: 1}  # one group of eight batches
 
 

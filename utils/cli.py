@@ -298,14 +298,12 @@ def _run(main: Callable[[], None]) -> NoReturn:
         main()
     except UserError as error:
         message = str(error)
-    except torch.OutOfMemoryError:
-        message = _OUT_OF_MEMORY
     except KeyboardInterrupt:
         end_by_signal(signal.SIGINT)
     except RuntimeError as error:
         cause = getattr(error, "inner_exception", None)  # of torch.compile's
         failure = gpu_failure(cause or error)
-        if isinstance(cause, torch.OutOfMemoryError):
+        if isinstance(cause or error, torch.OutOfMemoryError):
             message = _OUT_OF_MEMORY
         elif failure:
             message = f"{failure}; the same command continues after that"

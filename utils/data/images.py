@@ -151,13 +151,10 @@ class ResidentImages:
     def render(self, batches: Iterable[Views]) -> Iterator[torch.Tensor]:
         """Yields the network's input, float32 [N, 3, S, S], for each batch (or more) of views."""
         batches = list(batches)
-        if self.pixels.device.type == self.device.type:
-            sources = (self.pixels[views.index] for views in batches)
-        else:
-            # Copying an index from the GPU waits for it, so all are copied before the first batch.
-            indices = [views.index.cpu() for views in batches]
-            sources = (send(self.pixels[index], self.device) for index in indices)
-        for views, images in zip(batches, sources, strict=True):
+        # Copying an index from the GPU waits for it, so all are copied before the first batch.
+        indices = [views.index.to(self.pixels.device) for views in batches]
+        for views, index in zip(batches, indices, strict=True):
+            images = send(self.pixels[index], self.device)
             yield render(images, views, self.size, self.mean, self.std)
 
 
