@@ -25,13 +25,15 @@ from validate.settings import FREE
 Group = tuple[str, list[runlog.RunFolder]]  # a name, and runs that differ in seed only
 
 
-def add_groups(
-    parser: argparse.ArgumentParser,
-    form: str = "NAME=PATTERN",
-    what: str = "run folders that differ in seed only",
-) -> None:
-    """Adds the runs to be compared: pairs of a name and, by default, a pattern of folders."""
-    parser.add_argument("groups", nargs="+", type=cli.named(form), metavar=form, help=what)
+def add_groups(parser: argparse.ArgumentParser) -> None:
+    """Adds the runs to be compared, as pairs of a name and a pattern for `finished_runs`."""
+    parser.add_argument(
+        "groups",
+        nargs="+",
+        type=cli.named("NAME=PATTERN"),
+        metavar="NAME=PATTERN",
+        help="run folders that differ in seed only",
+    )
 
 
 def finished_runs(pattern: str) -> list[runlog.RunFolder]:

@@ -5,7 +5,7 @@ predictions (0: the same, 1 bit: disjoint) and the cosine of the two vectors of 
 student that learned local drift contradicts itself between crops. Writes OUT.png and OUT.csv.
 
 python analysis/consistency.py --out consistency "hard=runs/hard_*" "HALD=runs/hald_*"
-    [--val-dir V]
+    [--val-dir V] [--images 1000] [--min-scale 0.25]
 """
 
 import sys
@@ -21,14 +21,14 @@ from torch import nn
 from analysis.compare import add_groups, finished_runs
 from analysis.tables import add_out, column, mean_and_std, mean_std, write_study
 from utils import cli, runlog
+from utils.cli import bounded
 from utils.data import folders, images
 from utils.data.datasets import Dataset
 from utils.data.views import Views, ViewSpec, draw
 from validate.evaluate import load_student
 from validate.settings import Settings
 
-_IMAGES = 1000  # at most
-_SPEC = {"batch_size": 128, "min_scale": 0.25, "mix": "none"}  # of their crops
+_BATCH = 128
 
 
 def jensen_shannon(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -48,16 +48,16 @@ def predictions(model: nn.Module, source: images.StreamingImages, views: Views) 
     return torch.cat(parts)[views.index.argsort()]
 
 
-def measure(run: Path, val_dir: Path) -> dict[str, float]:
+def measure(run: Path, val_dir: Path, count: int, min_scale: float) -> dict[str, float]:
     """Means over images for one run: divergence in bits, cosine, share with the same top class."""
     model, saved = load_student(run / runlog.CHECKPOINT)
     dataset = Dataset(**saved["dataset"])
     folder = folders.scan(val_dir)
     folders.check_same_classes(folder, saved["classes"], str(run))
-    sample = folder.sample(_IMAGES)
+    sample = folder.sample(count)
     source = images.StreamingImages(sample.files, dataset, torch.device("cpu"), 0)
     sizes, _ = images.inspect(sample)
-    spec = ViewSpec(dataset.input_size, **_SPEC)
+    spec = ViewSpec(dataset.input_size, _BATCH, min_scale, mix="none")
     one, other = (predictions(model.eval(), source, draw(spec, sizes, seed)) for seed in (0, 1))
     return {
         "jsd_bits": jensen_shannon(one, other).mean().item(),
@@ -92,12 +92,22 @@ def main() -> None:
     add_out(parser)
     add_groups(parser)
     parser.add_argument("--val-dir", type=Path, help="images (default: those of the runs)")
+    parser.add_argument(
+        "--images", type=bounded(int, 1), default=1000, metavar="N", help="how many of them"
+    )
+    parser.add_argument(
+        "--min-scale",
+        type=bounded(float, 0.0001, 1),
+        default=0.25,
+        metavar="X",
+        help="smallest crop as a share of the image's area",
+    )
     args = parser.parse_args()
     groups: dict[str, list[dict]] = {}
     for name, pattern in args.groups:
         for run in finished_runs(pattern):
             val_dir = args.val_dir or Path(Settings.from_record(run.settings(), run.path).val_dir)
-            measured = measure(run.path, val_dir)
+            measured = measure(run.path, val_dir, args.images, args.min_scale)
             row = {"group": name, "run": run.path.name, **measured}
             groups.setdefault(name, []).append(row)
     write_study([row for rows in groups.values() for row in rows], draw_bars(groups), args.out)

@@ -6,6 +6,7 @@ of the images themselves, because running statistics of two students cannot be m
 OUT.png and OUT.csv.
 
 python analysis/landscape.py --out landscape "hard=RUN" "soft=RUN" "HALD=RUN" --val-dir V
+    [--images 500] [--points 15]
 """
 
 import sys
@@ -22,17 +23,14 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
 
-from analysis.compare import add_groups
 from analysis.tables import add_out, write_study
 from utils import cli, runlog
-from utils.cli import UserError
+from utils.cli import UserError, bounded
 from utils.data import folders, images
 from utils.data.datasets import Dataset
 from utils.data.views import normalise
 from validate.evaluate import load_student
 
-_IMAGES = 500  # at most
-_POINTS = 15  # a side of the grid
 _MARGIN = 0.25  # of the plane around the three students, as a share of their extent
 Point = tuple[float, float]
 
@@ -41,15 +39,18 @@ def plane(vectors: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, list
     """Two orthonormal directions from vectors[0], and the coordinates of the three on them.
 
     Raises:
-        UserError: the three are on one line, or two are the same.
+        UserError: the three are on one line.
     """
     first, second = vectors[1] - vectors[0], vectors[2] - vectors[0]
+    if first.norm() == 0:
+        raise UserError("the first two students are the same")
     across = first / first.norm()
     rest = second - (second @ across) * across
-    if not rest.norm() > 1e-9 * first.norm():  # nor where both are 0
-        raise UserError("two of the students are the same, or the three are on one line")
+    if rest.norm() < 1e-9 * first.norm():
+        raise UserError("the three students are on one line: they span no plane")
     up = rest / rest.norm()
-    return across, up, [(0.0, 0.0), *((float(v @ across), float(v @ up)) for v in (first, second))]
+    points = [(float(v @ across), float(v @ up)) for v in (first, second)]
+    return across, up, [(0.0, 0.0), *points]
 
 
 @torch.inference_mode()
@@ -84,9 +85,15 @@ def draw(rows: list[dict], names: list[str], points: list[Point]) -> Figure:
     figure.colorbar(filled, ax=axes, label="validation cross-entropy (nats)")
     for name, (x, y) in zip(names, points, strict=True):
         axes.plot(x, y, "wo", mec="k", ms=9)
-        box = {"boxstyle": "round", "fc": "white", "alpha": 0.8, "lw": 0}
-        offset = {"xytext": (8, 8), "textcoords": "offset points"}
-        axes.annotate(name, (x, y), **offset, weight="bold", bbox=box)
+        axes.annotate(
+            name,
+            (x, y),
+            xytext=(8, 8),
+            textcoords="offset points",
+            fontsize=10,
+            weight="bold",
+            bbox={"boxstyle": "round", "fc": "white", "alpha": 0.8, "lw": 0},
+        )
     axes.set_xlabel(f"distance of the weights from {names[0]} towards {names[1]} (L2 norm)")
     axes.set_ylabel("distance at right angles (L2 norm)")
     axes.set_aspect("equal")
@@ -96,15 +103,23 @@ def draw(rows: list[dict], names: list[str], points: list[Point]) -> Figure:
 def main() -> None:
     parser = cli.Parser(description="Loss on the plane through three students.")
     add_out(parser)
-    add_groups(parser, "NAME=RUN", "three runs of one network")
+    parser.add_argument(
+        "runs",
+        nargs=3,
+        type=cli.named("NAME=RUN"),
+        metavar="NAME=RUN",
+        help="three runs of one network",
+    )
     parser.add_argument("--val-dir", type=Path, required=True, help="images")
+    parser.add_argument(
+        "--images", type=bounded(int, 2), default=500, metavar="N", help="how many of them"
+    )
+    parser.add_argument("--points", type=bounded(int, 3), default=15, metavar="N", help="per side")
     args = parser.parse_args()
-    if len(args.groups) != 3:
-        parser.error(f"{len(args.groups)} runs; a plane goes through three")
-    names = [name for name, _ in args.groups]
-    students = [load_student(Path(run) / runlog.CHECKPOINT) for _, run in args.groups]
+    names = [name for name, _ in args.runs]
+    students = [load_student(Path(run) / runlog.CHECKPOINT) for _, run in args.runs]
     model, saved = students[0]
-    for (_, run), (_, other) in zip(args.groups, students, strict=True):
+    for (_, run), (_, other) in zip(args.runs, students, strict=True):
         if other["network"] != saved["network"]:
             raise UserError(f"{run} is another network than the runs before it")
     vectors = [
@@ -114,13 +129,13 @@ def main() -> None:
     across, up, points = plane(vectors)
     dataset = Dataset(**saved["dataset"])
     folder = folders.scan(args.val_dir)
-    folders.check_same_classes(folder, saved["classes"], args.groups[0][1])
-    sample = folder.sample(_IMAGES)
+    folders.check_same_classes(folder, saved["classes"], args.runs[0][1])
+    sample = folder.sample(args.images)
     pixels = images.load_evaluation(sample, dataset).float()
     inputs = normalise(pixels, torch.tensor(dataset.mean), torch.tensor(dataset.std))
     margin = _MARGIN * np.max(points)
     low, high = np.min(points, axis=0) - margin, np.max(points, axis=0) + margin
-    columns, lines = np.linspace(low, high, _POINTS).T
+    columns, lines = np.linspace(low, high, args.points).T
     rows = []
     for y in cli.progress(lines, desc="landscape", unit="row"):
         for x in columns:

@@ -18,7 +18,6 @@ import math
 import torch
 from matplotlib.figure import Figure
 
-from analysis.compare import add_groups
 from analysis.replay import CONFIRMING, Replay
 from analysis.tables import add_out, column, mean_and_std, write_study
 from utils import cli
@@ -95,11 +94,17 @@ def draw(rows: list[dict], names: list[str], titles: list[str]) -> Figure:
 def main() -> None:
     parser = cli.Parser(description="Length of each update around the switches of phase.")
     add_out(parser)
-    add_groups(parser, "NAME=RUN", "runs of the same schedule")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=cli.named("NAME=RUN"),
+        metavar="NAME=RUN",
+        help="runs of the same schedule",
+    )
     parser.add_argument("--model", help=CONFIRMING)
     args = parser.parse_args()
     rows, kinds = [], []
-    for name, folder in args.groups:
+    for name, folder in args.runs:
         replay = Replay(Path(folder), name, args.model)
         if kinds and replay.settings.kinds != kinds:
             raise UserError(f"{folder} has another schedule than the runs before it")
@@ -117,7 +122,7 @@ def main() -> None:
         f"epoch {epoch}: from {kinds[epoch - 1]} to {kinds[epoch]} labels"
         for epoch in switches(kinds)
     ]
-    names = [name for name, _ in args.groups]
+    names = [name for name, _ in args.runs]
     write_study(rows, draw(rows, names, titles), args.out)
     for name in names:
         before, after = (

@@ -180,11 +180,11 @@ def test_jensen_shannon_divergence_in_bits():
     assert measured.tolist() == pytest.approx([1, half, 0], abs=1e-6)
 
 
-def test_consistency_compares_groups(run, tmp_path, command, monkeypatch):
-    monkeypatch.setattr(consistency, "_IMAGES", 10)
-    monkeypatch.setitem(consistency._SPEC, "min_scale", 1)
+def test_consistency_compares_groups(run, tmp_path, command):
     pattern = f"balanced={run.parent}/studied_seed*"
-    done = command(consistency.main, "--out", tmp_path / "c", pattern)
+    done = command(
+        consistency.main, "--out", tmp_path / "c", pattern, "--images", 10, "--min-scale", 1
+    )
     assert done.code == 0, done.err
     assert "balanced: divergence" in done.out and (tmp_path / "c.png").exists()
     row = (tmp_path / "c.csv").read_text().splitlines()[2].split(",")
@@ -200,8 +200,7 @@ def test_the_plane_keeps_distances():
         landscape.plane([vectors[0], vectors[1], 2 * vectors[1] - vectors[0]])
 
 
-def test_the_landscape_holds_the_three_students(world, run, tmp_path, command, monkeypatch):
-    monkeypatch.setattr(landscape, "_POINTS", 3)
+def test_the_landscape_holds_the_three_students(world, run, tmp_path, command):
     others = []
     for position in range(2):
         folder = tmp_path / f"other{position}"
@@ -213,7 +212,7 @@ def test_the_landscape_holds_the_three_students(world, run, tmp_path, command, m
         save_tensors(folder / "checkpoint.pt", saved)
         others.append(f"o{position}={folder}")
     arguments = ("--out", tmp_path / "l", f"a={run}", *others, "--val-dir", world.val)
-    done = command(landscape.main, *arguments)
+    done = command(landscape.main, *arguments, "--points", 3)
     assert done.code == 0, done.err
     assert Image.open(tmp_path / "l.png").size[0] > 600
     assert len((tmp_path / "l.csv").read_text().splitlines()) == 11
