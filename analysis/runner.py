@@ -44,23 +44,19 @@ class Task:
     facts: dict
 
     @property
-    def record(self) -> Path:
-        """Keeps the command that did it, without the folder of this repository."""
-        return self.logs / f"{self.name}.command"
-
-    @property
     def log(self) -> Path:
         """Keeps what it prints."""
         return self.logs / f"{self.name}.log"
 
-    def text(self) -> str:
-        """What `record` is to hold."""
-        return shlex.join(self.command[1:]) + "\n"
-
     def is_done(self) -> bool:
         """Whether it has been done with these flags; with others, its command is to say so."""
-        recorded = self.record.read_text() if self.record.exists() else self.text()
-        return self.done.exists() and recorded == self.text()
+        record, flags = self.logs / f"{self.name}.command", shlex.join(self.command[1:])
+        return self.done.exists() and (not record.exists() or record.read_text().strip() == flags)
+
+    def note_done(self) -> None:
+        """Keeps the flags that it was done with."""
+        flags = shlex.join(self.command[1:])
+        atomic_write(self.logs / f"{self.name}.command", f"{flags}\n".encode())
 
     def start(self, environment: dict[str, str]) -> BaseProcess:
         """Starts the command; what it prints goes to its log."""
@@ -143,7 +139,7 @@ def run_all(tasks: list[Task], slots: list[dict[str, str]], what: str) -> list[s
                         if process.exitcode:
                             failed.append(f"{task.name}: {task.last_words()}")
                         else:
-                            atomic_write(task.record, task.text().encode())
+                            task.note_done()
                         bar.update()
                     if slot not in running and waiting:
                         task = waiting.pop(0)

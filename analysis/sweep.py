@@ -32,6 +32,7 @@ from utils.files import lock, read_json
 from validate.kinds import KINDS
 
 _FOLDERS = ("data_dir", "val_dir", "out_dir", "label_dir")
+_scan = functools.cache(folders.scan)
 _CUSTOM = ("num_classes", "input_size", "mean", "std")  # flags that describe a data set
 
 
@@ -217,14 +218,7 @@ def images_dir(settings: argparse.Namespace, ipc: int) -> Path:
 
 def count_classes(settings: argparse.Namespace, ipc: int) -> int:
     """Number of classes: known of the data set, or the class folders of the distilled images."""
-    if settings.facts.num_classes:
-        return settings.facts.num_classes
-    return _class_folders(images_dir(settings, ipc))
-
-
-@functools.cache
-def _class_folders(images: Path) -> int:
-    return len(folders.scan(images).classes)
+    return settings.facts.num_classes or len(_scan(images_dir(settings, ipc)).classes)
 
 
 def top_k(classes: int) -> int:

@@ -17,11 +17,11 @@ python="${PYTHON:-python3}"
 out="$ROOT/runs/gpu_check"
 limit=530
 network=()
-images=(--classes 100 --passes 5 --repeats 3 --val-images 50000)
+images=(--classes 100 --seconds 1 --repeats 3 --val-images 50000)
 workers=(4 16)
 if [[ -n "${GPU_CHECK_SMALL:-}" ]]; then
     network=(--model ConvNetW32 --size 32 --batch-size 4 --classes 4)
-    images=(--ipc 2 --repeats 1 --val-images 40)
+    images=(--ipc 2 --seconds 0.1 --repeats 1 --val-images 40)
     workers=(0 1)
 fi
 
@@ -120,7 +120,7 @@ if [[ -n "${GPU_CHECK_SMALL:-}" ]]; then
     skip demo "not in miniature"
 elif reason="$("$python" scripts/check_requirements.py requirements.txt 2>&1)"; then
     # The demo takes the python3 that comes first.
-    step demo 120 env PATH="$(dirname "$(command -v "$python")"):$PATH" DEMO_DIR="$out/demo" \
+    step demo 150 env PATH="$(dirname "$(command -v "$python")"):$PATH" DEMO_DIR="$out/demo" \
         bash scripts/run_demo.sh
 else
     skip demo "skipped: $reason"

@@ -20,14 +20,15 @@ from utils.cli import UserError
 
 
 def by_turns(pipelines: dict[str, Callable], bench: Bench) -> Iterator[dict]:
-    """Times pipelines by turns, each in a process of its own; a first round is not counted.
+    """Times pipelines by turns, each in a process of its own, once it has found its pace.
 
     So neither memory nor settings of one are another's, and a machine that slows down slows all.
 
     Args:
         pipelines: by name what makes one; its `run(passes: range)` is timed, and returns how many
             images it went through.
-        bench: its arguments say how often (`repeats`) and over how many passes each time.
+        bench: its arguments say how often (`repeats`), and how long a timing is to take at least
+            (`seconds`). How many passes that are is found beforehand, by doubling them.
 
     Yields:
         A row for each timing, once it is taken. `peak_mb` is what the process, without its workers,
@@ -36,7 +37,7 @@ def by_turns(pipelines: dict[str, Callable], bench: Bench) -> Iterator[dict]:
     Raises:
         UserError: a process was ended from outside; or what a pipeline raises.
     """
-    device, passes = bench.machine.device, bench.args.passes
+    device = bench.machine.device
     with contextlib.ExitStack() as ending:
         samples = ending.enter_context(gpu_samples(device))
         processes = {}
@@ -45,14 +46,21 @@ def by_turns(pipelines: dict[str, Callable], bench: Bench) -> Iterator[dict]:
             processes[name] = ending.enter_context(ProcessPoolExecutor(1, spawn))
             ending.callback(_end_pipeline, processes[name])
             _result(processes[name].submit(_begin, torch.get_num_threads(), device, make))
-        for repeat in range(bench.args.repeats + 1):
-            todo = range(repeat * passes, (repeat + 1) * passes)
+        passes = {}
+        for name, process in processes.items():
+            _result(process.submit(_run, range(1)))  # compiles, captures, fills caches
+            passes[name], seconds = range(1), 0.0
+            while seconds < bench.args.seconds:
+                passes[name] = _next(passes[name], 2 * len(passes[name]))
+                _, seconds, _ = _result(process.submit(_run, passes[name]))
+        for repeat in range(1, bench.args.repeats + 1):
             for name, process in processes.items():
+                passes[name] = _next(passes[name], len(passes[name]))
                 started = time.perf_counter()
-                images, seconds, peak = _result(process.submit(_run, todo))
+                images, seconds, peak = _result(process.submit(_run, passes[name]))
                 # The driver's numbers are means over the last part of a second.
                 used = [percent for moment, percent in samples if moment > started + 0.5]
-                row = {
+                yield {
                     "pipeline": name,
                     "repeat": repeat,
                     "images": images,
@@ -61,8 +69,10 @@ def by_turns(pipelines: dict[str, Callable], bench: Bench) -> Iterator[dict]:
                     "peak_mb": round(peak / 1e6),
                     "gpu_percent": round(statistics.mean(used), 1) if used else None,
                 }
-                if repeat > 0:
-                    yield row
+
+
+def _next(passes: range, count: int) -> range:
+    return range(passes.stop, passes.stop + count)
 
 
 def _result(future: Future):

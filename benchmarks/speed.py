@@ -44,6 +44,7 @@ from validate.evaluate import accuracy
 from validate.settings import Materials, resolve
 from validate.settings import parse_arguments as training_arguments
 
+MOST_PASSES = 10_000  # that relabelling could ever be timed over
 _PATIENCE = 60  # seconds until passes that are packed are on disk
 PLAIN, OURS, EAGER, COMPILED = "straightforward", "ours", "eager", "compiled"
 
@@ -61,13 +62,18 @@ def parse_arguments() -> argparse.Namespace:
         help="eager and compiled: our training without CUDA graphs, and with a compiled student",
     )
     parser.add_argument("--repeats", type=bounded(int, 1), default=5, metavar="N")
-    passes = "over all images per timing"
-    parser.add_argument("--passes", type=bounded(int, 1), default=1, metavar="N", help=passes)
+    parser.add_argument(
+        "--seconds",
+        type=bounded(float, 0),
+        default=1,
+        metavar="S",
+        help="a timing goes over all images as often as takes about so long (default: 1)",
+    )
     parser.add_argument(
         "--val-images",
         type=bounded(int, 1),
         metavar="N",
-        help="evaluate so many, the same ones again and again, once per timing (default: all)",
+        help="evaluate so many, the same ones again and again (default: all)",
     )
     codecs.add_arguments(parser, default="fp16")
     add_arguments(parser)
@@ -89,7 +95,7 @@ class Relabelling:
             sizes=bench.sizes,
             images_sha256="",
             ipc=None,
-            passes=args.passes * (args.repeats + 1),
+            passes=MOST_PASSES,
             spec=bench.spec,
             seed=0,
             origin={"views_per_forward": views_per_forward(args, machine.device)},
@@ -179,7 +185,6 @@ class Evaluation:
 
     def run(self, passes: range) -> int:
         """Evaluates once for each pass; returns the number of images."""
-        passes = passes[:1] if self.bench.args.val_images else passes
         for _ in passes:
             accuracy(
                 self.model,

@@ -73,12 +73,9 @@ def build(name: str, num_classes: int, input_size: int) -> nn.Module:
     else any torchvision classification name, the same network at every size (ViT,
     MaxViT and Inception refuse small images when called). `timm:NAME` asks timm, and
     `package.module:factory` calls `factory(num_classes=num_classes)`.
-    Raises ValueError on an unknown name, a size a house network is not for, a value below 1, or a
-    module or factory that fails.
+    Raises ValueError on an unknown name, a size a house network is not for, or a module or factory
+    that fails.
     """
-    for label, value in (("num_classes", num_classes), ("input_size", input_size)):
-        if value < 1:
-            raise ValueError(f"{label} must be at least 1, got {value}")
     source, colon, attribute = name.partition(":")
     if colon and source == "timm":
         return _build_timm(attribute, num_classes)

@@ -19,6 +19,7 @@ from utils.data.views import Views
 from utils.labels import LabelWriter
 
 _MOST = 8  # packers beside a GPU, unless told otherwise: a teacher may label faster than 4 pack
+_FEW = 30_000  # labels of 1000 classes that are packed in five seconds, which starting one took
 _COPIES = 4  # of the float32 logits of a pass that a packer is reckoned to hold while packing
 _IN_FLIGHT = 4  # those of two passes in pinned memory, which is handed out in powers of two
 
@@ -27,9 +28,10 @@ def default_packers(device: torch.device, writer: LabelWriter) -> int:
     """How many processes pack beside a device: as many as cores and memory allow, none on a CPU.
 
     There, labelling itself needs the cores, and its threads wait for each other at every layer: a
-    small network labelled half as fast beside a second thread (measured).
+    small network labelled half as fast beside a second thread (measured). Nor for few labels, which
+    are packed before a process has started.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or writer.settings["passes"] * len(writer.sizes) < _FEW:
         return 0
     local = os.environ.get("LOCAL_WORLD_SIZE", "")  # torchrun's processes on this machine
     sharing = max(1, int(local)) if local.isdecimal() else world_size()

@@ -27,7 +27,7 @@ from utils.cli import UserError
 from utils.data import folders, images
 from utils.data.views import crop_resize, mix
 from utils.files import atomic_write, save_figure, to_json
-from utils.labels import LabelSet
+from utils.labels import LabelSet, first_difference
 from utils.labels.arrays import read_npz
 from utils.results import write_csv
 
@@ -98,15 +98,13 @@ def size_table(labels: LabelSet, parts: dict[str, int]) -> tuple[str, dict]:
 
 
 def check_reference(labels: LabelSet, reference: LabelSet) -> None:
-    """Raises UserError unless `reference` holds labels of the same views by the same teacher."""
-    for key in ("images", "teachers", "bssl", "seed", "batch_size", "mix", "input_size"):
-        if labels.manifest.get(key) != reference.manifest.get(key):
-            raise UserError(
-                f"--reference {reference.path} does not hold the same labels: {key} differs from "
-                f"that of {labels.path}"
-            )
+    """Raises UserError unless `reference` holds the same labels in fp16."""
     if reference.manifest["codec"]["name"] != "fp16":
         raise UserError(f"--reference {reference.path} is not in codec fp16")
+    decisive = ("images", "teachers", "bssl", "seed", "batch_size", "mix", "input_size")
+    facts = [{key: of.manifest.get(key) for key in decisive} for of in (labels, reference)]
+    if difference := first_difference(*facts):
+        raise UserError(f"--reference {reference.path} holds other labels ({difference})")
 
 
 def loss_table(labels: LabelSet, reference: LabelSet | None) -> tuple[str, dict]:

@@ -32,10 +32,11 @@ def split(folder: folders.ImageFolder, count: int, seed: int) -> dict[str, list[
         if count >= images_of_class:
             raise UserError(f"--held-out {count}: class {name} has only {images_of_class} images")
     held_out = set(choose_candidates(folder.labels, count, seed).tolist())
-    parts: dict[str, list[Path]] = {"held_out": [], "rest": []}
-    for row, path in enumerate(folder.files):
-        parts["held_out" if row in held_out else "rest"].append(path)
-    return parts
+    rows = list(enumerate(folder.files))
+    return {
+        "held_out": [path for row, path in rows if row in held_out],
+        "rest": [path for row, path in rows if row not in held_out],
+    }
 
 
 def main() -> None:
@@ -51,9 +52,7 @@ def main() -> None:
     args = parser.parse_args()
     folder = folders.scan(args.data_dir)
     record = {"source": folder.listing_sha256(), "held_out": args.held_out, "seed": args.seed}
-    if (args.out_dir / _RECORD).exists():
-        if read_json(args.out_dir / _RECORD) != record:
-            raise UserError(f"{args.out_dir} holds another split; choose another --out-dir")
+    if (args.out_dir / _RECORD).is_file() and read_json(args.out_dir / _RECORD) == record:
         print(f"{args.out_dir} is there already: nothing to do")
         return
     parts = split(folder, args.held_out, args.seed)

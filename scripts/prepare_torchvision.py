@@ -6,10 +6,8 @@ is used with --source-dir: for CIFAR the archive, the extracted folder, or the f
 either; for Fashion-MNIST the folder with the four idx files, gzipped or not. Without it torchvision
 downloads to <out-dir>.download.
 
-CIFAR comes as pickles, and unpickling a file can execute what is in it. So every file must have
-the MD5 that torchvision holds for the published one before anything is unpickled; other files are
-refused unread. Fashion-MNIST's files are plain arrays; theirs are compared too, because MNIST and
-its other relatives use the same file names.
+Every file must have the MD5 of the published one: CIFAR comes as pickles, and unpickling a file can
+execute what is in it; MNIST's files have the names of Fashion-MNIST's.
 
 python scripts/prepare_torchvision.py --dataset cifar100 --out-dir D [--source-dir S]
 python scripts/prepare_torchvision.py --dataset fashion_mnist --size 32 --out-dir D [--source-dir S]
@@ -67,80 +65,48 @@ def download(dataset: str, folder: Path) -> None:
         ) from None
 
 
-def find_cifar(kind: type[CIFAR10], source: Path) -> Path:
-    """The folder of verified CIFAR files, or the verified archive, at or in `source`.
-
-    Raises:
-        UserError: neither is there, or a file is not the published one.
-    """
-    published = [*kind.train_list, *kind.test_list, [kind.meta["filename"], kind.meta["md5"]]]
-    for folder in (source, source / kind.base_folder):
-        if any((folder / name).is_file() for name, _ in published):
-            for name, md5 in published:
-                _check_file(folder / name, md5)
-            return folder
-    archive = source if source.is_file() else source / kind.filename
-    if not archive.is_file():
-        raise UserError(
-            f"{source} holds neither {kind.base_folder} nor {kind.filename}; --source-dir is the "
-            "folder that holds one of them"
-        )
-    _check_file(archive, kind.tgz_md5)
-    return archive
-
-
-def _check_file(path: Path, md5: str) -> None:
-    if not path.is_file():
-        raise UserError(f"{path} is missing; the copy in --source-dir is incomplete")
-    if not check_integrity(path, md5):
-        raise UserError(
-            f"{path} is damaged or not the published file (its MD5 is not {md5}); nothing in it "
-            "was read: get it again"
-        )
-
-
 def read_cifar(kind: type[CIFAR10], source: Path) -> Splits:
-    """The splits, uint8 [N, 32, 32, 3] and labels, of what find_cifar finds at or in `source`.
+    """The splits, uint8 [N, 32, 32, 3] and labels, of an archive, or a folder of it or its files.
 
-    An archive is extracted for the time of reading. torchvision's reader checks every MD5 again.
+    An archive is extracted for the time of reading. torchvision's reader checks the MD5 of every
+    file before it unpickles any. Raises UserError unless all are the published ones.
     """
-    verified = find_cifar(kind, source)
     reader = type(kind.__name__, (kind,), {"base_folder": ""})  # whatever the folder's name is
-    splits = {}
+    archive, folder, splits = source / kind.filename, source / kind.base_folder, {}
     with tempfile.TemporaryDirectory() as scratch:
-        if verified.is_file():
-            extract_archive(verified, scratch)
-            verified = Path(scratch) / kind.base_folder
-        for split in ("train", "val"):
-            data = reader(verified, train=split == "train")
-            splits[split] = data.data, np.array(data.targets)
+        if source.is_file() or archive.is_file():
+            archive = source if source.is_file() else archive
+            if not check_integrity(archive, kind.tgz_md5):
+                raise UserError(f"{archive} is damaged or not the published file: get it again")
+            extract_archive(archive, scratch)
+            folder = Path(scratch) / kind.base_folder
+        folder = folder if folder.is_dir() else source
+        try:
+            for split in ("train", "val"):
+                data = reader(folder, train=split == "train")
+                splits[split] = data.data, np.array(data.targets)
+        except RuntimeError:
+            raise UserError(
+                f"{folder} does not hold {kind.__name__}'s files, or not as published (their MD5 "
+                "differs): get them again"
+            ) from None
     return splits
 
 
-def find_fashion_mnist(source: Path) -> Path:
-    """The folder of the idx files: `source` or where torchvision puts them in it."""
-    first = next(iter(_IDX_MD5))
-    for folder in (source, source / "raw", source / "FashionMNIST" / "raw"):
-        if (folder / first).is_file() or (folder / f"{first}.gz").is_file():
-            return folder
-    raise UserError(
-        f"{source} has no {first} or {first}.gz; --source-dir is the folder with the four idx files"
-    )
-
-
-def read_idx(folder: Path, name: str) -> np.ndarray:
-    """uint8 array of an idx file or its .gz; raises UserError unless it is the published one."""
-    path = folder / name
+def read_idx(path: Path, md5: str) -> np.ndarray:
+    """uint8 array of an idx file or of its .gz; raises UserError unless it is the published one."""
     if not path.is_file():
-        path = folder / f"{name}.gz"
+        path = path.with_name(f"{path.name}.gz")
     if not path.is_file():
-        raise UserError(f"{folder / name} is missing, and so is {path.name}")
-    content = path.read_bytes()
+        raise UserError(
+            f"{path} is missing, also without .gz (--help says what --source-dir holds)"
+        )
     try:
+        content = path.read_bytes()
         content = gzip.decompress(content) if path.suffix == ".gz" else content
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is damaged ({error}): get it again") from None
-    if hashlib.md5(content, usedforsecurity=False).hexdigest() != _IDX_MD5[name]:
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        content = b""
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
         raise UserError(f"{path} is damaged, or not Fashion-MNIST's (MNIST's is named the same)")
     dimensions = content[3]
     shape = np.frombuffer(content, ">i4", dimensions, offset=4)
@@ -149,12 +115,13 @@ def read_idx(folder: Path, name: str) -> np.ndarray:
 
 def read_fashion_mnist(source: Path, size: int | None) -> Splits:
     """The splits, uint8 [N, S, S] and labels; black borders make S = `size` (None: 28)."""
-    folder, splits = find_fashion_mnist(source), {}
+    arrays = {name: read_idx(source / name, md5) for name, md5 in _IDX_MD5.items()}
+    splits = {}
     for split, prefix in (("train", "train"), ("val", "t10k")):
-        pixels = read_idx(folder, f"{prefix}-images-idx3-ubyte")
-        border = 0 if size is None else (size - pixels.shape[1]) // 2
+        border = 0 if size is None else (size - 28) // 2
+        pixels = arrays[f"{prefix}-images-idx3-ubyte"]
         pixels = np.pad(pixels, ((0, 0), (border, border), (border, border)))
-        splits[split] = pixels, read_idx(folder, f"{prefix}-labels-idx1-ubyte")
+        splits[split] = pixels, arrays[f"{prefix}-labels-idx1-ubyte"]
     return splits
 
 
@@ -178,7 +145,11 @@ def main() -> None:
     parser.add_argument("--dataset", **names, required=True, help="to write")
     parser.add_argument("--out-dir", type=Path, required=True, help="gets train/ and val/")
     parser.add_argument(
-        "--source-dir", type=Path, metavar="S", help="a copy that is there already; else download"
+        "--source-dir",
+        type=Path,
+        metavar="S",
+        help="a copy that is there already (else download): CIFAR's archive or folder, the folder "
+        "with Fashion-MNIST's four idx files",
     )
     parser.add_argument(
         "--size",
@@ -188,23 +159,18 @@ def main() -> None:
     )
     args = parser.parse_args()
     kind = _SOURCES[args.dataset]
-    if args.size is not None and kind is not FashionMNIST:
-        raise UserError(f"--size goes with --dataset fashion_mnist; {args.dataset} is 32x32")
-    if args.size is not None and args.size % 2:
-        raise UserError(f"--size {args.size} is odd: the borders of 28x28 cannot be equally wide")
+    if args.size is not None and (kind is not FashionMNIST or args.size % 2):
+        raise UserError("--size goes with --dataset fashion_mnist, and must be even")
     record = {"dataset": args.dataset, "size": args.size}
-    if args.out_dir.exists():
-        made = args.out_dir / _RECORD
-        if made.is_file() and read_json(made) == record:
-            print(f"{args.out_dir} is there already: nothing to do")
-            return
-        raise UserError(f"{args.out_dir} exists already and is left as it is; choose another")
+    if (args.out_dir / _RECORD).is_file() and read_json(args.out_dir / _RECORD) == record:
+        print(f"{args.out_dir} is there already: nothing to do")
+        return
     source = args.source_dir
     if source is None:
         source = args.out_dir.with_name(args.out_dir.name + ".download")
         download(args.dataset, source)
-    elif not source.exists():
-        raise UserError(f"--source-dir not found: {source}")
+        if kind is FashionMNIST:
+            source = source / "FashionMNIST" / "raw"
     if kind is FashionMNIST:
         splits = read_fashion_mnist(source, args.size)
     else:

@@ -2,20 +2,20 @@
 
 Both come as one flat folder of images and a list of labels. The images stay where they are, under
 their names: the class folders hold symbolic links to them (cp -rL copies them). Everything is
-checked before the first link is made.
+checked before the first link is made. --labels is
 
-  --kind tiny_imagenet: --data-dir is tiny-imagenet-200 or its val/ (images/, val_annotations.txt).
-  --kind imagenet1k: --data-dir holds ILSVRC2012_val_00000001.JPEG, ...; --labels is
-    * a text in which an image's name and a WordNet id stand on one line: LOC_val_solution.csv, the
-      script valprep.sh (which is read and not run), or a plain list; or
-    * the devkit's ILSVRC2012_validation_ground_truth.txt, with its meta.mat as --synsets: its
-      numbers count from 1 in an order of the devkit's own.
-    The classes of the first five images are public knowledge, so a list in another order is
-    noticed.
+* a text in which an image's name and a WordNet id stand on one line: LOC_val_solution.csv, the
+  script valprep.sh (which is read and not run), Tiny-ImageNet's val_annotations.txt; or
+* the devkit's ILSVRC2012_validation_ground_truth.txt, with its meta.mat as --synsets: its numbers
+  count from 1 in an order of the devkit's own.
 
-python scripts/prepare_val.py --kind tiny_imagenet --data-dir tiny-imagenet-200 --out-dir V
-python scripts/prepare_val.py --kind imagenet1k --data-dir ILSVRC2012_img_val
-    --labels LOC_val_solution.csv --out-dir V
+Of ImageNet-1K the classes of the first three images are public knowledge, so a list in another
+order is noticed.
+
+python scripts/prepare_val.py --data-dir ILSVRC2012_img_val --labels LOC_val_solution.csv
+    --out-dir V
+python scripts/prepare_val.py --data-dir tiny-imagenet-200/val/images
+    --labels tiny-imagenet-200/val/val_annotations.txt --out-dir V
 """
 
 import sys
@@ -24,87 +24,49 @@ from pathlib import Path
 if not __package__:  # run as a plain script: imports start at the repository root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import argparse
 import hashlib
 import re
 
 from utils import cli
 from utils.cli import UserError
-from utils.data import datasets, folders
+from utils.data import folders
 from utils.files import atomic_write, read_json, to_json, whole_folder
 
 _RECORD = "validation.json"
 _WORDNET_ID = re.compile(r"\bn\d{8}\b")
-_IMAGENET = re.compile(r"\bILSVRC2012_val_\d{8}\b")
-_TINY_IMAGENET = re.compile(r"\bval_\d+\b")
+_IMAGE = re.compile(r"\b(ILSVRC2012_)?val_\d+\b")
 _CLASSES = 1000
 _FORMS = (
     "--labels must be lines with an image's name and its WordNet id (ILSVRC2012_val_00000001 "
     "n01751748), or the devkit's ground truth together with --synsets, its meta.mat"
 )
-# Of ILSVRC2012_val_00000001 to ...5.
-_KNOWN = ("n01751748", "n09193705", "n02105855", "n04263257", "n03125729")
-
-
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = cli.Parser(description="Sort flat validation images into class folders, by links.")
-    add = parser.add_argument
-    kinds = ("tiny_imagenet", "imagenet1k")
-    add("--kind", type=datasets.canonical, choices=kinds, required=True, help="whose images")
-    add("--data-dir", type=Path, required=True, help="the images as they came")
-    add("--out-dir", type=Path, required=True, help="class folders to make")
-    add("--labels", type=Path, metavar="FILE", help="imagenet1k: lines of image and WordNet id")
-    add("--synsets", type=Path, metavar="FILE", help="imagenet1k: the devkit's meta.mat")
-    args = parser.parse_args()
-    if args.kind == "imagenet1k" and args.labels is None:
-        parser.error("--kind imagenet1k also needs --labels, the list of labels")
-    if args.kind == "tiny_imagenet" and (args.labels or args.synsets):
-        parser.error("--labels and --synsets go with --kind imagenet1k")
-    return args
+_KNOWN = {
+    "ILSVRC2012_val_00000001": "n01751748",
+    "ILSVRC2012_val_00000002": "n09193705",
+    "ILSVRC2012_val_00000003": "n02105855",
+}
 
 
 def list_images(folder: Path) -> dict[str, Path]:
-    """Image files by name without ending; raises UserError unless the folder is flat."""
-    if not folder.is_dir():
-        raise UserError(f"image folder not found: {folder}")
-    images, others = {}, 0
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            raise UserError(
-                f"{folder} has sub-folders ({path.name}), not all images side by side; if they are "
-                "class folders already, use it as it is"
-            )
-        if path.suffix.lower() not in folders.IMAGE_ENDINGS:
-            others += 1
-        elif path.stem in images:
-            raise UserError(f"{folder} has both {images[path.stem].name} and {path.name}")
-        else:
-            images[path.stem] = path
+    """Image files side by side in a folder, by name without ending; raises UserError for none."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    images = {
+        path.stem: path
+        for path in files
+        if path.suffix.lower() in folders.IMAGE_ENDINGS and not path.name.startswith(".")
+    }
     if not images:
-        raise UserError(f"{folder} has no images")
-    if others:
-        print(f"{folder}: {others} files that are not images are ignored")
+        raise UserError(
+            f"{folder} has no images side by side; if they are in class folders already, use those"
+        )
     return images
 
 
-def read_lines(path: Path) -> list[str]:
-    """The lines of a list of labels."""
-    if not path.is_file():
-        raise UserError(f"list of labels not found: {path}")
-    try:
-        return path.read_text(encoding="utf-8-sig").strip().splitlines()
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not a text file") from None
-
-
-def labels_beside_names(lines: list[str], name: re.Pattern, path: Path) -> dict[str, str]:
+def labels_beside_names(path: Path) -> dict[str, str]:
     """WordNet id by image, of the lines that hold both; other lines are passed over."""
     classes: dict[str, str] = {}
-    for line in lines:
-        image, ids = name.search(line), set(_WORDNET_ID.findall(line))
+    for line in path.read_text(errors="replace").splitlines():
+        image, ids = _IMAGE.search(line), set(_WORDNET_ID.findall(line))
         if image is None or not ids:
             continue
         if image[0] in classes or len(ids) > 1:
@@ -113,16 +75,18 @@ def labels_beside_names(lines: list[str], name: re.Pattern, path: Path) -> dict[
     return classes
 
 
-def ground_truth(lines: list[str], synsets: list[str], path: Path) -> dict[str, str]:
+def ground_truth(path: Path, synsets: list[str]) -> dict[str, str]:
     """WordNet id by image, of the devkit's numbers, one per line in the order of the images."""
-    classes = {}
-    for position, line in enumerate(lines, start=1):
-        if not re.fullmatch("[0-9]{1,4}", line.strip()) or not 1 <= int(line) <= _CLASSES:
+    lines = path.read_text(errors="replace").split()
+    for position, number in enumerate(lines, start=1):
+        if not number.isdecimal() or not 1 <= int(number) <= _CLASSES:
             raise UserError(
-                f"{path}: line {position}, {line[:80]!r}, is no number from 1 to 1000; {_FORMS}"
+                f"{path}: number {position}, {number[:80]!r}, is none from 1 to 1000; {_FORMS}"
             )
-        classes[f"ILSVRC2012_val_{position:08d}"] = synsets[int(line) - 1]
-    return classes
+    return {
+        f"ILSVRC2012_val_{position:08d}": synsets[int(number) - 1]
+        for position, number in enumerate(lines, start=1)
+    }
 
 
 def read_synsets(path: Path) -> list[str]:
@@ -133,26 +97,17 @@ def read_synsets(path: Path) -> list[str]:
         with path.open("rb") as file:
             synsets = loadmat(file, squeeze_me=True, variable_names="synsets")["synsets"]
         by_id = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
-        ids = [by_id[position] for position in range(1, _CLASSES + 1)]
+        return [by_id[position] for position in range(1, _CLASSES + 1)]
     except (matlab.MatReadError, ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"{path} is damaged or not the devkit's meta.mat ({error})") from None
-    distinct = {text for text in ids if _WORDNET_ID.fullmatch(text)}
-    if len(distinct) != _CLASSES:
-        raise UserError(f"{path} has {len(distinct)} different WordNet ids, not {_CLASSES}")
-    return ids
 
 
-def read_imagenet(path: Path, synsets: Path | None) -> dict[str, str]:
+def read_labels(path: Path, synsets: Path | None) -> dict[str, str]:
     """WordNet id by image, of either form; raises UserError for anything else."""
-    lines = read_lines(path)
-    if synsets is None:
-        classes = labels_beside_names(lines, _IMAGENET, path)
-    else:
-        classes = ground_truth(lines, read_synsets(synsets), path)
+    classes = ground_truth(path, read_synsets(synsets)) if synsets else labels_beside_names(path)
     if not classes:
         raise UserError(f"{path} does not say which classes are meant: {_FORMS}")
-    for position, expected in enumerate(_KNOWN, start=1):
-        image = f"ILSVRC2012_val_{position:08d}"
+    for image, expected in _KNOWN.items():
         if classes.get(image, expected) != expected:
             raise UserError(
                 f"{path} makes {image} class {classes[image]}, but it is {expected}: its lines, or "
@@ -161,44 +116,31 @@ def read_imagenet(path: Path, synsets: Path | None) -> dict[str, str]:
     return classes
 
 
-def check_complete(
-    images: dict[str, Path], classes: dict[str, str], path: Path, num_classes: int
-) -> None:
-    """Raises UserError unless every image has a label, every label an image, no class lacks."""
-    unlabelled = [images[image] for image in images if image not in classes]
-    if unlabelled:
+def check_complete(images: dict[str, Path], classes: dict[str, str], path: Path) -> None:
+    """Raises UserError unless every image has a label, and every label an image."""
+    if unlabelled := [images[image] for image in images if image not in classes]:
         count = len(unlabelled)
         raise UserError(f"{path} has no label for {count} images, the first: {unlabelled[0]}")
-    absent = [image for image in classes if image not in images]
-    if absent:
-        folder = next(iter(images.values())).parent
+    if absent := [image for image in classes if image not in images]:
         raise UserError(
-            f"{len(absent)} images of {path} are not in {folder}, the first: {absent[0]}; is "
-            "everything unpacked?"
+            f"{len(absent)} images of {path} are not there, the first: {absent[0]}; is everything "
+            "unpacked?"
         )
-    named = len(set(classes.values()))
-    if named != num_classes:
-        raise UserError(f"{path} names {named} classes, there must be {num_classes}")
 
 
 def main() -> None:
-    args = parse_arguments()
+    parser = cli.Parser(description="Sort flat validation images into class folders, by links.")
+    add = parser.add_argument
+    add("--data-dir", type=Path, required=True, help="the folder with the images")
+    add("--out-dir", type=Path, required=True, help="class folders to make")
+    add("--labels", type=Path, required=True, metavar="FILE", help="names and WordNet ids")
+    add("--synsets", type=Path, metavar="FILE", help="meta.mat, where the labels are the devkit's")
+    args = parser.parse_args()
     folder = args.data_dir.resolve()
-    if args.kind == "tiny_imagenet":
-        if (folder / "val" / "val_annotations.txt").is_file():
-            folder = folder / "val"
-        labels, images = folder / "val_annotations.txt", list_images(folder / "images")
-        classes = labels_beside_names(read_lines(labels), _TINY_IMAGENET, labels)
-        folder = folder / "images"
-    else:
-        labels, images = args.labels, list_images(folder)
-        classes = read_imagenet(labels, args.synsets)
-    check_complete(images, classes, labels, datasets.named(args.kind).num_classes)
-    if args.out_dir.resolve().is_relative_to(folder):
-        raise UserError(f"--out-dir {args.out_dir} is inside the source {folder}; choose another")
+    images, classes = list_images(folder), read_labels(args.labels, args.synsets)
+    check_complete(images, classes, args.labels)
     assigned = "".join(f"{image} {classes[image]}\n" for image in sorted(classes))
     record = {
-        "kind": args.kind,
         "source": str(folder),
         "images": len(images),
         "labels_sha256": hashlib.sha256(assigned.encode()).hexdigest(),

@@ -243,7 +243,6 @@ TRAIN = {
         ["--schedule", "hard:1", "--temperature-end", 4],
         "--temperature-end is for joint or moved or soft or static epochs",
     ),
-    "no annealing": (None, ["--temperature-end", 20], "is what --temperature is"),
     "negative smoothing": (None, ["--label-smoothing", -1], "must be between 0 and 1"),
 }
 

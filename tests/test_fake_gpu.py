@@ -181,7 +181,7 @@ def test_images_in_main_memory_are_sent_without_waiting(stored):
     with mock.patch.object(images, "fits", lambda *_: False):
         watch = trained(settings, materials)
     index = "a copy to the CPU is waited for, utils/data/images.py: "
-    index += "indices = [views.index.cpu() for views in batches]"
+    index += "indices = [views.index.to(self.pixels.device) for views in batches]"
     assert watch.waits == {READ_BACK: 7, index: 1}  # one group of eight batches
 
 
@@ -229,4 +229,4 @@ def test_the_views_of_the_next_epoch_are_drawn_beside_the_gpu(stored, monkeypatc
 
     monkeypatch.setattr(kinds, "draw", draw)
     trained(settings, materials)
-    assert drawn == [(1, True), (2, False), (3, False), (5, True), (6, False)]
+    assert drawn == [(epoch, False) for epoch in (1, 2, 3, 5, 6)]

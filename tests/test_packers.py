@@ -92,7 +92,7 @@ def test_packers_are_as_many_as_cores_and_memory_of_this_machine_allow(
     monkeypatch, cores, gigabytes, world, on_machine, expected
 ):
     """Logits of 1,281,167 images and 1000 classes: four times 5.1 GB a packer, and beside them."""
-    writer = SimpleNamespace(sizes=range(1281167), settings={"num_classes": 1000})
+    writer = SimpleNamespace(sizes=range(1281167), settings={"num_classes": 1000, "passes": 1})
     monkeypatch.setattr("utils.runtime.usable_cores", lambda: cores)
     monkeypatch.setattr("utils.data.images.available_memory", lambda: gigabytes * 10**9)
     monkeypatch.setenv("WORLD_SIZE", str(world))
@@ -101,3 +101,5 @@ def test_packers_are_as_many_as_cores_and_memory_of_this_machine_allow(
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(on_machine))
     assert default_packers(torch.device("cpu"), writer) == 0
     assert default_packers(torch.device("cuda"), writer) == expected
+    writer.sizes = range(29_999)  # packed before a process has started
+    assert default_packers(torch.device("cuda"), writer) == 0

@@ -129,7 +129,7 @@ def test_cifar_file_that_is_not_the_published_one_is_never_unpickled(
     bad.write_bytes(pickle.dumps(Bomb(tmp_path / "executed")))
     arguments = ("--dataset=cifar10", f"--out-dir={tmp_path / 'out'}", f"--source-dir={source}")
     message = error_of(monkeypatch, prepare_torchvision, *arguments)
-    assert str(bad) in message and "not the published file" in message
+    assert str(bad.parent) in message and "not as published" in message
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["source"]
 
 
@@ -138,20 +138,20 @@ def test_cifar_archive_with_another_md5_is_not_extracted(tmp_path, monkeypatch):
     archive.write_bytes(b"not an archive")
     arguments = ("--dataset=cifar10", f"--out-dir={tmp_path / 'out'}", f"--source-dir={tmp_path}")
     message = error_of(monkeypatch, prepare_torchvision, *arguments)
-    assert str(archive) in message and CIFAR10.tgz_md5 in message
+    assert f"{archive} is damaged or not the published file" in message
 
 
-def test_incomplete_cifar_names_the_missing_file(cifar, tmp_path, monkeypatch):
+def test_incomplete_cifar_is_refused(cifar, tmp_path, monkeypatch):
     source, _ = cifar
     (source / CIFAR10.base_folder / "test_batch").unlink()
     arguments = ("--dataset=cifar10", f"--out-dir={tmp_path / 'out'}", f"--source-dir={source}")
-    assert "test_batch is missing" in error_of(monkeypatch, prepare_torchvision, *arguments)
+    assert "does not hold CIFAR10's" in error_of(monkeypatch, prepare_torchvision, *arguments)
 
 
 def test_source_folder_without_cifar_is_refused(tmp_path, monkeypatch):
     arguments = ("--dataset=cifar100", f"--out-dir={tmp_path / 'out'}", f"--source-dir={tmp_path}")
     message = error_of(monkeypatch, prepare_torchvision, *arguments)
-    assert "neither cifar-100-python nor cifar-100-python.tar.gz" in message
+    assert f"{tmp_path} does not hold CIFAR100's files" in message
 
 
 def test_failed_download_is_one_line_that_names_the_way_out(tmp_path, monkeypatch):
@@ -242,24 +242,14 @@ def test_missing_idx_file_is_named(fashion, tmp_path, monkeypatch):
     source, _ = fashion
     (source / "t10k-labels-idx1-ubyte").unlink()
     message = error_of(monkeypatch, prepare_torchvision, *fashion_arguments(source, tmp_path / "o"))
-    assert f"{source / 't10k-labels-idx1-ubyte'} is missing" in message
-
-
-def test_folder_without_idx_files_is_refused(fashion, tmp_path, monkeypatch):
-    message = error_of(monkeypatch, prepare_torchvision, *fashion_arguments(tmp_path, "unused"))
-    assert f"{tmp_path} has no train-images-idx3-ubyte" in message
-
-
-def test_missing_source_folder_is_refused(tmp_path, monkeypatch):
-    arguments = fashion_arguments(tmp_path / "no", tmp_path / "out")
-    assert "not found" in error_of(monkeypatch, prepare_torchvision, *arguments)
+    assert f"{source / 't10k-labels-idx1-ubyte.gz'} is missing" in message
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--dataset=cifar10", "--size=32"), "--size goes with --dataset fashion_mnist"),
-        (("--dataset=fashion_mnist", "--size=31"), "--size 31 is odd"),
+        (("--dataset=cifar10", "--size=32"), "goes with --dataset fashion_mnist"),
+        (("--dataset=fashion_mnist", "--size=31"), "must be even"),
     ],
 )
 def test_size_that_makes_no_sense_is_refused(tmp_path, monkeypatch, arguments, message):
@@ -324,8 +314,10 @@ def test_user_error_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.run(prepare_torchvision.main)
     assert caught.value.code == 2
-    expected = f"prepare_torchvision.py: --source-dir not found: {tmp_path / 'no'}\n"
-    assert capsys.readouterr().err == expected
+    error = capsys.readouterr().err
+    missing = tmp_path / "no" / "train-images-idx3-ubyte.gz"
+    assert error.startswith(f"prepare_torchvision.py: {missing} is missing, also without .gz (")
+    assert error.count("\n") == 1
 
 
 # Validation folders: Tiny-ImageNet
@@ -349,13 +341,13 @@ def tiny(tmp_path):
 
 
 def tiny_arguments(root, out, *more):
-    return ("--kind=tiny_imagenet", f"--data-dir={root}", f"--out-dir={out}", *more)
+    labels = root / "val" / "val_annotations.txt"
+    return (f"--data-dir={root}/val/images", f"--labels={labels}", f"--out-dir={out}", *more)
 
 
-@pytest.mark.parametrize("inside", ["", "val"])
-def test_tiny_imagenet_is_linked_into_its_classes(tiny, tmp_path, monkeypatch, inside):
+def test_tiny_imagenet_is_linked_into_its_classes(tiny, tmp_path, monkeypatch):
     out, before = tmp_path / "out", contents(tiny)
-    run(monkeypatch, prepare_val, *tiny_arguments(tiny / inside, out))
+    run(monkeypatch, prepare_val, *tiny_arguments(tiny, out))
     folder = folders.scan(out, 200)
     assert folder.classes == wordnet_ids(200)
     assert [path.name for path in folder.files] == [f"val_{199 - k}.JPEG" for k in range(200)]
@@ -366,7 +358,7 @@ def test_tiny_imagenet_is_linked_into_its_classes(tiny, tmp_path, monkeypatch, i
 
 def test_relative_source_gives_absolute_links(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tiny)
-    run(monkeypatch, prepare_val, *tiny_arguments("val", tmp_path / "out"))
+    run(monkeypatch, prepare_val, *tiny_arguments(Path(), tmp_path / "out"))
     link = next((tmp_path / "out").rglob("*.JPEG"))
     assert link.readlink().is_absolute() and link.is_file()
 
@@ -385,14 +377,6 @@ def test_label_without_image_is_named(tiny, tmp_path, monkeypatch):
     assert "1 images of" in message and "the first: val_7;" in message
 
 
-def test_wrong_number_of_classes_is_refused(tiny, tmp_path, monkeypatch):
-    annotations = tiny / "val" / "val_annotations.txt"
-    first, second = wordnet_ids(200)[:2]
-    annotations.write_text(annotations.read_text().replace(first, second))
-    message = error_of(monkeypatch, prepare_val, *tiny_arguments(tiny, tmp_path / "out"))
-    assert "names 199 classes, there must be 200" in message
-
-
 def test_label_that_is_no_wordnet_id_counts_as_none(tiny, tmp_path, monkeypatch):
     annotations = tiny / "val" / "val_annotations.txt"
     annotations.write_text(annotations.read_text().replace(wordnet_ids(1)[0], "../goldfish"))
@@ -407,37 +391,22 @@ def test_image_listed_twice_is_named(tiny, tmp_path, monkeypatch):
     assert "gives val_3 twice" in message
 
 
-def test_other_files_are_counted_and_ignored(tiny, tmp_path, monkeypatch, capsys):
-    (tiny / "val" / "images" / "notes.txt").write_text("mine")
-    run(monkeypatch, prepare_val, *tiny_arguments(tiny, tmp_path / "out"))
-    assert "1 files that are not images are ignored" in capsys.readouterr().out
-
-
 def test_folder_that_is_sorted_already_is_refused(tiny, tmp_path, monkeypatch):
-    (tiny / "val" / "images" / "n10000000").mkdir()
+    images = tiny / "val" / "images"
+    images.rename(tiny / "n10000000")
+    images.mkdir()
+    (tiny / "n10000000").rename(images / "n10000000")
     message = error_of(monkeypatch, prepare_val, *tiny_arguments(tiny, tmp_path / "out"))
-    assert "has sub-folders (n10000000)" in message
+    assert "has no images side by side; if they are in class folders already, use those" in message
 
 
-def test_missing_folder_and_missing_annotations_are_named(tiny, tmp_path, monkeypatch):
-    message = error_of(monkeypatch, prepare_val, *tiny_arguments(tmp_path / "no", tmp_path / "out"))
-    assert f"image folder not found: {tmp_path / 'no' / 'images'}" in message
+def test_missing_folder_and_missing_annotations_are_named(tiny, tmp_path, command):
+    arguments = list(tiny_arguments(tiny, tmp_path / "out"))
+    done = command(prepare_val.main, f"--data-dir={tmp_path / 'no'}", *arguments[1:])
+    assert done.code == 2 and f"{tmp_path / 'no'} has no images" in done.err
     (tiny / "val" / "val_annotations.txt").unlink()
-    message = error_of(monkeypatch, prepare_val, *tiny_arguments(tiny / "val", tmp_path / "out"))
-    assert "list of labels not found" in message
-
-
-def test_output_inside_the_source_is_refused(tiny, monkeypatch):
-    out = tiny / "val" / "images" / "sorted"
-    message = error_of(monkeypatch, prepare_val, *tiny_arguments(tiny, out))
-    assert "inside the source" in message
-
-
-def test_labels_flag_with_tiny_imagenet_is_refused(tiny, tmp_path, monkeypatch, capsys):
-    with pytest.raises(SystemExit) as caught:
-        run(monkeypatch, prepare_val, *tiny_arguments(tiny, tmp_path / "out", "--labels=x"))
-    assert caught.value.code == 2
-    assert "go with --kind imagenet1k" in capsys.readouterr().err
+    done = command(prepare_val.main, *arguments)
+    assert done.code == 2 and "val_annotations.txt: No such file" in done.err
 
 
 def test_second_validation_run_says_done(tiny, tmp_path, monkeypatch, capsys):
@@ -515,7 +484,7 @@ def flat(tmp_path_factory):
 def imagenet_arguments(flat, tmp_path, labels: str, name="labels.txt", devkit=None):
     """Arguments with a list of labels and, from the ids in the devkit's order, a meta.mat."""
     (tmp_path / name).write_text(labels)
-    arguments = ["--kind=imagenet1k", f"--data-dir={flat}", f"--out-dir={tmp_path / 'out'}"]
+    arguments = [f"--data-dir={flat}", f"--out-dir={tmp_path / 'out'}"]
     arguments.append(f"--labels={tmp_path / name}")
     if devkit is not None:
         ids = ["n00000000", *devkit]  # number 1001, not a leaf, stands there too
@@ -589,7 +558,7 @@ def test_other_lists_are_refused_by_naming_the_two_forms(flat, tmp_path, monkeyp
     assert "the devkit's ground truth together with --synsets" in message
 
 
-@pytest.mark.parametrize("line", ["0", "1001", "n01440764", "1 2", ""])
+@pytest.mark.parametrize("line", ["0", "1001", "n01440764"])
 def test_ground_truth_with_other_lines_names_the_line_and_the_two_forms(
     flat, tmp_path, monkeypatch, line
 ):
@@ -597,7 +566,7 @@ def test_ground_truth_with_other_lines_names_the_line_and_the_two_forms(
     labels[7] = line
     arguments = imagenet_arguments(flat, tmp_path, "\n".join(labels), devkit=DEVKIT)
     message = error_of(monkeypatch, prepare_val, *arguments)
-    assert f"line 8, {line!r}, is no number" in message and "--labels must be lines" in message
+    assert f"number 8, {line!r}, is none" in message and "--labels must be lines" in message
 
 
 def test_devkit_numbers_in_sorted_order_are_noticed(flat, tmp_path, monkeypatch):
@@ -626,21 +595,13 @@ def test_ground_truth_for_fewer_images_is_refused(flat, tmp_path, monkeypatch):
     assert "no label for 1 images, the first: " in message
 
 
-@pytest.mark.parametrize("last", [IDS[0], "goldfish"])
-def test_meta_mat_without_1000_wordnet_ids_is_refused(flat, tmp_path, monkeypatch, last):
-    devkit = [*IDS[:-1], last]
-    arguments = imagenet_arguments(flat, tmp_path, devkit_labels(), devkit=devkit)
-    message = error_of(monkeypatch, prepare_val, *arguments)
-    assert "has 999 different WordNet ids" in message
-
-
 def test_damaged_lists_are_named(flat, tmp_path, monkeypatch):
     arguments = imagenet_arguments(flat, tmp_path, devkit_labels())
     synsets = f"--synsets={tmp_path / 'meta.mat'}"
     (tmp_path / "meta.mat").write_bytes(b"MATLAB 5.0 MAT-file" + bytes(300))
     assert "not the devkit's meta.mat" in error_of(monkeypatch, prepare_val, *arguments, synsets)
     (tmp_path / "labels.txt").write_bytes(b"\xff\xfe\xfa")
-    assert "is not a text file" in error_of(monkeypatch, prepare_val, *arguments)
+    assert "does not say which classes" in error_of(monkeypatch, prepare_val, *arguments)
 
 
 def test_missing_meta_mat_is_one_line(flat, tmp_path, command):
@@ -648,13 +609,6 @@ def test_missing_meta_mat_is_one_line(flat, tmp_path, command):
     done = command(prepare_val.main, *arguments, f"--synsets={tmp_path / 'no.mat'}")
     assert done.code == 2 and len(done.err.splitlines()) == 1
     assert f"{tmp_path / 'no.mat'}: No such file" in done.err
-
-
-def test_imagenet_without_labels_is_refused(flat, tmp_path, monkeypatch, capsys):
-    with pytest.raises(SystemExit) as caught:
-        run(monkeypatch, prepare_val, "--kind=imagenet1k", f"--data-dir={flat}", "--out-dir=x")
-    assert caught.value.code == 2
-    assert "also needs --labels" in capsys.readouterr().err
 
 
 # Numbered class folders

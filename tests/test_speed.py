@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -24,11 +25,13 @@ SMALL = ("--model", "ConvNetW32", "--size", 32, "--classes", 2, "--batch-size", 
 @pytest.fixture
 def bench(monkeypatch, tmp_path) -> Bench:
     words = ["speed.py", "--out", tmp_path, *SMALL, "--ipc", 5, "--repeats", 1, "--workers", 0]
+    words += ["--seconds", 0.1]
     monkeypatch.setattr(sys, "argv", [*map(str, words), "--device", "cpu"])
     return Bench.begin(speed.parse_arguments(), tmp_path)
 
 
-def test_both_pipelines_give_the_same_labels(bench):
+def test_both_pipelines_give_the_same_labels(bench, monkeypatch):
+    monkeypatch.setattr(speed, "MOST_PASSES", 2)
     ours = speed.Relabelling(bench)
     ours.run(range(2))
     with ours.writer.begun():
@@ -42,6 +45,7 @@ def test_both_pipelines_give_the_same_labels(bench):
 
 def test_every_timing_is_kept_and_a_training_projected(tmp_path, command):
     arguments = ("--out", tmp_path / "speed_1.5", "--ipc", 2, "--repeats", 2, "--workers", 0)
+    arguments += ("--seconds", 0.1)
     done = command(speed.main, *SMALL, *arguments, "--device", "cpu", "--codec", "klt")
     assert done.code == 0, done.err
     lines = (tmp_path / "speed_1.5.csv").read_text().splitlines()
@@ -81,6 +85,24 @@ def test_an_error_in_a_pipelines_own_process_is_told_in_one_line(tmp_path):
     done = script(ROOT / "benchmarks/speed.py", *arguments, "--stages", "train")
     assert done.returncode == 2 and "--model: unknown model 'nosuch'" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not [*tmp_path.iterdir()]
+
+
+def test_a_timing_goes_over_as_many_passes_as_take_so_long(bench):
+    (row,) = measuring.by_turns({"steady": Steady}, bench)
+    # One to warm up, two and four to find the pace: passes of 40 ms, and 100 ms are asked for.
+    assert row["images"] == 4 and row["seconds"] >= 0.1
+
+
+class Steady:
+    """A pipeline whose passes are of one image, and of no work."""
+
+    next = 0
+
+    def run(self, passes: range) -> int:
+        assert passes.start == self.next
+        self.next = passes.stop
+        time.sleep(0.04 * len(passes))
+        return len(passes)
 
 
 class Ending:

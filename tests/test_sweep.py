@@ -415,8 +415,8 @@ def test_a_split_holds_out_the_same_number_of_each_class(tmp_path, command):
     names = [{path.relative_to(part.root) for path in part.files} for part in parts]
     assert not names[0] & names[1] and len(names[0] | names[1]) == 20
     assert "nothing to do" in command(prepare_split.main, *arguments).out
-    refused = command(prepare_split.main, *arguments[:-1], 5)
-    assert refused.code == 2 and "holds another split" in refused.err
+    refused = command(prepare_split.main, *arguments[:-1], 1)
+    assert refused.code == 2 and "exists already" in refused.err
     refused = command(
         prepare_split.main, *arguments[:2], "--out-dir", tmp_path / "b", "--held-out", 5
     )

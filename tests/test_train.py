@@ -173,14 +173,14 @@ def test_a_signal_in_an_evaluation_ends_it(world, tmp_path, command, monkeypatch
 
 def test_epochs_are_checkpointed_when_a_minute_has_passed(world, tmp_path, command, monkeypatch):
     """The first one always, so that a run that ends soon has something to continue from."""
-    saved, original = [], runlog.RunFolder.save
+    saved, original = [], train.save_tensors
 
-    def save(run, name, state):
-        if name == runlog.CHECKPOINT:
+    def save(path, state):
+        if path.name == runlog.CHECKPOINT:
             saved.append(state["reached"]["epochs"])
-        original(run, name, state)
+        original(path, state)
 
-    monkeypatch.setattr(runlog.RunFolder, "save", save)
+    monkeypatch.setattr(train, "save_tensors", save)
     more = ("--schedule", "hard:5", "--eval-every", 4)
     assert command(train.main, *train_arguments(world, tmp_path / "a", *more)).code == 0
     assert saved == [1, 4, 5]

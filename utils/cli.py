@@ -79,20 +79,18 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unknown argument {unknown[0]}{did_you_mean(unknown[0], flags)}")
         for name, value in vars(parsed).items():
             if isinstance(value, Path):
-                setattr(parsed, name, self._at_home(value))
+                setattr(parsed, name, _at_home(value))
             elif isinstance(value, list) and all(isinstance(each, Path) for each in value):
-                setattr(parsed, name, [self._at_home(each) for each in value])
+                setattr(parsed, name, [_at_home(each) for each in value])
         return parsed
-
-    def _at_home(self, path: Path) -> Path:
-        """The path with ~ expanded, which no shell does in --flag=~/folder or within quotes."""
-        try:
-            return path.expanduser()
-        except RuntimeError:
-            self.error(f"{path}: there is no such home folder")
 
     def error(self, message: str) -> NoReturn:
         _fail(self.prog, f"{message} (--help lists the flags)")
+
+
+def _at_home(path: Path) -> Path:
+    """The path with ~ expanded, which no shell does in --flag=~/folder or within quotes."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - Path's own fails for unknown users
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
@@ -258,7 +256,10 @@ def run(main: Callable[[], None]) -> NoReturn:
     try:
         _run(main)
     except SystemExit as stopped:
-        _output_unread()
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # of `... | head -1`; else Python would try, and tell, once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if dist.is_initialized():
             if stopped.code == 0:  # else other processes may be waiting for this one, or gone
                 dist.destroy_process_group()
@@ -285,19 +286,6 @@ def _exit_beside_threads(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _output_unread(probe: str = "") -> bool:
-    """Whether nobody reads what is printed any more, as in `... | head -1`; then drops the rest.
-
-    `probe` is printed to find out where nothing waits to be written.
-    """
-    try:
-        print(end=probe, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
-
-
 def _run(main: Callable[[], None]) -> NoReturn:
     global _told
     program, _told = Path(sys.argv[0]).name, False
@@ -310,14 +298,12 @@ def _run(main: Callable[[], None]) -> NoReturn:
         main()
     except UserError as error:
         message = str(error)
-    except torch.OutOfMemoryError:
-        message = _OUT_OF_MEMORY
     except KeyboardInterrupt:
         end_by_signal(signal.SIGINT)
     except RuntimeError as error:
         cause = getattr(error, "inner_exception", None)  # of torch.compile's
         failure = gpu_failure(cause or error)
-        if isinstance(cause, torch.OutOfMemoryError):
+        if isinstance(cause or error, torch.OutOfMemoryError):
             message = _OUT_OF_MEMORY
         elif failure:
             message = f"{failure}; the same command continues after that"
@@ -334,10 +320,10 @@ def _run(main: Callable[[], None]) -> NoReturn:
             )
         else:
             raise
+    except BrokenPipeError:  # as any program behind which head has ended
+        kill_children()
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and _output_unread("\n"):
-            kill_children()
-            sys.exit(128 + signal.SIGPIPE)  # as any program behind which head has ended
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" at {error.filename}" if error.filename else ""
             message = f"the disk is full{where}; free some space, then run the same command again"

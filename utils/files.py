@@ -12,7 +12,7 @@ import pathlib
 import pickle
 import shutil
 import socket
-import tempfile
+import uuid
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -58,19 +58,18 @@ def atomic_write(path: Path, write: bytes | Callable[[BinaryIO], None]) -> None:
         path: the file to make or replace.
         write: its content, or a function that writes the content to an open binary file.
     """
-    handle, temporary = tempfile.mkstemp(_TEMPORARY, f".{path.name}.", path.parent)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_TEMPORARY}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             if callable(write):
                 write(file)
             else:
                 file.write(write)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)
         raise
@@ -167,12 +166,6 @@ def whole_folder(path: Path) -> Iterator[Path]:
         # Only now: without its marker, a partial folder would be in the way of the next attempt.
         for left in (LOCK, marker.name):
             (path / left).unlink()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def content_name(path: Path) -> str | None:

@@ -15,7 +15,6 @@ from utils.files import (
     load_tensors,
     read_json,
     save_figure,
-    save_tensors,
     to_json,
 )
 from utils.hardware import Gpu
@@ -98,10 +97,6 @@ class RunFolder:
             return read
         except ValueError as error:
             raise UserError(f"{path} is damaged ({error}); move it away to go on") from None
-
-    def save(self, name: str, state: dict) -> None:
-        """Writes CHECKPOINT or BEST."""
-        save_tensors(self.path / name, state)
 
     def finish(self, result: dict) -> None:
         """Writes the result, which marks the run as done, with hours, energy, machine and code."""

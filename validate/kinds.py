@@ -75,8 +75,8 @@ class TrainingData:
         self.hard_labels = materials.folder.labels.to(machine.device)
         self.temperature = torch.ones((), device=machine.device)
         self.soft_weight = torch.ones((), device=machine.device)
-        self._thread = ThreadPoolExecutor(1)  # draws the views of the next epoch
-        self._next_drawn: tuple[int, Future[Views]] | None = None
+        self._thread = ThreadPoolExecutor(1)
+        self._drawn: dict[int, Future[Views]] = {}  # of the next epoch
 
     def begin_epoch(self, epoch: int) -> None:
         """Sets what changes with the epoch, counted from 0."""
@@ -115,18 +115,15 @@ class TrainingData:
 
     def fresh_views(self, epoch: int) -> list[Views]:
         """This rank's batches of freshly drawn views, one view of every image over all ranks."""
-        if self._next_drawn and self._next_drawn[0] == epoch:
-            views = self._next_drawn[1].result()
-        else:
-            views = self._draw(epoch)
-        kinds = self.settings.kinds
+        drawn, kinds = self._drawn.pop(epoch, None) or self._draw(epoch), self.settings.kinds
         if self.machine.device.type == "cuda" and kinds[epoch + 1 : epoch + 2] == [kinds[epoch]]:
             # The GPU would wait some 60 ms for the views of 10,000 images.
-            self._next_drawn = epoch + 1, self._thread.submit(self._draw, epoch + 1)
-        return self.machine.share(list(views.to(self.machine.device)))
+            self._drawn[epoch + 1] = self._draw(epoch + 1)
+        return self.machine.share(list(drawn.result().to(self.machine.device)))
 
-    def _draw(self, epoch: int) -> Views:
-        return draw(self.settings.view_spec, self.sizes, self.settings.seed, epoch + 1)
+    def _draw(self, epoch: int) -> Future[Views]:
+        settings = self.settings
+        return self._thread.submit(draw, settings.view_spec, self.sizes, settings.seed, epoch + 1)
 
     def groups(self, batches: Sequence[Views]) -> Iterator[tuple[Views, Batch]]:
         """The views of as many batches as are best made together, and what training takes of them.

@@ -317,8 +317,6 @@ def resolve(args: argparse.Namespace, materials: Materials, machine: runtime.Run
     passes = _labels_per_image(args, labels)
     made_by_auto = labels is not None and "small_crops_top1" in labels.manifest
     args = recipe.apply(args, dataset.num_classes, made_by_auto)
-    if args.temperature_end == args.temperature:
-        raise UserError(f"--temperature-end {args.temperature_end:g} is what --temperature is")
     soft, hard = count_epochs(args, passes, dataset.num_classes)
     phases = schedule.phases(args.schedule, soft, hard, max(passes, 1), [*KINDS])
     kinds = sorted({kind for kind, _ in phases})

@@ -22,7 +22,7 @@ import models
 from utils import cli, loggers, runlog, runtime
 from utils.cli import UserError
 from utils.data import datasets, evaluation, folders, images
-from utils.files import lock
+from utils.files import lock, save_tensors
 from validate import evaluate, schedule, step
 from validate.kinds import KINDS, Batch, Kind, TrainingData, colours
 from validate.settings import Materials, Settings, parse_arguments, resolve
@@ -244,8 +244,9 @@ def train(
                 if reached["best"] is None or top1 > reached["best"]["top1"]:
                     reached["best"] = reached["last"]
                     if machine.rank == 0:
-                        weights = {"model": training.student.state_dict()}
-                        run.save(runlog.BEST, {**network, **reached["best"], **weights})
+                        weights = training.student.state_dict()
+                        best = {**network, **reached["best"], "model": weights}
+                        save_tensors(run.path / runlog.BEST, best)
             reached["epochs"] = epoch + 1
             reached["seconds"] += time.monotonic() - started
             if machine.rank == 0:
@@ -254,7 +255,7 @@ def train(
             if evaluated or due:
                 state = {**network, **training.state(), "reached": reached}
                 if machine.rank == 0:
-                    run.save(runlog.CHECKPOINT, state)
+                    save_tensors(run.path / runlog.CHECKPOINT, state)
                 checkpointed, saved_at = epoch + 1, time.monotonic()
             bar.n = (epoch + 1) * views_per_epoch
             top1 = f"top-1 {reached['last']['top1']:.2f} %" if reached["last"] else "not evaluated"

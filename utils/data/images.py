@@ -151,13 +151,10 @@ class ResidentImages:
     def render(self, batches: Iterable[Views]) -> Iterator[torch.Tensor]:
         """Yields the network's input, float32 [N, 3, S, S], for each batch (or more) of views."""
         batches = list(batches)
-        if self.pixels.device.type == self.device.type:
-            sources = (self.pixels[views.index] for views in batches)
-        else:
-            # Copying an index from the GPU waits for it, so all are copied before the first batch.
-            indices = [views.index.cpu() for views in batches]
-            sources = (send(self.pixels[index], self.device) for index in indices)
-        for views, images in zip(batches, sources, strict=True):
+        # Copying an index from the GPU waits for it, so all are copied before the first batch.
+        indices = [views.index.to(self.pixels.device) for views in batches]
+        for views, index in zip(batches, indices, strict=True):
+            images = send(self.pixels[index], self.device)
             yield render(images, views, self.size, self.mean, self.std)
 
 
@@ -183,7 +180,8 @@ class StreamingImages:
         room = self._workers_with_room(parts)
         workers = min(self.workers, len(parts), room, usable_cores())
         loader = torch.utils.data.DataLoader(
-            _Crops(self.files, parts, self.size),
+            parts,
+            collate_fn=self._crops,
             batch_size=None,
             num_workers=workers,
             # A forked worker inherits which signals are blocked.
@@ -201,6 +199,14 @@ class StreamingImages:
                 part = self._next(received, workers)
                 crops.append(part.to(self.device, non_blocking=True))
             yield mix(normalise(torch.cat(crops), self.mean, self.std), views)
+
+    def _crops(self, views: Views) -> torch.Tensor | str:
+        """The crops of a batch, or the text of the error that its images raised."""
+        try:
+            images = [pixels_of(decode(self.files[index])) for index in views.index.tolist()]
+        except UserError as error:
+            return str(error)
+        return crop_resize(images, views.box, views.flip, self.size)
 
     def _workers_with_room(self, parts: list[Views]) -> int:
         """How many processes can hand over their crops: each keeps up to three batches in /dev/shm.
@@ -245,24 +251,6 @@ def _no_signals() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-class _Crops(torch.utils.data.Dataset):
-    """Item k: the crops of batch k, or the text of the error that its images raised."""
-
-    def __init__(self, files: list[Path], batches: list[Views], size: int):
-        self.files, self.batches, self.size = files, batches, size
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, batch: int) -> torch.Tensor | str:
-        views = self.batches[batch]
-        try:
-            images = [pixels_of(decode(self.files[index])) for index in views.index.tolist()]
-        except UserError as error:
-            return str(error)
-        return crop_resize(images, views.box, views.flip, self.size)
 
 
 def open_images(
