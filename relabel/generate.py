@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from relabel import recipe
 from relabel.packers import default_packers, pass_writer
+from relabel.recipe import choose_views
 from relabel.teacher import (
     Ensemble,
     SomeClasses,
@@ -27,7 +27,7 @@ from relabel.teacher import (
     training_facts,
     use_batch_statistics,
 )
-from utils import cli, runtime
+from utils import cli, recipe, runtime
 from utils.cli import UserError, bounded
 from utils.data import custom, datasets, folders, images
 from utils.data.views import MIXES, ORDER, Mixture, Views, ViewSpec, centre_views, shuffle
@@ -356,7 +356,7 @@ def main() -> None:
     dataset = custom.complete(dataset, folder, sizes, trained_with, "the teacher's checkpoint")
     with machine.first_rank_first():  # so that only one downloads
         teachers = load_teachers(args, dataset, folder.classes, machine)
-    measured = recipe.apply(args, teachers, folder, dataset)
+    measured = choose_views(args, teachers, folder, dataset)
     settings = make_settings(
         dataset=dataset,
         folder=folder,

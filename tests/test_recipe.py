@@ -11,11 +11,13 @@ from PIL import Image
 
 from analysis import checks, sweep
 from relabel import generate
-from relabel import recipe as label_recipe
-from utils import runlog
+from relabel.recipe import probe
+from utils import recipe, runlog
 from utils.data import folders, images
+from utils.files import seal
 from utils.labels import LabelSet
-from validate import recipe, train
+from utils.labels.manifest import read_manifest
+from validate import train
 from validate.kinds import KINDS, TrainingData, move
 from validate.settings import parse_arguments
 
@@ -27,17 +29,7 @@ LARGE = {"mix": "none", "min_scale": 0.9}
     [(0, LARGE), (92.9, LARGE), (93, {"mix": "cutmix", "min_scale": 0.08})],
 )
 def test_labels_go_to_small_crops_only_where_the_teacher_knows_them(top1, views):
-    assert label_recipe.advise(top1) == views
-
-
-@pytest.mark.parametrize(("classes", "smoothing"), [(2, 0.1), (99, 0.1), (100, 0.8)])
-def test_a_student_trains_on_moved_views(classes, smoothing):
-    assert recipe.advise(classes) == {
-        "schedule": "moved",
-        "soft_loss_scale": "none",
-        "temperature": 4.0,
-        "label_smoothing": smoothing,
-    }
+    assert recipe.auto_views(top1) == views
 
 
 class ByBrightness:
@@ -59,7 +51,7 @@ def test_the_probe_counts_in_how_many_small_unmixed_crops_the_teacher_is_right(t
         Image.fromarray(image).save(tmp_path / name / "0.png")
     args = SimpleNamespace(batch_size=2, workers=0)
     dataset = dataclasses.replace(TINY, num_classes=2, mean=(0.5,) * 3, std=(0.5,) * 3)
-    top1 = label_recipe.probe(args, ByBrightness(), folders.scan(tmp_path), dataset)
+    top1 = probe(args, ByBrightness(), folders.scan(tmp_path), dataset)
     assert 70 < top1 < 80
 
 
@@ -77,8 +69,30 @@ def test_auto_labels_are_printed_recorded_and_overridden_by_flags(world, tmp_pat
     said, manifest = label("mixed", "--mix", "cutmix")
     assert (manifest["mix"], manifest["crop_scale"]) == ("cutmix", [0.9, 1.0])
     assert "--recipe auto: --min-scale 0.9; " in said
+    assert "small_crops_top1" not in manifest  # as these views are not its choice
     said, manifest = label("own", "--mix", "cutmix", "--min-scale", 0.08)
     assert manifest["crop_scale"] == [0.08, 1.0] and "small_crops_top1" not in manifest
+    assert "--recipe auto: nothing, as all flags are given\n" in said
+
+
+def test_a_set_that_is_continued_keeps_what_was_measured(world, tmp_path, command, monkeypatch):
+    """Another machine may measure a little more or less; then all files are what they were."""
+    arguments = generate_arguments(world.data, tmp_path / "set", world.weights, "--slc", 6)
+    arguments += ["--recipe", "auto"]
+    monkeypatch.setattr("relabel.recipe.probe", lambda *_: 92.9)
+    assert command(generate.main, *arguments).code == 0
+    files = {path: path.read_bytes() for path in (tmp_path / "set").iterdir()}
+    monkeypatch.setattr("relabel.recipe.probe", lambda *_: 93.1)
+    done = command(generate.main, *arguments)
+    assert done.code == 0 and "nothing to do" in done.out and "right on 92.9 %" in done.out
+    results = {"teacher_top1", "files"}
+    begun = read_manifest(tmp_path / "set/manifest.json")
+    begun = {key: value for key, value in begun.items() if key not in results}
+    (tmp_path / "set/manifest.partial.json").write_bytes(seal(begun))
+    (tmp_path / "set/manifest.json").unlink()
+    (tmp_path / "set/pass_0001.npz").unlink()
+    assert command(generate.main, *arguments).code == 0
+    assert files == {path: path.read_bytes() for path in (tmp_path / "set").iterdir()}
 
 
 def settings_of(world, folder, *more):
@@ -98,23 +112,21 @@ def test_auto_is_printed_recorded_and_continued(world, tmp_path, command):
     done = command(train.main, *train_arguments(world, run, "--recipe", "auto"))
     assert done.code == 0, done.err
     assert (
-        "--recipe auto: --schedule moved --soft-loss-scale none --temperature 4.0 "
-        "--label-smoothing 0.1; meant for labels of relabel/generate.py --recipe auto, which "
-        "these are not\n"
+        f"--recipe auto: --schedule moved --temperature 4.0; {world.labels} labels views that "
+        "--recipe auto did not choose\n"
     ) in done.out
     recorded = runlog.RunFolder(run).settings()
     assert (recorded["schedule"], recorded["temperature"]) == ("moved:4", 4.0)
-    given = ("--schedule", "moved", "--temperature", 4, "--label-smoothing", 0.1)
+    given = ("--schedule", "moved", "--temperature", 4)
     again = command(train.main, *train_arguments(world, run, *given))
     assert again.code == 0 and "is done" in again.out
 
 
 def test_a_flag_given_by_hand_wins_even_at_the_published_value(world, tmp_path, capsys):
-    given = ("--schedule", "soft", "--temperature", 20, "--label-smoothing", 0.8)
-    settings = settings_of(world, tmp_path, "--recipe", "auto", *given)
-    assert (settings.schedule, settings.temperature) == ("soft:4", 20)
+    settings = settings_of(world, tmp_path, "--recipe", "auto", "--temperature", 20)
+    assert (settings.schedule, settings.temperature) == ("moved:4", 20)
     assert (settings.label_smoothing, settings.soft_loss_scale) == (0.8, "none")
-    assert "--recipe auto: --soft-loss-scale none; meant for" in capsys.readouterr().out
+    assert "--recipe auto: --schedule moved; " in capsys.readouterr().out
 
 
 def test_a_sweep_leaves_everything_to_the_rule(tmp_path):
