@@ -135,7 +135,8 @@ def _compared(rows: list[dict]) -> dict[str, str]:
         method: tables.column(group, "last_top1")
         for (method,), group in tables.grouped(rows, "method").items()
     }
-    best = max(RIVALS & top1.keys(), key=lambda method: statistics.mean(top1[method]))
+    rivals = [method for method in top1 if method in RIVALS]
+    best = max(rivals, key=lambda method: statistics.mean(top1[method]))
     differences = [one - other for one, other in zip(top1["auto"], top1[best], strict=True)]
     error = statistics.stdev(differences) / math.sqrt(len(differences))
     cells = {method: tables.mean_std(values) for method, values in top1.items()}

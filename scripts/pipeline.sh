@@ -55,6 +55,7 @@ refuse_own() { # DATASET FLAG ...: flags that would contradict what a script its
             --data-dir | --val-dir | --label-dir) instead="its arguments and settings name folders" ;;
             --output-dir) instead="Main_Data_Path and RUN_NAME choose it" ;;
             --model) instead="set MODEL, of a teacher TEACHER" ;;
+            --recipe) instead="set RECIPE, for both stages" ;;
             --dataset)
                 instead="the script is for $dataset"
                 [[ "$1" != "--dataset=$dataset" && "$1 ${2:-}" != "--dataset $dataset" ]] || instead=""
