@@ -135,7 +135,7 @@ label fashion_ipc10 100 fashion_cutmix fashion_labels "${fashion[@]}"
 recipes fashion fashion_ipc10 100 fashion_cutmix fashion_labels "${fashion[@]}"
 sweep fashion_tune fashion fashion_share recipe_{views,scale,long}_fashion recipe_fashion
 
-sweep digits_share fashion_plain_tune resnet18 recipe_resnet18
+sweep digits_share fashion_plain_tune resnet18 recipe_students
 # For the figure of the stall: published at the T of the balanced run.
 "${train[@]}" --data-dir "$study/digits_ipc5" --label-dir "$study/digits_labels" \
     --val-dir "$study/digits_split/held_out" --output-dir "$study/stall_published" \
