@@ -25,8 +25,11 @@ export val_dir="${val_dir:-}"
 # TEACHER=ResNet18
 # TEACHER_WEIGHTS=    # a file; default as above, then torchvision's
 # MODEL=ResNet18      # the student
-# RECIPE=published    # or auto: schedule, loss, T and smoothing by labels per image and classes
-# SCHEDULE=           # instead of the recipe's; published has hald
+# RECIPE=published    # or auto: which views get a label by what the teacher knows, and how a student
+#                     # trains on them (analysis/study.md: small data, selected images, no BSSL); of
+#                     # published labels, only the training
+# SCHEDULE=           # instead of the recipe's; published has hald. Fresh views of hard epochs are as
+#                     # large as those of the labels
 # SOFT_EPOCHS=        # of a schedule given by name: a number (default 150), or auto
 # HARD_EPOCHS=        # likewise
 # SEED=0              # of the student

@@ -16,7 +16,7 @@ from relabel import compress, generate
 from utils import runlog, runtime
 from utils.cli import UserError
 from utils.data import datasets, folders
-from validate import recipe, schedule, settings
+from validate import schedule, settings
 from validate.kinds import KINDS
 
 _PARSERS = {
@@ -92,7 +92,7 @@ def parse(task: Task) -> argparse.Namespace:
 
 def phases_of(args: argparse.Namespace, passes: int, classes: int) -> list[schedule.Phase]:
     """The phases of a run on so many labels per image; raises UserError for a wrong schedule."""
-    args = recipe.apply(args, passes, classes, teacher_top1=100)
+    args = settings.follow_recipe(args, None, classes)
     soft, hard = settings.count_epochs(args, passes, classes)
     return schedule.phases(args.schedule, soft, hard, passes, [*KINDS])
 

@@ -5,8 +5,10 @@ python analysis/study.py --collect PLAN …   first takes over the results of fi
 
 A table stands in study.md between `<!-- KIND NAME -->` and `<!-- end -->`, KIND one of `results`
 (the sweep's table of NAME.csv), `choice` (how settings of one method compare on held-out
-training images), `pivot` (methods named "ROW / COLUMN": a cell for each) and `labels` (a line for
-each number of labels per image; with auto against the best of the others, paired by seed).
+training images), `pivot` (methods named "ROW / COLUMN": a cell for each), `labels` (a line for each
+student and number of labels per image; with auto against the best of the four that it replaces,
+paired by seed) and `sets` (a line for each method, a column for each number of labels per image in
+NAME_digits.csv, NAME_fashion.csv, NAME_photos.csv and NAME_glyphs.csv, those that there are).
 """
 
 import sys
@@ -27,6 +29,8 @@ from utils.results import provenance, write_csv
 
 HERE = Path(__file__).resolve().parent
 RESULTS, PLANS, STUDY = HERE / "results", HERE / "plans", HERE / "study.md"
+SETS = {"digits": "digits", "fashion": "Fashion", "photos": "photos", "glyphs": "characters"}
+RIVALS = {"hard", "soft", "published", "balanced"}  # of auto
 
 
 def collect(plan: str) -> None:
@@ -106,31 +110,59 @@ def pivot_table(rows: list[dict]) -> str:
 
 
 def labels_table(rows: list[dict]) -> str:
-    """Last top-1 of every method by labels per image, and by how much auto exceeds the best other.
+    """Last top-1 of every method by labels per image, and by how much auto exceeds the best rival.
 
     With the difference stands its standard error, from the differences of equal seeds.
     """
     lines = []
-    for slc in dict.fromkeys(row["slc"] for row in rows if row["slc"]):
-        compared = [row for row in rows if row["slc"] in (slc, None)]
-        methods = {
-            method: tables.column(sorted(group, key=lambda row: row["seed"]), "last_top1")
-            for (method,), group in tables.grouped(compared, "method").items()
-        }
-        line = {"labels per image": slc // compared[0]["ipc"]}
-        line |= {method: tables.mean_std(top1) for method, top1 in methods.items()}
-        if auto := methods.pop("auto", None):
-            best = max(methods, key=lambda method: statistics.mean(methods[method]))
-            differences = [one - other for one, other in zip(auto, methods[best], strict=True)]
-            error = statistics.stdev(differences) / math.sqrt(len(differences))
-            line["auto - best"] = f"{statistics.mean(differences):+.1f} ± {error:.1f} ({best})"
-        lines.append(line)
-    return tables.markdown_table(lines, left=())
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    students = list(dict.fromkeys(row["student"] for row in rows))
+    for student in students:
+        of_student = [row for row in rows if row["student"] == student]
+        for slc in dict.fromkeys(row["slc"] for row in of_student if row["slc"]):
+            compared = [row for row in of_student if row["slc"] in (slc, None)]
+            compared.sort(key=lambda row: (methods.index(row["method"]), row["seed"]))
+            line = {"student": student} if len(students) > 1 else {}
+            lines.append(
+                line | {"labels per image": slc // compared[0]["ipc"]} | _compared(compared)
+            )
+    return tables.markdown_table(lines, left=("student",))
+
+
+def _compared(rows: list[dict]) -> dict[str, str]:
+    """The cells of a line of `labels_table`, from rows in order of methods and seeds."""
+    top1 = {
+        method: tables.column(group, "last_top1")
+        for (method,), group in tables.grouped(rows, "method").items()
+    }
+    rivals = [method for method in top1 if method in RIVALS]
+    best = max(rivals, key=lambda method: statistics.mean(top1[method]))
+    differences = [one - other for one, other in zip(top1["auto"], top1[best], strict=True)]
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    cells = {method: tables.mean_std(values) for method, values in top1.items()}
+    return cells | {"auto - best": f"{statistics.mean(differences):+.1f} ± {error:.1f} ({best})"}
+
+
+def sets_table(name: str) -> str:
+    """Last top-1 of every method on every data set, mean ± standard deviation over seeds."""
+    corner, lines, headings = "last top-1 (%)", {}, []
+    for data, shown in SETS.items():
+        if not (RESULTS / f"{name}_{data}.csv").exists():
+            continue
+        rows = read(f"{name}_{data}")
+        for slc in dict.fromkeys(row["slc"] for row in rows if row["slc"]):
+            headings.append(heading := f"{shown}, {slc // rows[0]['ipc']}")
+            compared = [row for row in rows if row["slc"] in (slc, None)]
+            for (method,), group in tables.grouped(compared, "method").items():
+                line = lines.setdefault(method, {corner: method})
+                line[heading] = tables.mean_std(tables.column(group, "last_top1"))
+    whole = [{name: line.get(name, "–") for name in [corner, *headings]} for line in lines.values()]
+    return tables.markdown_table(whole, left=(corner,))
 
 
 def fill(text: str) -> str:
     """study.md with every table made again; raises UserError for an unknown kind of table."""
-    kinds = {
+    of_one_file = {
         "results": results_table,
         "choice": choice_table,
         "pivot": pivot_table,
@@ -139,9 +171,12 @@ def fill(text: str) -> str:
 
     def table(marker: re.Match) -> str:
         kind, name = marker[1], marker[2]
-        if kind not in kinds:
-            raise UserError(f"{STUDY}: unknown table {kind!r} (known: {', '.join(kinds)})")
-        return f"<!-- {kind} {name} -->\n{kinds[kind](read(name))}<!-- end -->"
+        if kind not in (*of_one_file, "sets"):
+            raise UserError(
+                f"{STUDY}: unknown table {kind!r} (known: {', '.join(of_one_file)}, sets)"
+            )
+        made = sets_table(name) if kind == "sets" else of_one_file[kind](read(name))
+        return f"<!-- {kind} {name} -->\n{made}<!-- end -->"
 
     return re.sub(r"<!-- (\w+) (\w+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
 

@@ -42,8 +42,9 @@ class Method:
 
     Attributes:
         flags: flags of validate/train.py.
-        labels: the label set it reads: "views" (crops, as for HALD), "static" (whole images),
-            "topk" (the views' labels, only their largest logits), or "" for none.
+        labels: the label set it reads: "views" (crops, as for HALD), "auto" (views as --recipe auto
+            chooses them), "static" (whole images), "topk" (the views' labels, only their largest
+            logits), or "" for none.
         pooled: whether it draws from a pool of more labels than it may store.
     """
 
@@ -54,11 +55,11 @@ class Method:
     @property
     def counts_views(self) -> bool:
         """Whether its labels are as many as the SLC says."""
-        return self.labels in ("views", "topk")
+        return self.labels in ("views", "auto", "topk")
 
 
 _NAMED = {
-    "auto": Method("--recipe auto"),
+    "auto": Method("--recipe auto", "auto"),
     "hald": Method("--schedule hald"),
     "balanced": Method("--schedule hald --soft-loss-scale T2"),
     "reset": Method("--schedule hald --reset-optimizer"),
@@ -251,8 +252,8 @@ def label_sets(
     """
     if not labels:
         return {"": (None, "")}
-    if labels == "static":
-        return {"": (label_dir(settings, ipc, "_static"), "")}
+    if labels in ("static", "auto"):
+        return {"": (label_dir(settings, ipc, f"_{labels}"), "")}
     codecs = settings.codecs or {"": ""}
     if labels == "topk":
         k = top_k(count_classes(settings, ipc))
@@ -288,6 +289,9 @@ def label_tasks(settings: argparse.Namespace) -> list[Task]:
         if "static" in reads:
             whole = ["--slc", str(ipc), "--mix", "none", "--min-scale", "1"]
             generated["static"] = label_dir(settings, ipc, "_static"), whole
+        if "auto" in reads:
+            chosen = ["--slc", str(stored_slc(settings, ipc)), "--recipe", "auto"]
+            generated["auto"] = label_dir(settings, ipc, "_auto"), chosen
         for name, (out, amount) in generated.items():
             if settings.relabel:
                 flags = [*data_flags(settings, ipc), *shlex.split(settings.relabel)]

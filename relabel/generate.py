@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from relabel.packers import default_packers, pass_writer
+from relabel.recipe import choose_views
 from relabel.teacher import (
     Ensemble,
     SomeClasses,
@@ -26,7 +27,7 @@ from relabel.teacher import (
     training_facts,
     use_batch_statistics,
 )
-from utils import cli, runtime
+from utils import cli, recipe, runtime
 from utils.cli import UserError, bounded
 from utils.data import custom, datasets, folders, images
 from utils.data.views import MIXES, ORDER, Mixture, Views, ViewSpec, centre_views, shuffle
@@ -103,12 +104,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "student's batch size, too",
     )
     labels.add_argument(
-        "--mix", choices=MIXES, default="cutmix", help="how views of a batch are mixed"
+        "--recipe",
+        choices=recipe.RECIPES,
+        default="published",
+        help="gives --mix and --min-scale, each unless it is given; auto: by how often the teacher "
+        "is right on small crops",
     )
-    crop = "smallest crop as a share of the image's area"
-    labels.add_argument(
-        "--min-scale", type=bounded(float, 0.0001, 1), default=0.08, metavar="X", help=crop
-    )
+    mix = "how views of a batch are mixed (default: the recipe's, cutmix as published)"
+    labels.add_argument("--mix", choices=MIXES, help=mix)
+    crop = "smallest crop as a share of the image's area (default: the recipe's, 0.08 as published)"
+    labels.add_argument("--min-scale", type=bounded(float, 0.0001, 1), metavar="X", help=crop)
     codecs.add_arguments(labels, default="fp16")
     labels.add_argument(
         "--seed", type=bounded(int, 0, 2**62), default=42, metavar="N", help="of the views"
@@ -351,6 +356,7 @@ def main() -> None:
     dataset = custom.complete(dataset, folder, sizes, trained_with, "the teacher's checkpoint")
     with machine.first_rank_first():  # so that only one downloads
         teachers = load_teachers(args, dataset, folder.classes, machine)
+    measured = choose_views(args, teachers, folder, dataset)
     settings = make_settings(
         dataset=dataset,
         folder=folder,
@@ -368,6 +374,7 @@ def main() -> None:
             "bssl": args.bssl,
             "precision": machine.precision,
             "views_per_forward": views_per_forward(args, machine.device),
+            **measured,
         },
         codec=codecs.from_arguments(args),
     )

@@ -55,6 +55,7 @@ refuse_own() { # DATASET FLAG ...: flags that would contradict what a script its
             --data-dir | --val-dir | --label-dir) instead="its arguments and settings name folders" ;;
             --output-dir) instead="Main_Data_Path and RUN_NAME choose it" ;;
             --model) instead="set MODEL, of a teacher TEACHER" ;;
+            --recipe) instead="set RECIPE, for both stages" ;;
             --dataset)
                 instead="the script is for $dataset"
                 [[ "$1" != "--dataset=$dataset" && "$1 ${2:-}" != "--dataset $dataset" ]] || instead=""
@@ -166,6 +167,7 @@ run_pipeline() { # DATASET [-- FLAG ...]: the flags go to validate/train.py
     else
         [[ "$CODEC" == fp16 ]] || kind="_$CODEC"
         [[ "$TEACHER" == ResNet18 ]] || kind+="_${TEACHER//[:\/]/-}"
+        [[ "$RECIPE" == published ]] || kind+="_$RECIPE"
         kind+="$(flags_name "${flags[@]}")"
     fi
     local labels="$published$kind"
@@ -189,7 +191,7 @@ run_pipeline() { # DATASET [-- FLAG ...]: the flags go to validate/train.py
         mkdir -p "$(dirname "$labels")"
         in_processes "$GPUS" "$ROOT/relabel/generate.py" --data-dir "$images" --label-dir "$labels" \
             --dataset "$dataset" --slc "$SLC" --batch-size "$BATCH_SIZE" --codec "$CODEC" \
-            --workers "$WORKERS" "${labelling[@]}" "${flags[@]}"
+            --recipe "$RECIPE" --workers "$WORKERS" "${labelling[@]}" "${flags[@]}"
     fi
     local schedule=()
     [[ -z "$SCHEDULE" ]] || schedule+=(--schedule "$SCHEDULE")

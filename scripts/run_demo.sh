@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole pipeline on scikit-learn's handwritten digits, in a few minutes on two CPU cores:
-# teacher, distilled images, soft labels, four kinds of students with three seeds each, a table.
+# teacher, distilled images, soft labels, five kinds of students with three seeds each, a table.
 # Finished parts are skipped; the results are in runs/demo (or DEMO_DIR).
 set -euo pipefail
 
@@ -49,10 +49,15 @@ echo "== 3/5 distilled images: per class the five that the teacher is surest of"
 "$PYTHON" "$ROOT/scripts/prepare_distilled.py" --data-dir "$out/digits/train" \
     --out-dir "$out/distilled_ipc5" --dataset digits --teacher ConvNetW32 \
     --teacher-weights "$out/teacher/checkpoint.pt" --ipc 5 --crops 0 --workers 0
-echo "== 4/5 soft labels: one per image"
-"$PYTHON" "$ROOT/relabel/generate.py" --data-dir "$out/distilled_ipc5" \
-    --label-dir "$out/labels_slc5" --dataset digits --teacher ConvNetW32 \
-    --teacher-weights "$out/teacher/checkpoint.pt" --slc 5 --codec "${CODEC:-klt}" --no-bssl --workers 0
+echo "== 4/5 soft labels: one per image, of random crops, and of the views that --recipe auto takes"
+for recipe in published auto; do
+    labels="$out/labels_slc5"
+    [[ "$recipe" == published ]] || labels+="_$recipe"
+    "$PYTHON" "$ROOT/relabel/generate.py" --data-dir "$out/distilled_ipc5" \
+        --label-dir "$labels" --dataset digits --teacher ConvNetW32 \
+        --teacher-weights "$out/teacher/checkpoint.pt" --slc 5 --codec "${CODEC:-klt}" --no-bssl \
+        --workers 0 --recipe "$recipe"
+done
 for seed in 0 1 2; do
     echo "== 5/5 students, seed $seed: hard only and soft only (300 epochs each)"
     beside "$out/beside.log" student soft "$seed" --schedule soft
@@ -63,7 +68,14 @@ for seed in 0 1 2; do
     student hald_balanced "$seed" --soft-loss-scale T2
     finish_beside "$out/beside.log"
 done
+echo "== 5/5 students, all seeds: --recipe auto"
+auto=(--label-dir "$out/labels_slc5_auto" --recipe auto)
+beside "$out/beside.log" student recipe_auto 0 "${auto[@]}"
+student recipe_auto 1 "${auto[@]}"
+finish_beside "$out/beside.log"
+student recipe_auto 2 "${auto[@]}"
 echo
 "$PYTHON" "$ROOT/analysis/compare.py" --out "$out/comparison.png" \
     "hard only=$out/hard_seed*" "soft only=$out/soft_seed*" \
-    "HALD published=$out/hald_published_seed*" "HALD balanced (T2)=$out/hald_balanced_seed*"
+    "HALD published=$out/hald_published_seed*" "HALD balanced (T2)=$out/hald_balanced_seed*" \
+    "recipe auto=$out/recipe_auto_seed*"

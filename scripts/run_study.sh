@@ -5,8 +5,8 @@
 # Without the first (or with "") torchvision downloads Fashion-MNIST; Debian has it too
 # (dataset-fashion-mnist, in /usr/share/datasets/fashion-mnist). benchmarks/glyphs.py says how to
 # get the typefaces, benchmarks/photos.py how to get the photographs; without them the parts on
-# 200 characters and on photographs are left out. About two and a half hours on two CPU cores; may
-# be stopped and repeated.
+# 200 characters and on photographs are left out. About four hours on two CPU cores; may be stopped
+# and repeated.
 set -euo pipefail
 
 # shellcheck source=scripts/setup.sh
@@ -52,6 +52,15 @@ label() { # IMAGES SLC TEACHER LABELS FLAG ...
         --workers 0 "${@:5}"
 }
 
+recipes() { # NAME IMAGES SLC TEACHER LABELS FLAG ...: label sets of --recipe auto, and of other views
+    local views mix scale
+    label "$2" "$3" "$4" "$5_auto" "${@:6}" --recipe auto
+    for views in cutmix_0.08 cutmix_0.5 none_0.25 none_0.5 none_0.8 none_0.9 none_1; do
+        mix="${views%_*}" scale="${views#*_}"
+        label "$2" "$3" "$4" "$1_views_$views" "${@:6}" --mix "$mix" --min-scale "$scale"
+    done
+}
+
 plans=()
 sweep() { # PLAN ...: makes all runs of these plans of analysis/plans
     local plan
@@ -68,11 +77,12 @@ digits=(--dataset digits)
 (teacher digits digits_split/rest digits_split/held_out "${digits[@]}" --schedule hard:60 \
     --hard-mix none --min-scale 0.5 --lr 0.001 --eval-every 20)
 distil digits digits digits_split/rest 5 "${digits[@]}" --candidates 5
-label digits_ipc5 25 digits digits_labels "${digits[@]}"
+label digits_ipc5 50 digits digits_labels "${digits[@]}"
+recipes digits digits_ipc5 50 digits digits_labels "${digits[@]}"
 for batch in 10 50; do
     label digits_ipc5 15 digits "digits_labels_bs$batch" "${digits[@]}" --batch-size "$batch"
 done
-sweep digits_tune digits recipe_digits balance
+sweep digits_tune digits balance recipe_{views,scale,long}_digits recipe_digits
 
 if [[ -n "$fonts" ]]; then
     glyphs=(--dataset custom --input-size 32 --mean 0.062 0.062 0.062 --std 0.219 0.219 0.219)
@@ -83,11 +93,14 @@ if [[ -n "$fonts" ]]; then
     teacher glyphs "${glyphs_teacher[@]}" --hard-mix none & # both, to see which knows the views
     (teacher glyphs_cutmix "${glyphs_teacher[@]}" --hard-mix cutmix)
     wait $!
-    distil glyphs glyphs_cutmix glyphs/train 5 "${glyphs[@]}"
-    glyphs+=(--min-scale 0.5 --batch-size 25)
+    for ipc in 2 5; do distil glyphs glyphs_cutmix glyphs/train "$ipc" "${glyphs[@]}"; done
+    glyphs+=(--batch-size 25)
+    recipes glyphs glyphs_ipc2 20 glyphs_cutmix glyphs_labels_ipc2 "${glyphs[@]}"
+    glyphs+=(--min-scale 0.5)
+    label glyphs_ipc2 20 glyphs_cutmix glyphs_labels_ipc2 "${glyphs[@]}"
     label glyphs_ipc5 25 glyphs glyphs_plain_labels "${glyphs[@]}"
     label glyphs_ipc5 25 glyphs_cutmix glyphs_labels "${glyphs[@]}"
-    sweep glyphs_tune glyphs glyphs_share
+    sweep glyphs_tune glyphs glyphs_share recipe_{views,scale}_glyphs recipe_glyphs
 else
     echo "run_study: no folder with typefaces was given: the 200 characters are left out"
 fi
@@ -100,7 +113,8 @@ if [[ -n "$photos" ]]; then
         --batch-size 64 --lr 0.003 --eval-every 10)
     distil photos photos photos/train 5 "${patches[@]}"
     label photos_ipc5 50 photos photos_labels "${patches[@]}"
-    sweep recipe_photos_tune recipe_photos
+    recipes photos photos_ipc5 50 photos photos_labels "${patches[@]}"
+    sweep recipe_photos_tune recipe_{views,scale,long}_photos recipe_photos
 else
     echo "run_study: no folder with photographs was given: that part is left out"
 fi
@@ -117,10 +131,11 @@ teacher fashion fashion_split/rest fashion_split/held_out "${fashion[@]}" --sche
 wait $!
 distil fashion fashion fashion_split/rest 10 "${fashion[@]}" --candidates 300
 label fashion_ipc10 50 fashion fashion_plain_labels "${fashion[@]}"
-label fashion_ipc10 50 fashion_cutmix fashion_labels "${fashion[@]}"
-sweep fashion_tune fashion recipe_fashion fashion_share
+label fashion_ipc10 100 fashion_cutmix fashion_labels "${fashion[@]}"
+recipes fashion fashion_ipc10 100 fashion_cutmix fashion_labels "${fashion[@]}"
+sweep fashion_tune fashion fashion_share recipe_{views,scale,long}_fashion recipe_fashion
 
-sweep digits_share fashion_plain_tune resnet18
+sweep digits_share fashion_plain_tune resnet18 recipe_students
 # For the figure of the stall: published at the T of the balanced run.
 "${train[@]}" --data-dir "$study/digits_ipc5" --label-dir "$study/digits_labels" \
     --val-dir "$study/digits_split/held_out" --output-dir "$study/stall_published" \

@@ -256,7 +256,7 @@ def test_auto_is_compared_with_the_best_of_the_others_seed_by_seed():
     top1 = {("hard", None): (50, 60, 70), ("soft", 5): (40, 40, 40), ("soft", 15): (80, 80, 80)}
     top1 |= {("auto", 5): (51, 62, 73), ("auto", 15): (80, 80, 80)}
     rows = [
-        {"method": method, "ipc": 5, "slc": slc, "seed": seed, "last_top1": value}
+        {"method": method, "student": "S", "ipc": 5, "slc": slc, "seed": seed, "last_top1": value}
         for (method, slc), values in top1.items()
         for seed, value in enumerate(values)
     ]
@@ -265,6 +265,33 @@ def test_auto_is_compared_with_the_best_of_the_others_seed_by_seed():
     rest = "62.0 ± 11.0 | +2.0 ± 0.6 (hard) |"
     assert table[2] == f"| 1 | 60.0 ± 10.0 | 40.0 ± 0.0 | {rest}"
     assert table[3].endswith("| 80.0 ± 0.0 | +0.0 ± 0.0 (soft) |")
+    table = study.labels_table([*rows, *(row | {"student": "T"} for row in rows)]).splitlines()
+    assert table[0].startswith("| student | labels per image | hard |")
+    assert [line[:9] for line in table[2:]] == [
+        "| S | 1 |",
+        "| S | 3 |",
+        "| T | 1 |",
+        "| T | 3 |",
+    ]
+
+
+def test_methods_on_several_data_sets_stand_side_by_side(tmp_path, monkeypatch):
+    def write(data, ipc, top1):
+        names = "method", "ipc", "slc", "last_top1"
+        rows = [
+            dict(zip(names, (method, ipc, slc, value), strict=True)) for method, slc, value in top1
+        ]
+        write_csv(rows, tmp_path / f"mine_{data}.csv")
+
+    write("glyphs", 2, [("soft", 2, 51.0), ("soft", 2, 53.0)])
+    write("digits", 5, [("hard", None, 70.0), ("soft", 5, 60.0), ("soft", 15, 80.0)])
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    assert study.fill("<!-- sets mine -->\n<!-- end -->").splitlines()[1:-1] == [
+        "| last top-1 (%) | digits, 1 | digits, 3 | characters, 1 |",
+        "|---|---:|---:|---:|",
+        "| hard | 70.0 | 70.0 | – |",
+        "| soft | 60.0 | 80.0 | 52.0 ± 1.4 |",
+    ]
 
 
 def test_the_tables_of_the_study_are_those_of_its_numbers(tmp_path, monkeypatch):

@@ -103,6 +103,17 @@ def test_label_sets_are_made_once_per_ipc_for_what_the_methods_read(tmp_path):
         sweep.label_tasks(settings(tmp_path, relabel=""))
 
 
+def test_auto_is_trained_on_a_label_set_of_its_own_views(tmp_path):
+    plan = settings(tmp_path, methods=["soft", "auto"])
+    views, auto = sweep.label_tasks(plan)
+    folder = f"{tmp_path}/out/labels/ipc5"
+    assert shlex.join(views.command).endswith(f"--label-dir {folder} --slc 40")
+    assert shlex.join(auto.command).endswith(f"--label-dir {folder}_auto --slc 40 --recipe auto")
+    soft, moved = sweep.run_tasks(plan)[:2]
+    assert f"--slc 5 --label-dir {folder} " in shlex.join(soft.command)
+    assert f"--slc 5 --label-dir {folder}_auto" in shlex.join(moved.command)
+
+
 def test_methods_that_read_labels_of_views_are_trained_on_every_codec(tmp_path, monkeypatch):
     methods = ["hard", "soft", "lpqld"]
     codecs = {"fp16": "", "klt_01": "--codec klt --distortion 0.01"}

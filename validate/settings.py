@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from utils import cli, loggers, runtime
+from utils import cli, loggers, recipe, runtime
 from utils.cli import UserError, bounded
 from utils.data import custom, datasets, evaluation, folders, images
 from utils.data.views import MIXES, ViewSpec
 from utils.files import sha256_file
 from utils.labels import LabelSet, first_difference
-from validate import recipe, schedule, step
+from validate import schedule, step
 from validate.kinds import KINDS
 
 _DEFAULT_EPOCHS = 150
@@ -278,7 +278,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         choices=recipe.RECIPES,
         default="published",
         help="gives --schedule, --soft-loss-scale, --temperature, --label-smoothing, each unless "
-        "it is given; auto: by labels per image, classes and the teacher's top-1 on the views",
+        "it is given; auto: stored views alone, moved anew each time, for labels of that recipe",
     )
     group.add_argument(
         "--schedule",
@@ -307,6 +307,20 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
+def follow_recipe(
+    args: argparse.Namespace, labels: LabelSet | None, classes: int
+) -> argparse.Namespace:
+    """The flags, those not given as --recipe says; prints what auto chose."""
+    args = argparse.Namespace(**vars(args))
+    if args.recipe == "auto":
+        why = ""
+        if labels is not None and "small_crops_top1" not in labels.manifest:
+            why = f"; {labels.path} labels views that --recipe auto did not choose"
+        recipe.tell(recipe.fill(args, recipe.AUTO_TRAINING), why, classes)
+    recipe.fill(args, recipe.PUBLISHED_TRAINING)
+    return args
+
+
 def resolve(args: argparse.Namespace, materials: Materials, machine: runtime.Runtime) -> Settings:
     """The settings that flags, hyper.yaml and label set give.
 
@@ -315,8 +329,7 @@ def resolve(args: argparse.Namespace, materials: Materials, machine: runtime.Run
     """
     dataset, labels = materials.dataset, materials.labels
     passes = _labels_per_image(args, labels)
-    top1 = labels.manifest["teacher_top1"] if labels else 0
-    args = recipe.apply(args, passes, dataset.num_classes, top1)
+    args = follow_recipe(args, labels, dataset.num_classes)
     soft, hard = count_epochs(args, passes, dataset.num_classes)
     phases = schedule.phases(args.schedule, soft, hard, max(passes, 1), [*KINDS])
     kinds = sorted({kind for kind, _ in phases})

@@ -18,7 +18,7 @@ SIZES, CODEC = "sizes.npz", "codec.npz"
 # What is known only when all passes are there; everything else is a label set's settings.
 RESULTS = {"teacher_top1", "files"}
 # Recorded, but free to differ when an interrupted set is continued.
-NOT_COMPARED = {"versions", *RESULTS}
+NOT_COMPARED = {"versions", "small_crops_top1", *RESULTS}
 
 
 def pass_name(pass_index: int) -> str:
@@ -102,6 +102,12 @@ def read_manifest(path: Path) -> dict:
             f"{VERSION}: make the set again, in another folder, with relabel/{made_by}.py"
         )
     return read_sealed(path)
+
+
+def begun(folder: Path) -> dict | None:
+    """The manifest of a label set, whole or partial, or None; raises UserError."""
+    paths = [path for name in (MANIFEST, PARTIAL) if (path := folder / name).exists()]
+    return read_manifest(paths[0]) if paths else None
 
 
 def why_not_complete(folder: Path) -> str:

@@ -47,15 +47,14 @@ class LabelWriter:
         self.settings = {"format": layout.FORMAT, "version": layout.VERSION, **settings}
         self.spec = layout.view_spec(self.settings)
         self.sizes = sizes
-        paths = (self.path / layout.MANIFEST, self.path / layout.PARTIAL)
-        if existing_paths := [path for path in paths if path.exists()]:
-            existing = layout.read_manifest(existing_paths[0])
+        if existing := layout.begun(self.path):
             if difference := layout.first_difference(self.settings, existing, layout.NOT_COMPARED):
                 raise UserError(
                     f"{self.path} holds a label set made with other settings ({difference}); "
                     f"choose another {flag} or the same settings"
                 )
-            self.settings["versions"] = existing["versions"]
+            kept = (layout.NOT_COMPARED - layout.RESULTS) & existing.keys()
+            self.settings |= {key: existing[key] for key in kept}
         elif not is_unused(self.path):
             raise UserError(f"{self.path} is not empty and not a label set; choose another folder")
         self.codec: Codec | None = None
@@ -133,7 +132,7 @@ class LabelWriter:
     def _checksum(self, pass_index: int, arrays: dict[str, np.ndarray]) -> bytes:
         """SHA-256 of a pass: its index, its content, and the settings and codec it was made with.
 
-        Versions are left out: a set may be continued with others.
+        What is not compared is left out: a set may be continued with other versions.
         """
         settings = {k: v for k, v in self.settings.items() if k not in layout.NOT_COMPARED}
         fitted = self.codec.arrays()

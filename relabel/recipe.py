@@ -1,0 +1,60 @@
+"""Which views the recipe "auto" labels: by what the teacher says of small crops."""
+
+import argparse
+
+from relabel.teacher import Ensemble
+from utils import recipe
+from utils.data import images
+from utils.data.datasets import Dataset
+from utils.data.folders import ImageFolder
+from utils.data.views import ViewSpec, draw
+from utils.labels import manifest
+
+_PROBED = 1024  # views at least, and images at most
+
+
+def probe(
+    args: argparse.Namespace, teachers: Ensemble, folder: ImageFolder, dataset: Dataset
+) -> float:
+    """In how many unmixed crops of the published size the teacher names the class, in percent.
+
+    Of one to two thousand views, with BatchNorm's running statistics.
+    """
+    few, device = folder.sample(_PROBED), teachers.runtime.device
+    sizes, _ = images.inspect(few)
+    source = images.open_images(few, sizes, dataset, device, args.workers)
+    spec = ViewSpec(
+        dataset.input_size,
+        args.batch_size,
+        min_scale=recipe.PUBLISHED_VIEWS["min_scale"],
+        mix="none",
+    )
+    labels, passes, hits = few.labels.to(device), -(-_PROBED // len(sizes)), 0
+    batches = [views for seed in range(passes) for views in draw(spec, sizes, seed).to(device)]
+    for views, pixels in zip(batches, source.render(batches), strict=True):
+        hits += int((teachers.logits(pixels).argmax(1) == labels[views.index]).sum())
+    return round(100 * hits / (passes * len(sizes)), 1)
+
+
+def choose_views(
+    args: argparse.Namespace, teachers: Ensemble, folder: ImageFolder, dataset: Dataset
+) -> dict[str, float]:
+    """Sets --mix and --min-scale in `args` where they are not given; prints what auto chose.
+
+    A label set that is to be continued keeps what was measured when it was begun.
+
+    Returns:
+        What auto measured, for the manifest; nothing where the views are not its choice.
+    """
+    if args.recipe == "published":
+        recipe.fill(args, recipe.PUBLISHED_VIEWS)
+        return {}
+    begun = manifest.begun(args.label_dir) or {}
+    top1, machine = begun.get("small_crops_top1"), teachers.runtime
+    if top1 is None and None in (args.mix, args.min_scale):
+        first = machine.rank == 0
+        top1 = machine.from_first(probe(args, teachers, folder, dataset) if first else None)
+    chosen = recipe.fill(args, {} if top1 is None else recipe.auto_views(top1))
+    why = f"; the teacher is right on {top1} % of small unmixed crops" if chosen else ""
+    recipe.tell(chosen, why, dataset.num_classes)
+    return {"small_crops_top1": top1} if len(chosen) == 2 else {}
