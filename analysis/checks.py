@@ -13,7 +13,7 @@ from torch import nn
 import models
 from analysis.runner import Task
 from relabel import compress, generate
-from utils import runlog, runtime
+from utils import recipe, runlog, runtime
 from utils.cli import UserError
 from utils.data import datasets, folders
 from validate import schedule, settings
@@ -92,7 +92,7 @@ def parse(task: Task) -> argparse.Namespace:
 
 def phases_of(args: argparse.Namespace, passes: int, classes: int) -> list[schedule.Phase]:
     """The phases of a run on so many labels per image; raises UserError for a wrong schedule."""
-    args = settings.follow_recipe(args, None, classes)
+    args = recipe.training_flags(args, None, classes)
     soft, hard = settings.count_epochs(args, passes, classes)
     return schedule.phases(args.schedule, soft, hard, passes, [*KINDS])
 

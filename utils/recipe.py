@@ -5,18 +5,20 @@ Source: arXiv 2512.15647 for "published", analysis/study.md for "auto".
 
 import argparse
 
+from utils.labels import LabelSet
+
 RECIPES = ("published", "auto")
 _MOST_MEASURED = 200  # classes
 _SURE = 93  # percent
 PUBLISHED_VIEWS = {"mix": "cutmix", "min_scale": 0.08}
 _LARGE_VIEWS = {"mix": "none", "min_scale": 0.9}
-PUBLISHED_TRAINING = {
+_PUBLISHED_TRAINING = {
     "schedule": "hald",
     "soft_loss_scale": "none",
     "temperature": 20.0,
     "label_smoothing": 0.8,
 }
-AUTO_TRAINING = {"schedule": "moved", "temperature": 4.0}
+_AUTO_TRAINING = {"schedule": "moved", "temperature": 4.0}
 
 
 def auto_views(small_crops_top1: float) -> dict[str, object]:
@@ -27,6 +29,20 @@ def auto_views(small_crops_top1: float) -> dict[str, object]:
             class, in percent.
     """
     return PUBLISHED_VIEWS if small_crops_top1 >= _SURE else _LARGE_VIEWS
+
+
+def training_flags(
+    args: argparse.Namespace, labels: LabelSet | None, classes: int
+) -> argparse.Namespace:
+    """The flags of validate/train.py, those not given as --recipe says; prints what auto chose."""
+    args = argparse.Namespace(**vars(args))
+    if args.recipe == "auto":
+        why = ""
+        if labels is not None and "small_crops_top1" not in labels.manifest:
+            why = f"; {labels.path} labels views that --recipe auto did not choose"
+        tell(fill(args, _AUTO_TRAINING), why, classes)
+    fill(args, _PUBLISHED_TRAINING)
+    return args
 
 
 def fill(args: argparse.Namespace, advised: dict[str, object]) -> dict[str, object]:

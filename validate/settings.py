@@ -307,20 +307,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
-def follow_recipe(
-    args: argparse.Namespace, labels: LabelSet | None, classes: int
-) -> argparse.Namespace:
-    """The flags, those not given as --recipe says; prints what auto chose."""
-    args = argparse.Namespace(**vars(args))
-    if args.recipe == "auto":
-        why = ""
-        if labels is not None and "small_crops_top1" not in labels.manifest:
-            why = f"; {labels.path} labels views that --recipe auto did not choose"
-        recipe.tell(recipe.fill(args, recipe.AUTO_TRAINING), why, classes)
-    recipe.fill(args, recipe.PUBLISHED_TRAINING)
-    return args
-
-
 def resolve(args: argparse.Namespace, materials: Materials, machine: runtime.Runtime) -> Settings:
     """The settings that flags, hyper.yaml and label set give.
 
@@ -329,7 +315,7 @@ def resolve(args: argparse.Namespace, materials: Materials, machine: runtime.Run
     """
     dataset, labels = materials.dataset, materials.labels
     passes = _labels_per_image(args, labels)
-    args = follow_recipe(args, labels, dataset.num_classes)
+    args = recipe.training_flags(args, labels, dataset.num_classes)
     soft, hard = count_epochs(args, passes, dataset.num_classes)
     phases = schedule.phases(args.schedule, soft, hard, max(passes, 1), [*KINDS])
     kinds = sorted({kind for kind, _ in phases})
