@@ -6,7 +6,8 @@
 #   $Main_Data_Path/generated_data/syn_data/<dataset>/<METHOD>_ipc<IPC>/               images
 #   $Main_Data_Path/generated_data/new_labels/<dataset>/<METHOD>_bs16_slc<SLC>_ipc<IPC>/  labels
 #       (published ones there, imported with _imported behind; those made here with _<CODEC>,
-#       TEACHER and RELABEL_FLAGS behind, as far as they are not fp16, ResNet18 and none)
+#       TEACHER, RECIPE and RELABEL_FLAGS behind, as far as they are not fp16, ResNet18, published
+#       and none)
 #   $Main_Data_Path/<dataset>/<TEACHER>.pth, else $Main_Data_Path/<TEACHER>.pth   teacher weights
 #   $Main_Data_Path/runs/<dataset>/...                                                 students
 # imagenette may be called imagenet-nette, as in the published data.

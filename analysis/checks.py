@@ -46,7 +46,7 @@ def check(tasks: list[Task], label_sets_made: bool = False) -> list[Task]:
     looked at; if all sets have been made, that is an error.
     """
     opened: dict[tuple, settings.Materials] = {}
-    later, labelling = [], []
+    later, labelling, of_auto = [], [], set()
     for task in tasks:
         if task.is_done():
             continue
@@ -77,11 +77,15 @@ def check(tasks: list[Task], label_sets_made: bool = False) -> list[Task]:
             network(args.model, materials.dataset.num_classes, materials.dataset.input_size)
             if made:
                 _check_run(args, materials)
+                if args.recipe != "auto" and recipe.views_of_auto(materials.labels):
+                    of_auto.add(args.label_dir)
             else:
                 phases_of(args, passes=1, classes=materials.dataset.num_classes)
                 later.append(task)
     for args in labelling:
         generate.tell_of_bssl(args)
+    for label_dir in sorted(of_auto):
+        print(f"{label_dir} labels views that --recipe auto chose; other methods take them, too")
     return later
 
 

@@ -66,6 +66,9 @@ def test_auto_labels_are_printed_recorded_and_overridden_by_flags(world, tmp_pat
     measured = manifest["small_crops_top1"]
     assert measured < 93 and (manifest["mix"], manifest["crop_scale"]) == ("none", [0.9, 1.0])
     assert f"--mix none --min-scale 0.9; the teacher is right on {measured} % of small" in said
+    run = train_arguments(world, tmp_path / "run", "--label-dir", tmp_path / "auto")
+    told = command(train.main, *run).out
+    assert f"{tmp_path / 'auto'} labels views that --recipe auto chose, to train on by" in told
     said, manifest = label("mixed", "--mix", "cutmix")
     assert (manifest["mix"], manifest["crop_scale"]) == ("cutmix", [0.9, 1.0])
     assert "--recipe auto: --min-scale 0.9; " in said

@@ -9,7 +9,7 @@ from utils.labels import LabelSet
 
 RECIPES = ("published", "auto")
 _MOST_MEASURED = 200  # classes
-_SURE = 93  # percent
+SURE = 93  # percent
 PUBLISHED_VIEWS = {"mix": "cutmix", "min_scale": 0.08}
 _LARGE_VIEWS = {"mix": "none", "min_scale": 0.9}
 _PUBLISHED_TRAINING = {
@@ -28,21 +28,31 @@ def auto_views(small_crops_top1: float) -> dict[str, object]:
         small_crops_top1: in how many unmixed crops of the published size the teacher names the
             class, in percent.
     """
-    return PUBLISHED_VIEWS if small_crops_top1 >= _SURE else _LARGE_VIEWS
+    return PUBLISHED_VIEWS if small_crops_top1 >= SURE else _LARGE_VIEWS
 
 
 def training_flags(
     args: argparse.Namespace, labels: LabelSet | None, classes: int
 ) -> argparse.Namespace:
-    """The flags of validate/train.py, those not given as --recipe says; prints what auto chose."""
+    """The flags of validate/train.py, those not given as --recipe says; prints what auto chose.
+
+    And where labels are meant for the other recipe.
+    """
     args = argparse.Namespace(**vars(args))
     if args.recipe == "auto":
         why = ""
         if labels is not None and "small_crops_top1" not in labels.manifest:
             why = f"; {labels.path} labels views that --recipe auto did not choose"
         tell(fill(args, _AUTO_TRAINING), why, classes)
+    elif views_of_auto(labels):
+        print(f"{labels.path} labels views that --recipe auto chose, to train on by that recipe")
     fill(args, _PUBLISHED_TRAINING)
     return args
+
+
+def views_of_auto(labels: LabelSet | None) -> bool:
+    """Whether labels are of views that are "auto"'s alone, and not the published ones, too."""
+    return labels is not None and labels.manifest.get("small_crops_top1", SURE) < SURE
 
 
 def fill(args: argparse.Namespace, advised: dict[str, object]) -> dict[str, object]:
