@@ -32,8 +32,8 @@ def probe(
     labels, passes, hits = few.labels.to(device), -(-_PROBED // len(sizes)), 0
     batches = [views for seed in range(passes) for views in draw(spec, sizes, seed).to(device)]
     for views, pixels in zip(batches, source.render(batches), strict=True):
-        hits += int((teachers.logits(pixels).argmax(1) == labels[views.index]).sum())
-    return round(100 * hits / (passes * len(sizes)), 1)
+        hits += (teachers.logits(pixels).argmax(1) == labels[views.index]).sum()
+    return round(100 * int(hits) / (passes * len(sizes)), 1)
 
 
 def choose_views(
