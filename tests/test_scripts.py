@@ -133,11 +133,6 @@ def test_a_task_of_a_sweep_wants_plan_and_number(plan, task):
     assert "takes a PLAN.yaml" in done.stderr
 
 
-def test_the_study_wants_folders_that_exist(tmp_path):
-    done = bash("run_study.sh", "", tmp_path / "fonts")
-    assert done.returncode == 2 and f"folder not found: {tmp_path}/fonts" in done.stderr
-
-
 def test_imagenette_is_found_under_its_published_name(tmp_path):
     (tmp_path / "generated_data/syn_data/imagenet-nette/fadrm_ipc10").mkdir(parents=True)
     (tmp_path / "imagenet-nette").mkdir()
