@@ -21,9 +21,8 @@ import http.client
 import socket
 import tempfile
 
-import numpy as np
-from PIL import Image, ImageOps
-from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
+from PIL import ImageOps
+from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST, VisionDataset
 from torchvision.datasets.utils import check_integrity, extract_archive
 
 from utils import cli
@@ -35,7 +34,6 @@ _RECORD = "dataset.json"
 _SOURCES = {"cifar10": CIFAR10, "cifar100": CIFAR100, "fashion_mnist": FashionMNIST}
 _FASHION_FOLDER = "FashionMNIST/raw"  # torchvision's
 _TIMEOUT = 60  # seconds without a byte before a download counts as failed
-Splits = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def download(dataset: str, folder: Path) -> Path:
@@ -61,8 +59,8 @@ def extract(archive: Path, md5: str, folder: Path) -> None:
     extract_archive(archive, folder)
 
 
-def read(kind: type, source: Path) -> Splits:
-    """Pixels, uint8 [N, S, S] or [N, S, S, 3], and labels of "train" and "val".
+def read(kind: type[VisionDataset], source: Path) -> dict[str, VisionDataset]:
+    """The splits "train" and "val", of images and labels.
 
     Archives are extracted for the time of reading. torchvision's reader checks the MD5 of CIFAR's
     files before it unpickles any. Raises UserError unless all are the published ones.
@@ -80,28 +78,22 @@ def read(kind: type, source: Path) -> Splits:
             folder = folder if folder.is_dir() else source  # whatever its name is
             (root / kind.base_folder).symlink_to(folder.resolve())
         try:
-            splits = {"train": kind(root, train=True), "val": kind(root, train=False)}
+            return {"train": kind(root, train=True), "val": kind(root, train=False)}
         except RuntimeError:
             raise UserError(
                 f"{source} does not hold {kind.__name__}'s files, or not as published (their MD5 "
                 "differs): get them again"
             ) from None
-    return {
-        name: (np.asarray(data.data), np.asarray(data.targets)) for name, data in splits.items()
-    }
 
 
-def write_images(out: Path, splits: Splits, classes: int, border: int) -> None:
-    """Writes out/<split>/<class>/<position in the split>.png within a black border, in pixels."""
-    total = sum(len(labels) for _, labels in splits.values())
-    with cli.progress(desc="writing images", unit="img", total=total) as bar:
-        for split, images in splits.items():
-            for label in range(classes):
-                (out / split / f"{label:05d}").mkdir(parents=True)
-            for position, (pixels, label) in enumerate(zip(*images, strict=True)):
-                image = ImageOps.expand(Image.fromarray(pixels).convert("RGB"), border)
-                image.save(out / split / f"{label:05d}" / f"{position:05d}.png")
-                bar.update()
+def write_images(folder: Path, data: VisionDataset, border: int) -> None:
+    """Writes folder/<class>/<position in the split>.png within a black border, in pixels."""
+    for label in range(len(data.classes)):
+        (folder / f"{label:05d}").mkdir(parents=True)
+    bar = cli.progress(data, desc=f"writing {folder.name}", unit="img")
+    for position, (image, label) in enumerate(bar):
+        path = folder / f"{label:05d}" / f"{position:05d}.png"
+        ImageOps.expand(image.convert("RGB"), border).save(path)
 
 
 def main() -> None:
@@ -109,10 +101,8 @@ def main() -> None:
     add = parser.add_argument
     add("--dataset", type=datasets.canonical, choices=[*_SOURCES], required=True, help="to write")
     add("--out-dir", type=Path, required=True, help="gets train/ and val/")
-    copy = (
-        "a copy that is there already (else download): CIFAR's archive, its extracted folder, or "
-    )
-    copy += "the folder of either; the folder of Fashion-MNIST's four .gz files"
+    copy = "a copy that is there already (else download): CIFAR's archive or extracted folder, or "
+    copy += "what either lies in; the folder of Fashion-MNIST's four .gz files"
     add("--source-dir", type=Path, metavar="S", help=copy)
     size = "fashion_mnist only: enlarge 28x28 to NxN by black borders (32 is usual)"
     add("--size", type=bounded(int, 28, 512), metavar="N", help=size)
@@ -128,12 +118,12 @@ def main() -> None:
     if source is None:
         source = download(args.dataset, args.out_dir.with_name(f"{args.out_dir.name}.download"))
     splits = read(kind, source)
-    classes = 1 + int(splits["train"][1].max())
     with whole_folder(args.out_dir) as out:
-        write_images(out, splits, classes, border=(args.size - 28) // 2 if args.size else 0)
+        for name, data in splits.items():
+            write_images(out / name, data, border=(args.size - 28) // 2 if args.size else 0)
         atomic_write(out / _RECORD, to_json(record))
-    counts = " and ".join(f"{len(labels)} in {split}/" for split, (_, labels) in splits.items())
-    print(f"{args.out_dir}: {classes} classes, images: {counts}")
+    counts = " and ".join(f"{len(data)} in {name}/" for name, data in splits.items())
+    print(f"{args.out_dir}: {len(splits['train'].classes)} classes, images: {counts}")
 
 
 if __name__ == "__main__":
