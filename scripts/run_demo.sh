@@ -4,7 +4,6 @@
 # Finished parts are skipped; the results are in runs/demo (or DEMO_DIR).
 set -euo pipefail
 
-# shellcheck source=scripts/setup.sh
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/setup.sh"
 explain "$@"
 use_environment requirements.txt
