@@ -113,9 +113,10 @@ def measure(parameters: dict, logits: torch.Tensor, mixture: Mixture, kind: str)
     `parameters` are the codec's name and options, as in a manifest; `logits` are centred, float32
     [N, 1000], `kind` says of which labels, and `mixture` has the photos in each view.
     """
+    count = len(logits)
     codec_class, options = codecs.find(parameters)
     if codec_class.fitted:
-        options |= {"labels": SET_LABELS, "pass_labels": len(logits)}
+        options |= {"labels": SET_LABELS, "pass_labels": count}
         sample = [(logits, mixture)]
         codec, fit = timed(lambda: codec_class.fit(sample, CLASSES, **options), repeats=1)
     else:
@@ -123,7 +124,7 @@ def measure(parameters: dict, logits: torch.Tensor, mixture: Mixture, kind: str)
     payload, pack = timed(lambda: codec.pack(logits, mixture))
     codes, unpack = timed(lambda: codec.unpack(payload))
     decoded, expand = timed(lambda: codec.expand(codes, mixture))
-    size = len(payload) / len(logits)
+    size = len(payload) / count
     fitted = sum(array.nbytes for array in codec.arrays().values()) / SET_LABELS
     agreement = (decoded.argmax(1) == logits.argmax(1)).double().mean().item()
     lost = {f"distortion_t{t}": round(distortion(logits, decoded, t), 5) for t in (20, 4, 1)}
@@ -137,9 +138,9 @@ def measure(parameters: dict, logits: torch.Tensor, mixture: Mixture, kind: str)
         **lost,
         "top1_agreement": round(agreement, 4),
         "fit_seconds": round(fit, 2),
-        "packed_per_s": round(len(logits) / pack),
-        "unpacked_per_s": round(len(logits) / unpack),
-        "expanded_per_s": round(len(logits) / expand),
+        "packed_per_s": round(count / pack),
+        "unpacked_per_s": round(count / unpack),
+        "expanded_per_s": round(count / expand),
     }
 
 

@@ -190,8 +190,9 @@ def projection(rows: list[dict]) -> list[str]:
 
 def table(rows: list[dict]) -> str:
     """Median rates, and ratios to the straightforward pipeline turn by turn, with their range."""
-    title = f"{'stage':9}{'pipeline':17}{'images/s':>9}{'ratio':>8}{'(min to max)':>17}"
-    lines = [f"{title}{'peak MB':>9}{'GPU %':>7}"]
+    line = "{:9}{:17}{:>9}{:>8}{:>17}{:>9}{:>7}"
+    title = ("stage", "pipeline", "images/s", "ratio", "(min to max)", "peak MB", "GPU %")
+    lines = [line.format(*title)]
     groups = grouped(rows, "stage", "pipeline")
     for (stage, name), timings in groups.items():
         rates, ratio, spread = column(timings, "images_per_second"), "", ""
@@ -202,8 +203,8 @@ def table(rows: list[dict]) -> str:
             spread = f"({min(ratios):.2f} to {max(ratios):.2f})"
         used = [percent for percent in column(timings, "gpu_percent") if percent is not None]
         percent = f"{statistics.mean(used):.0f}" if used else "-"
-        line = f"{stage:9}{name:17}{statistics.median(rates):9.1f}{ratio:>8}{spread:>17}"
-        lines.append(f"{line}{max(column(timings, 'peak_mb')):9}{percent:>7}")
+        rate, most = f"{statistics.median(rates):.1f}", max(column(timings, "peak_mb"))
+        lines.append(line.format(stage, name, rate, ratio, spread, most, percent))
     return "\n".join(lines)
 
 
