@@ -27,8 +27,7 @@ def main() -> None:
     add = parser.add_argument
     add("--data-dir", type=Path, required=True, help="training images")
     add("--out-dir", type=Path, required=True, help="gets held_out/ and rest/")
-    count = {"type": bounded(int, 1), "metavar": "N", "help": "images per class"}
-    add("--held-out", required=True, **count)
+    add("--held-out", type=bounded(int, 1), required=True, metavar="N", help="images per class")
     add("--seed", type=bounded(int, 0, 2**62), default=0, metavar="N", help="of the choice")
     args = parser.parse_args()
     folder = folders.scan(args.data_dir)

@@ -80,19 +80,14 @@ def ground_truth(path: Path, synsets: Path) -> dict[str, str]:
     classes = {}
     for position, number in enumerate(path.read_text(errors="replace").split(), start=1):
         if number not in leaves:
-            found = f"number {position}, {number[:80]!r}, is none from 1 to 1000"
-            raise UserError(f"{path}: {found}; {_FORMS}")
+            what = f"number {position}, {number[:80]!r}, is none from 1 to 1000"
+            raise UserError(f"{path}: {what}; {_FORMS}")
         classes[f"ILSVRC2012_val_{position:08d}"] = leaves[number]
     return classes
 
 
 def check(images: dict[str, Path], classes: dict[str, str], path: Path) -> None:
-    """Raises UserError for labels in another order, and unless each image has one, and only they.
-
-    Args:
-        images: files by name.
-        classes: WordNet ids by name, from the file `path`.
-    """
+    """Raises UserError for labels in another order, and unless images and labels are the same."""
     if not classes:
         raise UserError(f"{path} does not say which classes are meant: {_FORMS}")
     for image, expected in _KNOWN.items():
