@@ -32,45 +32,35 @@ def by_turns(pipelines: dict[str, Callable], bench: Bench) -> Iterator[dict]:
 
     Raises UserError where a process was ended from outside; else what a pipeline raises.
     """
-    device, threads = bench.machine.device, torch.get_num_threads()
-    with _gpu_samples(device) as samples, contextlib.ExitStack() as ending:
-        processes, counts = {}, {}
-        for name, make in pipelines.items():
-            spawn = multiprocessing.get_context("spawn")
-            processes[name] = ending.enter_context(ProcessPoolExecutor(1, spawn))
-            ending.callback(_end_pipeline, processes[name])
-            arguments = (threads, device, make, bench.args.seconds)
-            counts[name] = _result(processes[name], _begin, *arguments)
-        for repeat in range(1, bench.args.repeats + 1):
-            for name, process in processes.items():
-                started = time.perf_counter()
-                images, seconds, peak = _result(process, _run, counts[name])
-                # The driver's numbers are means over the last part of a second.
-                used = [percent for moment, percent in samples if moment > started + 0.5]
-                yield {
-                    "pipeline": name,
-                    "repeat": repeat,
-                    "images": images,
-                    "seconds": round(seconds, 4),
-                    "images_per_second": round(images / seconds, 2),
-                    "peak_mb": round(peak / 1e6),
-                    "gpu_percent": round(statistics.mean(used), 1) if used else None,
-                }
-
-
-def _result(process: ProcessPoolExecutor, function: Callable, *arguments: object):
+    device, threads, counts = bench.machine.device, torch.get_num_threads(), {}
+    spawn = multiprocessing.get_context("spawn")
     try:
-        return process.submit(function, *arguments).result()
+        with _gpu_samples(device) as samples, contextlib.ExitStack() as ending:
+            for name, make in pipelines.items():
+                process = ending.enter_context(ProcessPoolExecutor(1, spawn))
+                ending.callback(process.submit, _end)
+                begun = process.submit(_begin, threads, device, make, bench.args.seconds)
+                counts[name] = process, begun.result()
+            for repeat in range(1, bench.args.repeats + 1):
+                for name, (process, count) in counts.items():
+                    started = time.perf_counter()
+                    images, seconds, peak = process.submit(_run, count).result()
+                    # The driver's numbers are means over the last part of a second.
+                    used = [percent for moment, percent in samples if moment > started + 0.5]
+                    yield {
+                        "pipeline": name,
+                        "repeat": repeat,
+                        "images": images,
+                        "seconds": round(seconds, 4),
+                        "images_per_second": round(images / seconds, 2),
+                        "peak_mb": round(peak / 1e6),
+                        "gpu_percent": round(statistics.mean(used), 1) if used else None,
+                    }
     except BrokenProcessPool:
         raise UserError(
             "a process of the benchmark was ended from outside, perhaps for lack of memory; "
             "try a smaller --ipc"
         ) from None
-
-
-def _end_pipeline(process: ProcessPoolExecutor) -> None:
-    with contextlib.suppress(BrokenProcessPool):
-        process.submit(_end)
 
 
 def _begin(threads: int, device: torch.device, make: Callable, at_least: float) -> int:

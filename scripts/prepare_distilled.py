@@ -40,11 +40,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--out-dir", type=Path, required=True, help="distilled images to make")
     datasets.add_arguments(parser)
     add("--teacher", required=True, metavar="NAME", help="the network that scores the crops")
-    weights = "a state dict; default: $Main_Data_Path/<dataset>/NAME.pth, else "
-    weights += "$Main_Data_Path/NAME.pth, else torchvision's"
-    add("--teacher-weights", type=Path, metavar="FILE", help=weights)
-    listing = "all classes of a teacher of more, as for relabel/generate.py"
-    add("--teacher-classes", type=Path, metavar="FILE", help=listing)
+    file, like = {"type": Path, "metavar": "FILE"}, "as for relabel/generate.py"
+    add("--teacher-weights", **file, help=f"a state dict, found, if need be, {like}")
+    add("--teacher-classes", **file, help=f"all classes of a teacher of more, {like}")
     add("--ipc", type=bounded(int, 1), required=True, help="images per class to make")
     add("--crops", type=bounded(int, 0), default=5, help="crops per image; 0: the central square")
     share = {"type": bounded(float, 0.0001, 1), "metavar": "SHARE"}
@@ -112,13 +110,10 @@ def write_images(
     size: int,
     args: argparse.Namespace,
 ) -> None:
-    """Writes IPC images of `size` pixels per class in the published layout.
+    """Writes IPC images of `size` pixels per class into an empty folder, in the published layout.
 
-    Args:
-        out: an empty folder.
-        folder: the images; boxes: int32 [images, 4], the crop of each.
-        chosen: for each class IPC * collage² rows of `folder`, the best first.
-        args: --ipc, --collage, --format.
+    `chosen` has for each class IPC * collage² rows of `folder`, the best first; `boxes`, int32
+    [images, 4], is the crop of each image.
     """
     tile, no_flip = size // args.collage, torch.zeros(1, dtype=torch.bool)
     names = folders.published_names(folder.classes)

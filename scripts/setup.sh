@@ -46,17 +46,12 @@ read_config() { # NAME=DEFAULT ...: sets each as the environment, else config.sh
     done
 }
 
-satisfies() { # PYTHON REQUIREMENTS: whether every requirement is installed in a version it allows
-    [[ -x "$1" ]] && "$1" "$ROOT/scripts/check_requirements.py" "$2" > /dev/null 2>&1
-}
-
 use_environment() { # REQUIREMENTS: sets PYTHON
     local requirements="$ROOT/$1" python
     python="$(command -v python3)" || python=""
     for PYTHON in "$python" "$ROOT/.venv/bin/python"; do
-        if satisfies "$PYTHON" "$requirements"; then
-            return
-        fi
+        [[ ! -x "$PYTHON" ]] ||
+            ! "$PYTHON" "$ROOT/scripts/check_requirements.py" "$requirements" 2> /dev/null || return 0
     done
     [[ -n "$python" ]] || fail "setup: python3 is not installed; install Python 3.10 or newer"
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
