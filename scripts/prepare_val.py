@@ -1,8 +1,7 @@
 """Sorts the validation images of Tiny-ImageNet or ImageNet-1K into class folders, by links.
 
-Both come as one flat folder of images and a list of labels. The images stay where they are, under
-their names: the class folders hold symbolic links to them (cp -rL copies them). Everything is
-checked before the first link is made. --labels is
+Both come as one flat folder of images and a list of labels. The images stay where they are: the
+class folders hold symbolic links to them (cp -rL copies them). --labels is
 
 * a text in which an image's name and a WordNet id stand on one line: LOC_val_solution.csv, the
   script valprep.sh (which is read and not run), Tiny-ImageNet's val_annotations.txt; or
