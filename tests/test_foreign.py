@@ -314,7 +314,7 @@ def test_a_rank_that_is_none_of_the_processes_is_refused(monkeypatch, rank):
     for name, value in {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    with pytest.raises(UserError, match=f"RANK is {rank}, not a number below WORLD_SIZE"):
+    with pytest.raises(UserError, match=f"WORLD_SIZE is 2 but RANK is {rank}: start"):
         runtime.start(device="cpu", amp="off")
 
 

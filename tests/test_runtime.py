@@ -7,7 +7,6 @@ from torch import nn
 
 from utils import cli, runtime
 from utils.cli import UserError
-from utils.data import images
 
 
 @pytest.fixture
@@ -119,13 +118,13 @@ def test_other_errors_are_not_the_gpus():
 def test_a_containers_memory_is_what_it_may_take(
     tmp_path, monkeypatch, limit_file, use_file, statistics
 ):
-    monkeypatch.setattr(images, "_CGROUP", tmp_path)
-    free = images.available_memory()
+    monkeypatch.setattr(runtime, "_CGROUP", tmp_path)
+    free = runtime.available_memory()
     assert free > 1_000_000
     (tmp_path / "memory").mkdir()
     (tmp_path / limit_file).write_text("100000\n")
     (tmp_path / use_file).write_text("60000\n")
     (tmp_path / use_file).with_name("memory.stat").write_text(f"anon 9\n{statistics}\n")
-    assert images.available_memory() == 40_300
+    assert runtime.available_memory() == 40_300
     (tmp_path / limit_file).write_text("max\n" if limit_file == "memory.max" else f"{2**62}\n")
-    assert images.available_memory() > 1_000_000
+    assert runtime.available_memory() > 1_000_000
