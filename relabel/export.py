@@ -14,7 +14,6 @@ from pathlib import Path
 if not __package__:  # run as a plain script: imports start at the repository root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import io
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from relabel.published import HALD_ORDER, TEMPERATURE
 from utils import cli
 from utils.cli import UserError
 from utils.data.views import Views
-from utils.files import atomic_write, read_json, sha256_file, to_json, whole_folder
+from utils.files import atomic_write, read_json, sha256_file, to_json, torch_save, whole_folder
 from utils.labels import LabelSet
 from utils.labels.manifest import MANIFEST
 
@@ -61,13 +60,6 @@ def published_batch(views: Views, logits: torch.Tensor, sizes: np.ndarray, size:
     return [coords, flips, None if partner is None else partner.clone(), lam, bbox, labels]
 
 
-def save(path: Path, content: Any) -> None:
-    """torch.save by way of memory: it hides a full disk behind an error of its own."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    atomic_write(path, buffer.getvalue())
-
-
 def main() -> None:
     parser = cli.Parser(description="Write a label set in the layout of HALD's published labels.")
     parser.add_argument("--label-dir", type=Path, required=True, help="a finished label set")
@@ -88,12 +80,12 @@ def main() -> None:
                 published_batch(one, part, labels.sizes, labels.spec.input_size)
                 for one, part in zip(views, parts, strict=True)
             ]
-            save(folder / f"epoch_{pass_index}.tar", batches)
+            torch_save(folder / f"epoch_{pass_index}.tar", batches)
             order[str(pass_index)] = views.index.tolist()
             scale = torch.from_numpy(labels.sizes[views.index.numpy()]).repeat(1, 2)
             read = torch.cat([batch[0] for batch in batches]).double() * scale
             moved += int((read.round().int() != views.box).any(dim=1).sum())
-        save(folder / HALD_ORDER, order)
+        torch_save(folder / HALD_ORDER, order)
         atomic_write(folder / _RECORD, to_json(record))
     count = labels.passes * len(labels.hard_labels)
     print(f"{args.out_dir}: {count} soft labels of {labels.passes} passes")

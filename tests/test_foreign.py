@@ -214,7 +214,7 @@ def test_the_first_of_several_frames_is_read(tmp_path, kind):
 @pytest.mark.parametrize(
     ("head", "told"),
     [
-        (b"\x00\x00\x00\x18ftypheic", "an HEIC image"),
+        (b"\x00\x00\x00\x18ftypheic", "an AVIF or HEIC image"),
         (b"<!DOCTYPE html><html>", "a web page"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
         (b"<svg xmlns=''/>", "an SVG drawing"),

@@ -279,7 +279,9 @@ def start(device: str, amp: str) -> Runtime:
         raise UserError(f"--device {device}: not a device; use auto, cpu, cuda or cuda:N")
     if chosen.type == "cuda":
         if (chosen.index or 0) >= count:
-            raise UserError(f"--device {device}: {count} CUDA devices are here; try --device cpu")
+            raise UserError(
+                f"--device {device}: {count} CUDA devices here; --device cpu runs without one"
+            )
         torch.cuda.set_device(chosen.index or 0)  # where memory is pinned, too
     else:
         if amp == "fp16":
