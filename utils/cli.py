@@ -56,17 +56,15 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, except where there is none."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False:
-            return action.help
-        return super()._get_help_string(action)
+        without = action.default is None or action.default is False
+        return action.help if without else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser without abbreviations, whose errors are one line each, and ~ a folder."""
 
     def __init__(self, **kwargs):
-        kwargs.setdefault("formatter_class", _HelpFormatter)
-        super().__init__(allow_abbrev=False, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None):
         parsed, unknown = self.parse_known_args(args, namespace)

@@ -259,37 +259,43 @@ def from_arguments(args: argparse.Namespace) -> Runtime:
 def start(device: str, amp: str) -> Runtime:
     """Prepares this process to compute, on a device and in a precision as the flags name them.
 
-    Raises UserError where there is no such device, or none that has this precision.
+    One of torchrun's processes gets a GPU of its own, and waits until all have come. Raises
+    UserError where there is no such device, or none that has this precision.
     """
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > usable_cores():
         torch.set_num_threads(usable_cores())  # more than a container's quota wait for each other
     # On a GPU, too, fp32 is fp32: TF32 would move pixels and labels. Some containers switch it on.
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
+    world, rank, local = _place()
     if not device.startswith("cpu"):
         _check_driver()
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
-        device = "cuda" if count else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
     except RuntimeError:
         chosen = None
     if chosen is None or chosen.type not in ("cpu", "cuda"):
         raise UserError(f"--device {device}: not a device; use auto, cpu, cuda or cuda:N")
-    if chosen.type == "cuda":
-        if (chosen.index or 0) >= count:
-            raise UserError(
-                f"--device {device}: {count} CUDA devices here; --device cpu runs without one"
-            )
-        torch.cuda.set_device(chosen.index or 0)  # where memory is pinned, too
-    else:
+    if chosen.type == "cpu":
         if amp == "fp16":
             raise UserError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
         keep_freed_memory()
+    else:
+        if world > 1:
+            if chosen.index is not None:
+                raise UserError("--device cuda:N is for one process; leave it out under torchrun")
+            chosen = torch.device("cuda", local)
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (chosen.index or 0) >= count:
+            hint = f"--nproc_per_node={count}" if world > 1 and count else "--device cpu"
+            raise UserError(f"--device {chosen}: there are {count} CUDA devices here; use {hint}")
+        torch.cuda.set_device(chosen.index or 0)  # where memory is pinned, too
     if amp == "auto":
-        amp = "fp16" if chosen.type == "cuda" else "off"
-    return _join(Runtime(chosen, _DTYPES[amp]))
+        amp = "off" if chosen.type == "cpu" else "fp16"
+    patient = _meet(chosen, rank, world) if world > 1 else None
+    return Runtime(chosen, _DTYPES[amp], rank, world, patient)
 
 
 def _check_driver() -> None:
@@ -336,45 +342,35 @@ def keep_freed_memory() -> None:
         set_option(_M_TRIM_THRESHOLD, -1)
 
 
-def _join(machine: Runtime) -> Runtime:
-    """The runtime as one of torchrun's processes, with a device of its own; without it, as is."""
+def _place() -> tuple[int, int, int]:
+    """How many processes torchrun started, which of them this is, and which on this machine."""
     world = world_size()
     if world == 1:
-        return machine
-    ranks = {name: os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK")}
-    for name, text in ranks.items():
-        if not (text.isdecimal() and int(text) < world):
+        return 1, 0, 0
+    for name in ("RANK", "LOCAL_RANK"):
+        text = os.environ.get(name) or "not set"
+        if not text.isdecimal() or int(text) >= world:
             raise UserError(
-                f"WORLD_SIZE is {world} but {name} is {text or 'not set'}: start several processes "
-                "with torchrun, or unset WORLD_SIZE"
+                f"WORLD_SIZE is {world} but {name} is {text}: start several processes with "
+                "torchrun, or unset WORLD_SIZE"
             )
-    rank, local = map(int, ranks.values())
-    device, backend = machine.device, "gloo"
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if device.index is not None:
-            raise UserError("--device cuda:N is for one process; under torchrun leave it at auto")
-        if local >= count:
-            raise UserError(f"there are {count} GPUs here: torchrun --nproc_per_node={count}")
-        device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(device)
+    return world, int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+
+
+def _meet(device: torch.device, rank: int, world: int) -> dist.ProcessGroup:
+    """Waits for all of torchrun's processes; returns the group of those that wait for long."""
     if not dist.is_initialized():
+        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         try:
             store, _, _ = next(rendezvous("env://", timeout=_MEETING))
-            dist.init_process_group(
-                backend, store=store, rank=rank, world_size=world, timeout=_PATIENCE
-            )
+            job = {"store": store, "rank": rank, "world_size": world, "timeout": _PATIENCE}
+            dist.init_process_group(backend, **job)
         except (dist.DistError, ValueError) as error:
-            place = ", port ".join(
-                os.environ.get(f"MASTER_{name}", "?") for name in ("ADDR", "PORT")
-            )
             raise UserError(
-                f"the {world} processes of this job did not meet at {place} "
-                f"({str(error).splitlines()[0][:200]}): start all of them, with torchrun, and let "
-                "them reach each other"
+                f"the {world} processes of this job did not meet ({str(error).splitlines()[0]:.200}"
+                "): start all of them, with torchrun, and let them reach each other"
             ) from None
-    patient = dist.new_group(backend="gloo", timeout=_PATIENCE_FOR_FIRST)
-    return dataclasses.replace(machine, device=device, rank=rank, world=world, patient=patient)
+    return dist.new_group(backend="gloo", timeout=_PATIENCE_FOR_FIRST)
 
 
 def versions() -> dict[str, str]:

@@ -36,11 +36,6 @@ class Dataset:
         return self.input_size * 256 // 224 if self.input_size >= 128 else self.input_size
 
 
-def names() -> list[str]:
-    """All data sets that are known by name."""
-    return list(_FACTS)
-
-
 def canonical(name: str) -> str:
     """The name of datasets.yaml that a spelling means, whatever its case; others as they are."""
     plain = re.sub("[-_]", "", name.lower())
@@ -56,7 +51,7 @@ def folder_names(name: str) -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Adds --dataset, which may be `required`, and the flags that describe a custom one."""
     add = parser.add_argument_group("data set").add_argument
-    add("--dataset", required=required, help=f"{', '.join(names())}, or custom")
+    add("--dataset", required=required, help=f"{', '.join(_FACTS)}, or custom")
     meant = "custom only; counted from the class folders when left out"
     add("--num-classes", type=bounded(int, 2), metavar="N", help=meant)
     meant = "custom only: pixels a side; left out, the images' own where all are equal squares"
@@ -94,8 +89,8 @@ def named(name: str) -> Dataset:
     """The data set of that name or spelling; raises UserError for an unknown one."""
     name = canonical(name)
     if name not in _FACTS:
-        close = did_you_mean(name, names())
-        raise UserError(f"unknown data set {name!r}{close} (known: {', '.join(names())}, custom)")
+        close = did_you_mean(name, _FACTS)
+        raise UserError(f"unknown data set {name!r}{close} (known: {', '.join(_FACTS)}, custom)")
     facts = _FACTS[name]
     return Dataset(
         name, facts["classes"], facts["input"], tuple(facts["mean"]), tuple(facts["std"])

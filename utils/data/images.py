@@ -6,6 +6,7 @@ DataLoader workers what differs in size or does not fit.
 """
 
 import collections
+import contextlib
 import hashlib
 import io
 import itertools
@@ -39,27 +40,30 @@ _PATIENCE = 300  # seconds until a batch that has not been decoded is given up
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def decode(path: Path, data: bytes | None = None) -> Image.Image:
-    """Returns an image as RGB; raises UserError that names an unreadable or truncated file."""
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turns what PIL raises of an unreadable or truncated image into one line that names it."""
     try:
-        image = Image.open(path if data is None else io.BytesIO(data), formats=_FORMATS)
+        yield
+    except Image.UnidentifiedImageError:
+        what = content_name(path) or "not an image"
+        advice = "save it as PNG or JPEG, or remove it"
+        raise UserError(f"cannot read image {path}: it is {what}; {advice}") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read image {path}: {error}") from None
+
+
+def decode(path: Path) -> Image.Image:
+    """Returns an image as RGB; raises UserError that names an unreadable or truncated file."""
+    with _naming(path):
+        image = Image.open(path, formats=_FORMATS)
         if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
-            raise UserError(
-                f"image {path} has floating-point, signed or 32-bit pixels, whose white is not "
-                "known; save it with 8 bits"
-            )
+            kinds = "floating-point, signed or 32-bit pixels, whose white is not known"
+            raise UserError(f"image {path} has {kinds}; save it with 8 bits")
         if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
             wide = np.asarray(image).clip(0, 65535)
             image = Image.fromarray((wide // 256).astype(np.uint8))
         return image.convert("RGB")
-    except Image.DecompressionBombError:
-        raise UserError(f"image {path} is implausibly large; it was not decoded") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        reason = str(error)
-        if isinstance(error, Image.UnidentifiedImageError):
-            name = content_name(path) or "not an image"
-            reason = f"it is {name}; save it as PNG or JPEG, or remove it"
-        raise UserError(f"cannot read image {path}: {reason}") from None
 
 
 def pixels_of(image: Image.Image) -> torch.Tensor:
@@ -95,11 +99,8 @@ def inspect(folder: ImageFolder) -> tuple[np.ndarray, str]:
 
     def read(path: Path) -> tuple[tuple[int, int], str]:
         data = path.read_bytes()
-        try:
+        with _naming(path):
             width, height = Image.open(io.BytesIO(data), formats=_FORMATS).size
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            decode(path, data)  # which says what is wrong
-            raise
         return (height, width), hashlib.sha256(data).hexdigest()
 
     digest, sizes = hashlib.sha256(), []

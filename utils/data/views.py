@@ -273,19 +273,15 @@ def _mixup_lam(numbers: np.ndarray) -> np.ndarray:
 
 
 def resize_weights(
-    start: torch.Tensor, length: torch.Tensor, reverse: torch.Tensor | None, source: int, size: int
+    start: torch.Tensor, length: torch.Tensor, source: int, size: int
 ) -> torch.Tensor:
     """Antialiased bilinear resampling as matrices, float32 [B, size, source], rows summing to 1.
 
     The triangle filter of PIL and torchvision (antialias=True), widened when shrinking and cut
-    off at the ends of the interval [start, start + length) of `source` pixels, int [B] each; where
-    `reverse`, bool [B], is true, the output is a mirror image.
+    off at the ends of the interval [start, start + length) of `source` pixels, int [B] each.
     """
-    device = start.device
-    output = torch.arange(size, device=device)[None, :, None]
-    if reverse is not None:
-        output = torch.where(reverse[:, None, None], size - 1 - output, output)
-    pixel = torch.arange(source, device=device)[None, None, :] - start[:, None, None]
+    output = torch.arange(size, device=start.device)[None, :, None]
+    pixel = torch.arange(source, device=start.device)[None, None, :] - start[:, None, None]
     length = length[:, None, None]
     centre = ((2 * output + 1) * length) / (2 * size)
     support = (length / size).clamp(min=1)
@@ -315,8 +311,9 @@ def crop_resize(
     if not isinstance(images, list):
         height, width = images.shape[2:]
         if images.device.type != "cpu" or height * width <= _BATCHED_PIXELS:
-            rows = resize_weights(box[:, 0], box[:, 2], None, height, size)
-            columns = resize_weights(box[:, 1], box[:, 3], flip, width, size)
+            rows = resize_weights(box[:, 0], box[:, 2], height, size)
+            columns = resize_weights(box[:, 1], box[:, 3], width, size)
+            columns = torch.where(flip[:, None, None], columns.flip(1), columns)
             wide = torch.matmul(images.float(), columns.transpose(1, 2)[:, None])
             return torch.matmul(rows[:, None], wide)
     result = torch.empty(len(images), 3, size, size, device=box.device)
