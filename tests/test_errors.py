@@ -215,7 +215,7 @@ TRAIN = {
     "validation of other classes": (
         lambda w: (w.data / "00003").rename(w.data / "00009"),
         [],
-        "has 4; the class lists must be the same (only in",
+        "has 4; the class lists must be the same (in one of",
     ),
     "other normalisation": (None, ["--mean", 0, 0, 0], "mean: expected [0.0, 0.0, 0.0]"),
     "student for larger images": (None, ["--model", "vit_b_16"], "does not take 32-pixel images"),

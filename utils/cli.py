@@ -25,7 +25,6 @@ from tqdm import tqdm
 from utils import extensions
 
 _REPEAT_SECONDS = 1.0
-_at_once = False  # see ending_at_once
 _told = False  # whether end_by_signal has said its line
 # From a scheduler, a user, SLURM before the time limit, a terminal that is closed.
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -236,17 +235,6 @@ def _heeded() -> list[signal.Signals]:
 
 
 @contextlib.contextmanager
-def ending_at_once() -> Iterator[None]:
-    """Lets signals end the program at once, also within `delayed_signals`: for waits."""
-    global _at_once
-    _at_once = True
-    try:
-        yield
-    finally:
-        _at_once = False
-
-
-@contextlib.contextmanager
 def delayed_signals() -> Iterator[Callable[[], int | None]]:
     """Notes signals instead of ending the program; the same one again later ends it at once.
 
@@ -257,8 +245,6 @@ def delayed_signals() -> Iterator[Callable[[], int | None]]:
     noted: dict[int, float] = {}
 
     def note(number: int, frame) -> None:
-        if _at_once:
-            end_by_signal(number)
         if not noted:
             _tell("finishing the step; again: ending at once")
         if time.monotonic() - noted.setdefault(number, time.monotonic()) > _REPEAT_SECONDS:

@@ -161,30 +161,24 @@ def same_classes(first: list[str], second: list[str]) -> bool:
     difference in names is a difference of class lists.
     """
     kinds = {_kind(first), _kind(second)}
-    if kinds == {"index"}:
-        first, second = (
-            [int(name.removeprefix("new")) for name in side] for side in (first, second)
-        )
-    return first == second or (kinds == {"index", "WordNet"} and len(first) == len(second))
+    if kinds == {"index", "WordNet"}:
+        return len(first) == len(second)
+    as_named = (lambda name: int(name.removeprefix("new"))) if kinds == {"index"} else str
+    return [*map(as_named, first)] == [*map(as_named, second)]
 
 
 def check_same_classes(folder: ImageFolder, classes: list[str], owner: str) -> None:
     """Raises UserError unless the folder's classes can be those of `owner`, see same_classes."""
     if same_classes(folder.classes, classes):
         return
-    differ = [
-        f"only in {where}: {textwrap.shorten(', '.join(names), 100, placeholder=' ...')}"
-        for where, side, other in (
-            (folder.root, folder.classes, classes),
-            (owner, classes, folder.classes),
-        )
-        if (names := [name for name in side if name not in other])
-    ]
+    names = ", ".join(sorted({*folder.classes} ^ {*classes}))
+    differ = textwrap.shorten(names, 100, placeholder=" ...")
+    how = f"in one of them alone: {differ}" if differ else "they differ in order"
     inside = {"train", "val", "test"} & {*folder.classes}
     hint = f"; give {folder.root / min(inside)}?" if inside else ""
     raise UserError(
         f"{folder.root} has {len(folder.classes)} class folders, {owner} has {len(classes)}; the "
-        f"class lists must be the same ({'; '.join(differ) or 'they differ in order'}){hint}"
+        f"class lists must be the same ({how}){hint}"
     )
 
 

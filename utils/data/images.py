@@ -23,7 +23,7 @@ import torch
 from PIL import Image, features
 from torchvision.transforms import functional as transforms
 
-from utils.cli import ENDING_SIGNALS, UserError, ending_at_once, kill_children, progress
+from utils.cli import ENDING_SIGNALS, UserError, progress
 from utils.data.datasets import Dataset
 from utils.data.folders import ImageFolder
 from utils.data.views import Views, crop_resize, mix, normalise, render
@@ -201,13 +201,11 @@ class StreamingImages:
         return shutil.disk_usage(_SHARED_MEMORY).free // (3 * largest)
 
     def _next(self, received: Iterator[torch.Tensor | str], workers: int) -> torch.Tensor:
-        """The crops of the next batch; a signal ends the program while it waits for them."""
+        """The crops of the next batch."""
         try:
-            with ending_at_once():
-                part = next(received)
+            part = next(received)
         except (RuntimeError, OSError, EOFError, MemoryError) as error:
             # Of the loader: a worker died or ran out of memory, or nothing came in time.
-            kill_children()
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
             raise UserError(
                 f"images of {self.files[0].parent.parent} could not be decoded by {workers} "
