@@ -123,10 +123,7 @@ def named(form: str) -> Callable[[str], tuple[str, str]]:
 
 
 def progress(iterable=None, **options) -> tqdm:
-    """A progress bar with rate and remaining time; in a log file, a line every ten seconds.
-
-    Of torchrun's processes only the first shows one.
-    """
+    """A progress bar of the first process; in a log file, a line every ten seconds."""
     interval = 0.1 if sys.stderr.isatty() else 10
     silent = {"disable": True} if _rank() > 0 else {}
     options = {"mininterval": interval, "dynamic_ncols": True, **options, **silent}
@@ -166,10 +163,7 @@ def _fail(message: str) -> NoReturn:
 
 
 def end_by_signal(number: int, where: str = "") -> NoReturn:
-    """Ends the program with 128 + the signal's number, and says once that it can be continued.
-
-    `where` is what the same command continues with, such as "from epoch 4 of 300".
-    """
+    """Exits with 128 + the signal's number; says once what the command continues with: `where`."""
     global _told
     how = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}.get(
         number, f"ended by {signal.Signals(number).name}"
@@ -236,11 +230,9 @@ def _heeded() -> list[signal.Signals]:
 
 @contextlib.contextmanager
 def delayed_signals() -> Iterator[Callable[[], int | None]]:
-    """Notes signals instead of ending the program; the same one again later ends it at once.
+    """Notes signals, which the function that it yields returns; the same one again ends at once.
 
     Not within a second: launchers and shells pass on what a terminal has already sent to all.
-
-    Yields a function that returns the signal noted so far, or None; see `end_by_signal`.
     """
     noted: dict[int, float] = {}
 

@@ -54,10 +54,7 @@ LOCK, _TEMPORARY, _SEAL = ".lock", ".hald-temporary", "content_sha256"
 
 
 def atomic_write(path: Path, write: bytes | Callable[[BinaryIO], None]) -> None:
-    """Makes or replaces a file through a temporary name in its folder, fsync and rename.
-
-    `write` is its content, or a function that writes the content to an open binary file.
-    """
+    """Makes or replaces a file by a temporary name, fsync and rename; `write` has its content."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_TEMPORARY}")
     try:
         with temporary.open("xb") as file:
@@ -184,10 +181,7 @@ def content_name(path: Path) -> str | None:
 
 
 def save_figure(figure, path: Path) -> None:
-    """Writes a matplotlib Figure as PNG, 120 dots per inch, and beside it as PDF.
-
-    Raises UserError where `path`, of the PNG, ends in .pdf.
-    """
+    """Writes a matplotlib Figure as PNG (`path`), 120 dots per inch, and beside it as PDF."""
     name = path.name.removesuffix(".png")
     if name.lower().endswith(".pdf"):
         raise UserError(f"{path}: name the PNG; the PDF is written beside it")
@@ -235,10 +229,7 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_state(state: Any) -> str:
-    """Returns the hex SHA-256 over nested dicts and lists of tensors and plain values.
-
-    Of tensors dtype, shape and bytes count, not the device.
-    """
+    """Hex SHA-256 over nested dicts and lists; of tensors dtype, shape and bytes count."""
     digest = hashlib.sha256()
 
     def add(value: Any) -> None:

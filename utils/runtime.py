@@ -29,7 +29,6 @@ _CGROUP = Path("/sys/fs/cgroup")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt(3)
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}
 _NVIDIA_DEVICES = Path("/dev"), "nvidia[0-9]*"
-_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 # Of a step for the others'. Where rank 0 alone decodes, fits or writes, the others wait for long.
 _PATIENCE = datetime.timedelta(minutes=30)
 _PATIENCE_FOR_FIRST = datetime.timedelta(days=7)
@@ -38,15 +37,12 @@ _MEETING = datetime.timedelta(minutes=5)  # for all processes to have come and f
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """Where and in which precision networks run, and as which of torchrun's processes.
-
-    With one process the collectives below do nothing.
-    """
+    """Where and in which precision networks run, and as which of torchrun's processes."""
 
     device: torch.device
     dtype: torch.dtype | None  # autocast's; None runs in fp32
     rank: int = 0
-    world: int = 1
+    world: int = 1  # with one process the collectives below do nothing
     patient: dist.ProcessGroup | None = None  # of those that wait for what rank 0 does alone
 
     @property
@@ -118,10 +114,7 @@ class Runtime:
             self.barrier()
 
     def shared(self, model: nn.Module) -> nn.Module:
-        """The model, its gradients averaged over the ranks; each has running statistics of its own.
-
-        See `average_buffers`.
-        """
+        """The model, its gradients averaged over the ranks, its buffers not: see below."""
         if self.world == 1:
             return model
         kind = nn.parallel.DistributedDataParallel
@@ -307,17 +300,15 @@ def _check_driver() -> None:
     folder, names = _NVIDIA_DEVICES
     if torch.cuda.is_available() or hidden or not any(map(_opens, folder.glob(names))):
         return
-    reason, driver = "no device answers", "unknown"
+    reason = "no device answers"
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-    with contextlib.suppress(OSError):
-        driver = _NVIDIA_DRIVER.read_text().splitlines()[0]
     raise UserError(
-        f"there is an NVIDIA device, but CUDA does not start ({reason}); driver: {driver}; install "
-        f"a build of torch for it (here: {torch.__version__}, for CUDA {torch.version.cuda}), or "
-        "run with --device cpu"
+        f"there is an NVIDIA device, but CUDA does not start ({reason}): install a build of torch "
+        f"that fits the driver (here: {torch.__version__}, CUDA {torch.version.cuda}; nvidia-smi "
+        "names the driver), or run with --device cpu"
     )
 
 

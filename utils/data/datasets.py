@@ -62,10 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> Non
 
 
 def from_arguments(args: argparse.Namespace, inferred: bool = False) -> Dataset:
-    """The data set that the flags of add_arguments name; raises UserError where these clash.
-
-    Nothing of a custom one may be missing, unless it is `inferred` from its images later.
-    """
+    """The data set that flags name, whose facts may be left out if they are `inferred` later."""
     values = {name: getattr(args, name) for name in ("num_classes", "input_size", "mean", "std")}
     if args.dataset != "custom":
         dataset = named(args.dataset)

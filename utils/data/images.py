@@ -91,11 +91,7 @@ def map_files(work: Callable, files: Sequence[Path], what: str) -> Iterator:
 
 
 def inspect(folder: ImageFolder) -> tuple[np.ndarray, str]:
-    """Reads every file once.
-
-    Returns int32 [images, 2], height and width, and the fingerprint: the hex SHA-256 over names
-    and contents of all files.
-    """
+    """Heights and widths, int32 [images, 2], and the hex SHA-256 over names and contents."""
 
     def read(path: Path) -> tuple[tuple[int, int], str]:
         data = path.read_bytes()
@@ -238,15 +234,12 @@ def _collected(images: Iterator[torch.Tensor], count: int, height: int, width: i
 
 
 def decode_evaluation(folder: ImageFolder, dataset: Dataset) -> Iterator[torch.Tensor]:
-    """Decodes images as the field evaluates, 224: Resize(256), CenterCrop(224); uint8 [3, S, S].
-
-    Small inputs (below 128) are resized only where sizes differ.
-    """
+    """Decodes images as the field evaluates, 224: Resize(256), CenterCrop(224); uint8 [3, S, S]."""
     size, resize = dataset.input_size, dataset.evaluation_resize
 
     def prepare(path: Path) -> torch.Tensor:
         image = decode(path)
-        if image.size != (size, size) or resize != size:
+        if image.size != (size, size) or resize != size:  # small inputs are taken as they are
             image = transforms.center_crop(transforms.resize(image, resize), [size, size])
         return pixels_of(image)
 
@@ -254,10 +247,7 @@ def decode_evaluation(folder: ImageFolder, dataset: Dataset) -> Iterator[torch.T
 
 
 def load_evaluation(folder: ImageFolder, dataset: Dataset) -> torch.Tensor:
-    """The images of decode_evaluation in memory, uint8 [images, 3, S, S].
-
-    Raises UserError for an unreadable image, or more pixels than there is memory.
-    """
+    """The images of decode_evaluation in memory, uint8 [images, 3, S, S], if it has room."""
     count, size = len(folder.files), dataset.input_size
     needed, available = 3 * size * size * count, available_memory()
     if needed > available:

@@ -293,20 +293,12 @@ def resize_weights(
 def crop_resize(
     images: torch.Tensor | list[torch.Tensor], box: torch.Tensor, flip: torch.Tensor, size: int
 ) -> torch.Tensor:
-    """Cuts boxes out of images, resizes them (bilinear, antialiased) and mirrors some.
+    """Cuts out the views' boxes, resizes them (bilinear, antialiased) and mirrors some.
 
-    rows @ image @ columns^T: two matrix products per image, whole batches at once. Large images
-    on a CPU, and images of several sizes, one by one with torch's own resampling, which touches
-    only the pixels inside a box and is faster there.
-
-    Args:
-        images: uint8 or float [B, 3, H, W], or a list of B tensors [3, H, W] of any sizes.
-        box, flip: as in Views, for each image.
-        size: S, the side of the result in pixels.
-
-    Returns:
-        float32 [B, 3, S, S] in grey levels 0..255; equals torchvision's
-        resized_crop(antialias=True) and hflip to 1e-2.
+    From uint8 or float [B, 3, H, W], or a list of B tensors [3, H, W] of any sizes, float32
+    [B, 3, S, S] in grey levels 0..255, torchvision's resized_crop(antialias=True) to 1e-2. Whole
+    batches at once are two matrix products, rows @ image @ columns^T; on a CPU, large images are
+    resampled one by one by torch, which touches only the pixels inside a box and is faster there.
     """
     if not isinstance(images, list):
         height, width = images.shape[2:]
@@ -332,20 +324,16 @@ def normalise(pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> to
 
 
 def mix(pixels: torch.Tensor, views: Views) -> torch.Tensor:
-    """Applies the views' CutMix or MixUp to rendered crops, float [N, 3, S, S].
-
-    CutMix pastes the box of the partner's crop into each crop of the batch, all at once, as reading
-    a box from a GPU would wait for it; MixUp averages.
-    """
+    """Applies the views' CutMix or MixUp to rendered crops, float [N, 3, S, S]."""
     partner = views.partner()
     if partner is None:
         return pixels
     if views.mix_box is None:
         lam = views.lam(pixels.shape[-1])[:, None, None, None]
         return lam * pixels + (1 - lam) * pixels[partner]
-    start, length = views.mix_box.repeat_interleave(views.batch_size, dim=0)[
-        : len(pixels), :, None
-    ].split(2, 1)
+    # All boxes at once, as reading one from a GPU would wait for it.
+    boxes = views.mix_box.repeat_interleave(views.batch_size, dim=0)[: len(pixels), :, None]
+    start, length = boxes[:, :2], boxes[:, 2:]
     place = torch.arange(pixels.shape[-1], device=pixels.device)
     inside = (place >= start) & (place < start + length)  # [N, rows or columns, S]
     pasted = inside[:, None, 0, :, None] & inside[:, None, 1, None, :]
