@@ -286,7 +286,7 @@ def load_tensors(path: Path, what: str) -> Any:
     except Exception as error:  # whatever the reader stumbles over in somebody else's file
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which cut-off files give
             raise
-        raise UserError(f"{what} {path} is damaged{_why_unreadable(path, error)}") from None
+        raise UserError(f"{what} {path} {_why_unreadable(path, error)}") from None
     checksum = content.pop(_SEAL, None) if isinstance(content, dict) else None
     if checksum is not None and checksum != sha256_state(content):
         raise UserError(f"{what} {path} is damaged: its content does not agree with its checksum")
@@ -294,7 +294,7 @@ def load_tensors(path: Path, what: str) -> Any:
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:
-    """Completes "FILE is damaged" for a file that is refused by its reader."""
+    """Completes "FILE ..." for a file that is refused by its reader."""
     try:
         blocked = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # no archive of torch's
@@ -302,7 +302,7 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     if blocked or isinstance(error, pickle.UnpicklingError):
         objects = ", ".join(sorted(blocked)) or "in an old format"
         return (
-            f", or holds Python objects ({objects}) and not only tensors; nothing in it was "
-            "executed (save the model's state_dict() alone, where the file comes from)"
+            f"is damaged, or holds Python objects ({objects}) and not only tensors; nothing in it "
+            "was executed (save the model's state_dict() alone, where the file comes from)"
         )
-    return f": {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    return f"is damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}"

@@ -33,13 +33,9 @@ _POLL = 1.0  # seconds between looks at another process's lock
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --val-cache."""
-    parser.add_argument(
-        "--val-cache",
-        default="auto",
-        metavar="DIR",
-        help="where decoded validation images are kept; auto: $Main_Data_Path/cache or, without "
-        "that, the user's cache folder, for 64 MiB and more; off: nowhere",
-    )
+    meant = "where decoded validation images are kept; auto: $Main_Data_Path/cache or, without "
+    meant += "that, the user's cache folder, for 64 MiB and more; off: nowhere"
+    parser.add_argument("--val-cache", default="auto", metavar="DIR", help=meant)
 
 
 def load(
