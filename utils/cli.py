@@ -273,7 +273,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         except BrokenPipeError:  # as any program behind which head has ended
             sys.exit(128 + signal.SIGPIPE)
         except Exception as error:
-            if message := _in_one_line(error):
+            if (message := _in_one_line(error)) is not None:
                 _fail(message)
             if not dist.is_initialized():
                 raise
