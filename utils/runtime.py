@@ -183,11 +183,9 @@ def check_outputs(model: nn.Module, dataset: Dataset, device: torch.device, what
         raise UserError(f"{what} does not take {size}-pixel images: {reason}") from None
     model.train(training)
     shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-    if shape != (1, dataset.num_classes):
-        raise UserError(
-            f"{what} gives {shape} for one image, expected (1, {dataset.num_classes}), the number "
-            f"of classes of {dataset.name}"
-        )
+    expected = (1, dataset.num_classes)
+    if shape != expected:
+        raise UserError(f"{what} gives {shape} for one image, {dataset.name} needs {expected}")
 
 
 def add_arguments(parser: argparse.ArgumentParser, decodes: bool = True) -> None:
