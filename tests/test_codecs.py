@@ -9,6 +9,7 @@ import torch
 from utils.cli import UserError
 from utils.data.views import Mixture
 from utils.labels import codecs
+from utils.labels.arrays import npz_bytes
 from utils.labels.codecs import base, klt
 from utils.labels.codecs.base import distortion
 from utils.labels.codecs.klt import Klt
@@ -163,11 +164,11 @@ def test_klt_meets_a_distortion_target(logits, mixture):
         codec = fit(logits, mixture, distortion=target)
         found = distortion(logits, decoded(codec, logits, mixture))
         assert 0.9 * target < found <= target
-    assert codec.parameters() == {"name": "klt", "distortion": 0.1}
+    assert codec.options == {"distortion": 0.1}
 
 
 def test_klt_takes_a_step_to_half_a_percent_of_its_target(logits, mixture):
-    statistics = klt._Fit(logits, mixture, CLASSES, 1200, None)
+    statistics = klt._Fit(logits, mixture, CLASSES, 1200, 1200)
     for target in (0.002, 0.05, 0.3):
         found = statistics.distortion(statistics.search({"distortion": target}))
         assert 0.995 * target <= found <= target
@@ -186,14 +187,14 @@ def test_the_dearest_is_found_where_cost_jumps_and_refused_where_all_is_too_dear
 
 
 def test_klt_without_a_target_is_near_lossless(logits, mixture):
-    assert fit(logits, mixture).parameters()["distortion"] == klt.DEFAULT_DISTORTION
+    assert fit(logits, mixture).options["distortion"] == klt.DEFAULT_DISTORTION
 
 
 def test_klt_keeps_a_byte_budget_fitted_part_included(logits, mixture):
     found = []
     for budget in (6, 12, 24):
         codec = fit(logits, mixture, bytes_per_label=budget)
-        size = len(codec.pack(logits, mixture)) + klt.fitted_bytes(codec)
+        size = len(codec.pack(logits, mixture)) + codec.fitted_bytes() + klt.HEADERS
         assert 0.9 * budget < size / len(logits) <= budget
         found.append(distortion(logits, decoded(codec, logits, mixture)))
     assert found[0] > found[1] > found[2]
@@ -206,7 +207,7 @@ def test_klt_keeps_its_budget_on_labels_it_was_not_fitted_on(mixture):
         [(first, mixture)], CLASSES, labels * passes, pass_labels=labels, bytes_per_label=10
     )
     used = sum(len(codec.pack(make_logits(mixture, seed), mixture)) for seed in range(passes))
-    size = (used + klt.fitted_bytes(codec)) / (labels * passes)
+    size = (used + codec.fitted_bytes() + klt.HEADERS) / (labels * passes)
     assert 8.5 < size <= 10.2
 
 
@@ -223,13 +224,15 @@ def test_klt_of_labels_that_are_all_the_same(labels, scale):
     assert torch.allclose(decoded(codec, same, unmixed(labels)), same, atol=0.02)
 
 
-def test_equal_labels_give_equal_bytes(logits, mixture):
+def test_equal_labels_give_equal_bytes(logits, mixture, tmp_path):
     codec, again = (fit(logits, mixture, bytes_per_label=12) for _ in range(2))
     assert all(
         one.tobytes() == other.tobytes()
         for one, other in zip(codec.arrays().values(), again.arrays().values(), strict=True)
     )
-    read = codecs.from_manifest(codec.parameters(), CLASSES, codec.arrays())
+    (tmp_path / "codec.npz").write_bytes(npz_bytes(codec.arrays()))
+    manifest = {"num_classes": CLASSES, "codec": {"name": "klt", **codec.options}}
+    read = codecs.from_manifest(manifest, tmp_path / "codec.npz")
     payload = codec.pack(logits, mixture)
     assert payload == again.pack(logits, mixture) == read.pack(logits, mixture)
 
@@ -309,11 +312,9 @@ def test_distortion_is_a_share_of_the_information_in_the_label():
     assert distortion(two, decoded_two, 1.0) == pytest.approx(against_swapped / against_uniform)
 
 
-def test_unknown_codecs_and_missing_fitted_parts_are_named():
+def test_unknown_codecs_are_named():
     with pytest.raises(UserError, match="codec 'zip' is unknown"):
-        codecs.from_manifest({"name": "zip"}, 4, {})
-    with pytest.raises(UserError, match=r"codec\.npz.* is missing"):
-        codecs.from_manifest({"name": "klt", "distortion": 0.01}, 4, {})
+        codecs.find({"name": "zip"})
 
 
 @pytest.mark.gpu

@@ -196,7 +196,7 @@ TRAIN = {
         [],
         "dataset: expected 'custom', found 'cifar10'",
     ),
-    "other input size": (None, ["--input-size", 64], "input size: expected 64, found 32"),
+    "other input size": (None, ["--input-size", 64], "input_size: expected 64, found 32"),
     "other batch size": (None, ["--batch-size", 16], "were made in batches of 5"),
     "other version": (lambda w: break_manifest(w, version=9), [], "reads version 2"),
     "no label set": (None, ["--label-dir", "no/such"], "label folder not found"),

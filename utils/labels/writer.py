@@ -33,20 +33,17 @@ class LabelWriter:
     def __init__(self, path: Path, settings: dict, sizes: np.ndarray, flag: str = "--label-dir"):
         """Prepares to start a label set, or to continue one with the same settings.
 
-        Args:
-            path: its folder; nothing is written before `begun`.
-            settings: from `make_settings`, or a manifest, whose results are left out.
-            sizes: int [images, 2], height and width of every image.
-            flag: the flag that names the folder, for messages.
+        Nothing is written before `begun`. `settings` are from `make_settings`, or a manifest, whose
+        results are left out; `sizes`, int [images, 2], are heights and widths of the images; `flag`
+        names the folder in messages.
 
         Raises:
             UserError: the folder holds something else, or a label set with other settings.
         """
-        self.path = Path(path)
+        self.path, self.sizes = Path(path), sizes
         settings = {key: value for key, value in settings.items() if key not in layout.RESULTS}
         self.settings = {"format": layout.FORMAT, "version": layout.VERSION, **settings}
         self.spec = layout.view_spec(self.settings)
-        self.sizes = sizes
         if existing := layout.begun(self.path):
             if difference := layout.first_difference(self.settings, existing, layout.NOT_COMPARED):
                 raise UserError(
@@ -62,23 +59,21 @@ class LabelWriter:
 
     def open_codec(self) -> None:
         """Sets `codec`, which stays None while its fitted part has yet to be fitted."""
-        parameters, fitted = self.settings["codec"], {}
-        if codecs.find(parameters)[0].fitted:
-            if not (self.path / layout.CODEC).exists():
-                return
-            fitted = read_npz(self.path / layout.CODEC)
-        self.codec = codecs.from_manifest(parameters, self.settings["num_classes"], fitted)
+        kind, _ = codecs.find(self.settings["codec"])
+        fitted = self.path / layout.CODEC
+        if not kind.fitted or fitted.exists():
+            self.codec = codecs.from_manifest(self.settings, fitted)
 
     def passes_to_fit(self) -> int:
         """How many first passes `fit` needs; 0 where the codec is there."""
         if self.codec is not None:
             return 0
-        needed = -(-labels_to_fit(self.settings["num_classes"]) // self.settings["images"]["count"])
+        needed = -(-labels_to_fit(self.settings["num_classes"]) // len(self.sizes))
         return min(needed, self.settings["passes"])
 
     def fit(self, samples: list[tuple[torch.Tensor, Mixture]]) -> None:
         """Fits the codec to logits float32 [images, C] and mixture of each of the first passes."""
-        count = self.settings["images"]["count"]
+        count = len(self.sizes)
         kind, options = codecs.find(self.settings["codec"])
         self.codec = kind.fit(
             [(centre(logits), mixture) for logits, mixture in samples],
@@ -176,10 +171,9 @@ class LabelWriter:
         names = [layout.pass_name(pass_index) for pass_index in range(self.settings["passes"])]
         correct = sum(int(read_npz(self.path / name)["teacher_correct"]) for name in names)
         extra = [name for name in (layout.CODEC, layout.SIZES) if (self.path / name).exists()]
-        labels = self.settings["images"]["count"] * self.settings["passes"]
         manifest = {
             **self.settings,
-            "teacher_top1": round(100 * correct / labels, 4),
+            "teacher_top1": round(100 * correct / (len(self.sizes) * len(names)), 4),
             "files": {name: sha256_file(self.path / name) for name in extra + names},
         }
         atomic_write(self.path / layout.MANIFEST, seal(manifest))

@@ -82,13 +82,13 @@ class Codec(abc.ABC):
                 raise UserError(f"--codec {cls.name} needs {flag(option)}")
         return given
 
-    def parameters(self) -> dict[str, Any]:
-        """What the manifest says of this codec."""
-        return {"name": self.name, **self.options}
-
     def arrays(self) -> dict[str, np.ndarray]:
         """The fitted part, for codec.npz; empty when nothing is fitted."""
         return {}
+
+    def fitted_bytes(self) -> int:
+        """Bytes of the fitted part."""
+        return sum(array.nbytes for array in self.arrays().values())
 
     @abc.abstractmethod
     def encode(self, logits: torch.Tensor, mixture: Mixture) -> Codes:
@@ -110,20 +110,11 @@ class Codec(abc.ABC):
         """Bytes of float32 [N, C] centred logits."""
         # In blocks of a fixed size, whatever the whole: the same labels then always go through the
         # same matrix products, and become the same bytes.
-        codes = []
-        for start in range(0, len(logits), BLOCK):
-            rows = slice(start, start + BLOCK)
-            codes.append(self.encode(logits[rows], mixture.rows(rows)))
-        return self.pack_codes(tuple(torch.cat(parts) for parts in zip(*codes, strict=True)))
+        blocks = [slice(start, start + BLOCK) for start in range(0, len(logits), BLOCK)]
+        codes = [self.encode(logits[rows], mixture.rows(rows)) for rows in blocks]
+        return self.pack_codes(tuple(map(torch.cat, zip(*codes, strict=True))))
 
 
 def flag(option: str) -> str:
     """The flag of an option."""
     return "--" + option.replace("_", "-")
-
-
-def half(values: torch.Tensor, name: str) -> torch.Tensor:
-    """float16 values; raises UserError when one is too large for it."""
-    if values.abs().max() > torch.finfo(torch.float16).max:
-        raise UserError(f"a teacher's logit exceeds the range of codec {name} (65504)")
-    return values.half()

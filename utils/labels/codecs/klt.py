@@ -1,7 +1,7 @@
 """The codec klt: a basis and class means fitted to the labels, one quantiser step."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,11 +10,12 @@ import torch
 from utils.cli import UserError, bounded
 from utils.data.views import Mixture
 from utils.labels.codecs.base import BLOCK, Codec, Codes, distortion, flag, labels_to_fit
-from utils.labels.codecs.packing import DAMAGED, pack_integers, unpack_integers
+from utils.labels.codecs.packing import pack_integers, unpack_integers
 from utils.labels.codecs.trellis import pack_numbers, quantise, unpack_numbers
 
 # What klt aims at without a target: near-lossless. Settled by the study of accuracy per byte.
 DEFAULT_DISTORTION = 0.002
+HEADERS = 3 * 256  # bytes of codec.npz beside those of its arrays, nearly
 LARGEST = (1 << 15) - 1  # of the absolute values of numbers of 16 bits
 # The step of a trellis whose squared error is that of rounding to multiples of 1.
 _TRELLIS_STEP = 0.58
@@ -83,13 +84,7 @@ class Klt(Codec):
     high temperature is KL. What is coded of a coefficient is (coefficient - prediction) / step, as
     a number of a trellis (`trellis.quantise`) and scaled down a little before, which saves more
     bits than it adds error; the prediction is the lambda-weighted mean of the classes in the view,
-    in the components where that pays. Payload: uint32 N, then `pack_numbers` of [K, N].
-
-    codec.npz holds `scales`, float32 [1 + C + 2 K]: the step, the mean label, a scale for each
-    component, and what each is scaled down by; `basis`, uint8, pack_integers of [K, C], whose rows
-    times their scales are the directions; `class_means`, uint8, pack_integers of [K, C], times
-    step / 2 the coefficients of the class means. Three arrays, because each takes some 250 bytes
-    more in an archive.
+    in the components where that pays. docs/label-format.md describes payload and codec.npz.
     """
 
     name = "klt"
@@ -114,20 +109,16 @@ class Klt(Codec):
         self._arrays = arrays
         scales = torch.from_numpy(arrays["scales"].astype(np.float32))
         components = (len(scales) - 1 - num_classes) // 2
-        parts = scales.split([1, num_classes, components, components])
-        step, mean, scale, self.shrink = parts
-        self.step = step.item()
-
-        def matrix(name: str) -> torch.Tensor:
-            values = unpack_integers(arrays[name].tobytes(), components * num_classes)
-            if len(values) < components * num_classes:
-                raise UserError(DAMAGED)
-            return torch.from_numpy(values).view(components, num_classes).float()
-
-        basis = matrix("basis") * scale[:, None]
+        step, mean, scale, self.shrink = scales.split([1, num_classes, components, components])
+        streams = (arrays[name].tobytes() for name in ("basis", "class_means"))
+        basis, class_means = (
+            torch.from_numpy(unpack_integers(stream, components * num_classes).astype(np.float32))
+            for stream in streams
+        )
+        basis = basis.view(components, num_classes) * scale[:, None]
+        self.step, self.mean = step.item(), mean - mean.mean()
         self.basis = basis - basis.mean(1, keepdim=True)
-        self.mean = mean - mean.mean()
-        self.class_means = matrix("class_means").T.contiguous() * (self.step / 2)
+        self.class_means = class_means.view(components, num_classes).T.contiguous() * (step / 2)
         # The rounded basis is not quite orthonormal: least squares, not the transpose, inverts it.
         rows = self.basis.double()
         gram = rows @ rows.T
@@ -186,17 +177,14 @@ class Klt(Codec):
     ) -> "Klt":
         """Fits basis, class means and step to the first labels of a set, on their device.
 
+        `samples` are centred logits float32 [n, C] and their mixtures; `labels` is how many the
+        fitted part will serve, as its bytes count pro rata, `pass_labels` how many are packed
+        together (default: all). The target is bytes_per_label, a budget that the fitted part is
+        in, or distortion at temperature 20 (default: DEFAULT_DISTORTION).
+
         Of a sample of at most 20,000 labels, four fifths give the basis and the means and the
         fifth label each is held back, to find the step that meets the target on labels that were
         not fitted. Where the sample is the whole set, all of it serves both ends.
-
-        Args:
-            samples: centred logits float32 [n, C] and their mixtures.
-            num_classes: C.
-            labels: how many labels the fitted part will serve; its bytes count pro rata.
-            pass_labels: labels packed together (default: as many as there are).
-            target: bytes_per_label, a budget, the fitted part included; or distortion, at
-                temperature 20. By default DEFAULT_DISTORTION.
 
         Raises:
             UserError: no step is coarse enough for the budget.
@@ -205,16 +193,15 @@ class Klt(Codec):
         logits = torch.cat([logits for logits, _ in samples])[:count]
         parts = zip(*(mixture for _, mixture in samples), strict=True)
         mixture = Mixture(*(torch.cat(part)[:count] for part in parts))
-        return _Fit(logits, mixture, num_classes, labels, pass_labels).search(
-            target or {"distortion": DEFAULT_DISTORTION}
-        )
+        target = target or {"distortion": DEFAULT_DISTORTION}
+        return _Fit(logits, mixture, num_classes, labels, pass_labels or labels).search(target)
 
 
 def _dearest(
     cost: Callable[[float], float],
     wanted: float,
     position: float,
-    bounds: Sequence[float],
+    bounds: tuple[float, float],
     tolerance: float,
 ) -> float | None:
     """Where within bounds a rising cost is what is wanted, or less by a share of `tolerance`.
@@ -223,7 +210,6 @@ def _dearest(
     the positions tried that cost less, where cost jumps; None where all cost more.
     """
     (cheap, dear), best, last, slope = bounds, None, None, 2.0
-    position = min(max(position, cheap), dear)
     for _ in range(24):
         excess = math.log(max(cost(position), 1e-12) / wanted)
         if excess <= 0:
@@ -246,11 +232,11 @@ class _Fit:
 
     def __init__(self, logits, mixture, num_classes, labels, pass_labels):
         self.num_classes, self.labels = num_classes, labels
+        self.pass_labels = min(pass_labels, 8192)
         rows = torch.arange(len(logits), device=logits.device)
         train, probe = rows, rows[:: -(-len(rows) // 8192)]
         if len(logits) < labels and len(logits) >= 5:
             train, probe = rows[rows % 5 != 4], rows[rows % 5 == 4]
-        self.pass_labels = min(pass_labels or labels, 8192)
         self.probe, self.probe_mixture = logits[probe], mixture.rows(probe)
         self.mean = logits[train].mean(0)
         centred = logits[train] - self.mean
@@ -271,8 +257,7 @@ class _Fit:
 
         What steps cost is estimated first; from where the estimates lead, it is measured.
         """
-        (name, wanted), *_ = target.items()
-        measure = {"bytes_per_label": self.bytes_per_label, "distortion": self.distortion}[name]
+        ((name, wanted),) = target.items()
         rising = -1 if name == "bytes_per_label" else 1  # of cost, as steps become coarser
         # Labels that are all the same need no components: any step will do.
         finest = max(float(self.values.abs().max()), 1e-3) * 8 / LARGEST
@@ -285,18 +270,17 @@ class _Fit:
 
         def measured(position: float) -> float:
             codecs[position] = self.codec(math.exp(rising * position), target)
-            return measure(codecs[position])
+            return getattr(self, name)(codecs[position])
 
         # Where rounding's error, step^2 / 12, is the default's share of the labels' energy.
         energy = float(self.probe.square().mean())
-        start = rising * math.log(math.sqrt(12 * DEFAULT_DISTORTION * energy) + finest)
-        position = _dearest(estimated, wanted, start, bounds, tolerance=0.03)
-        if position is not None:
-            position = _dearest(measured, wanted, position, bounds, tolerance=0.005)
-        if position is None:
-            raise UserError(
-                f"{flag(name)} {wanted:g} cannot be met by codec klt for {self.labels} labels"
-            )
+        position = rising * math.log(math.sqrt(12 * DEFAULT_DISTORTION * energy) + finest)
+        for cost, tolerance in ((estimated, 0.03), (measured, 0.005)):
+            position = _dearest(cost, wanted, position, bounds, tolerance)
+            if position is None:
+                raise UserError(
+                    f"{flag(name)} {wanted:g} cannot be met by codec klt for {self.labels} labels"
+                )
         return codecs[position]
 
     def bytes_per_label(self, codec: Klt) -> float:
@@ -305,7 +289,7 @@ class _Fit:
         # Passes may be longer than what was held back, and a stream has a fixed part.
         rows = torch.arange(max(len(codes), self.pass_labels), device=codes.device) % len(codes)
         used = sum(len(codec.pack_codes((codes[part],))) for part in rows.split(self.pass_labels))
-        return used / len(rows) + fitted_bytes(codec) / self.labels
+        return used / len(rows) + (codec.fitted_bytes() + HEADERS) / self.labels
 
     def distortion(self, codec: Klt) -> float:
         """Distortion of the held-back labels."""
@@ -347,7 +331,7 @@ class _Fit:
         energy = torch.where(helped, self.unpredicted_energy, self.energy)
         kept = (error + price * bits < share * self.energy) & basis.any(1)
         lost = torch.where(kept, error / share, self.energy).sum() + self.outside
-        plain_bytes = 4 * (1 + self.num_classes + 2 * int(kept.sum())) + 256 * 3
+        plain_bytes = 4 * (1 + self.num_classes + 2 * int(kept.sum())) + HEADERS
         expected = {
             "bytes_per_label": (float(bits[kept].sum()) / 8 + plain_bytes) / self.labels,
             "distortion": float(lost / self.probe.double().square().sum().clamp(min=1e-30)),
@@ -373,8 +357,3 @@ class _Fit:
             packed = pack_integers(parts[name].cpu().numpy())
             arrays[name] = np.frombuffer(packed, np.uint8)
         return Klt(self.num_classes, arrays, **target)
-
-
-def fitted_bytes(codec: Codec) -> int:
-    """Bytes of codec.npz: its arrays and some 256 bytes of naming for each."""
-    return sum(array.nbytes + 256 for array in codec.arrays().values())
