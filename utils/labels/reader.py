@@ -200,6 +200,6 @@ class LabelSet:
     def _pass(self, pass_index: int) -> tuple[Views, Codes]:
         if pass_index not in self._loaded:
             views, codes = self.load_pass(pass_index)
-            codes = tuple(send(code, self.device) for code in codes)
-            self._loaded[pass_index] = views.to(self.device), codes
+            moved = tuple(send(code, self.device) for code in codes)
+            self._loaded[pass_index] = views.to(self.device), moved
         return self._loaded[pass_index]

@@ -73,15 +73,11 @@ class LabelWriter:
 
     def fit(self, samples: list[tuple[torch.Tensor, Mixture]]) -> None:
         """Fits the codec to logits float32 [images, C] and mixture of each of the first passes."""
-        count = len(self.sizes)
         kind, options = codecs.find(self.settings["codec"])
-        self.codec = kind.fit(
-            [(centre(logits), mixture) for logits, mixture in samples],
-            self.settings["num_classes"],
-            labels=count * self.settings["passes"],
-            pass_labels=count,
-            **options,
-        )
+        centred = [(centre(logits), mixture) for logits, mixture in samples]
+        count, classes = len(self.sizes), self.settings["num_classes"]
+        labels = count * self.settings["passes"]
+        self.codec = kind.fit(centred, classes, labels, pass_labels=count, **options)
         atomic_write(self.path / layout.CODEC, npz_bytes(self.codec.arrays()))
 
     @contextlib.contextmanager
@@ -118,10 +114,8 @@ class LabelWriter:
         stored = read_npz(path)
         checksum = stored.pop("sha256", np.empty(0)).tobytes()
         if checksum != self._checksum(pass_index, stored):
-            raise UserError(
-                f"{path} is damaged, or another label set's: delete it and run the same command "
-                "again"
-            )
+            hint = "delete it and run the same command again"
+            raise UserError(f"{path} is damaged, or another label set's: {hint}")
         return True
 
     def _checksum(self, pass_index: int, arrays: dict[str, np.ndarray]) -> bytes:
@@ -146,11 +140,9 @@ class LabelWriter:
     ) -> None:
         """Packs and writes one pass.
 
-        Args:
-            logits: float32 [images, C], the teacher's, in the order of the views.
-            views: stored only where `draw(pass_index)` does not give them again.
-            hard_labels: int64 [images], the class of every image.
-            teacher_correct: views whose main class the teacher names; counted when None.
+        `logits` float32 [images, C] are the teacher's, in the order of the views, which are stored
+        only where `draw(pass_index)` does not give them again; `hard_labels` int64 [images] are the
+        images' classes. Views whose main class the teacher names are counted when None.
         """
         mixture = views.mixture(hard_labels, self.spec.input_size)
         if teacher_correct is None:

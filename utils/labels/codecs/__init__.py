@@ -2,9 +2,8 @@
 
 A codec encodes centred logits to compact codes, a row of small integers per label; packs the
 codes of a pass to bytes and unpacks them again; and expands the codes of single batches to logits.
-Codes are what stays in memory, so the expanded labels of a whole set never need to. A codec is one
-class that derives from `Codec`, here or in a file of extensions/; docs/label-format.md describes
-the payloads.
+Codes are what stays in memory, so the expanded labels of a whole set never need to. It is one class
+that derives from `Codec`, here or in extensions/; docs/label-format.md describes the payloads.
 """
 
 import argparse
@@ -55,4 +54,10 @@ def from_arguments(args: argparse.Namespace) -> dict[str, Any]:
     for option in given:
         if (owner := owners[option]) != args.codec:
             raise UserError(f"{flag(option)} belongs to codec {owner}, not to {args.codec}")
-    return {"name": args.codec, **CODECS[args.codec].options_from(given)}
+    kind = CODECS[args.codec]
+    if kind.default is not None:
+        if len(given) > 1:
+            raise UserError(f"{' is not allowed with '.join(map(flag, given))}")
+    elif missing := [option for option in kind.flags if option not in given]:
+        raise UserError(f"--codec {args.codec} needs {flag(missing[0])}")
+    return {"name": args.codec, **(given or kind.default or {})}

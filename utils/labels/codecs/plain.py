@@ -17,11 +17,6 @@ def _half(values: torch.Tensor, name: str) -> torch.Tensor:
     return values.half()
 
 
-def _bytes(tensor: torch.Tensor) -> bytes:
-    array = tensor.cpu().contiguous().numpy()
-    return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
-
-
 def _split(payload: bytes, bits_per_label: int, *widths: int) -> list[torch.Tensor]:
     """A payload's float16 [N, width], one after the other, and uint8 [...], the bytes after them.
 
@@ -32,8 +27,9 @@ def _split(payload: bytes, bits_per_label: int, *widths: int) -> list[torch.Tens
         raise UserError("a pass of the label set is damaged: its length is impossible")
     ends = 2 * labels * np.cumsum(widths)
     *halves, rest = np.split(np.frombuffer(payload, np.uint8).copy(), ends)
-    shaped = (half.view("<f2").reshape(labels, w) for half, w in zip(halves, widths, strict=True))
-    return [torch.from_numpy(part) for part in (*(half.astype("f2") for half in shaped), rest)]
+    tensors = [torch.from_numpy(half.view("<f2").astype("f2")) for half in halves]
+    shaped = [half.view(labels, width) for half, width in zip(tensors, widths, strict=True)]
+    return [*shaped, torch.from_numpy(rest)]
 
 
 def _to_bits(values: torch.Tensor, bits: int) -> np.ndarray:
@@ -55,9 +51,6 @@ class Fp16(Codec):
 
     def encode(self, logits: torch.Tensor, mixture: Mixture) -> Codes:
         return (_half(logits, self.name),)
-
-    def pack_codes(self, codes: Codes) -> bytes:
-        return _bytes(codes[0])
 
     def unpack(self, payload: bytes) -> Codes:
         return (_split(payload, 16 * self.num_classes, self.num_classes)[0],)
@@ -92,7 +85,8 @@ class TopK(Codec):
 
     def pack_codes(self, codes: Codes) -> bytes:
         kept, index = codes
-        return _bytes(kept) + np.packbits(_to_bits(index.flatten(), self.index_bits)).tobytes()
+        bits = np.packbits(_to_bits(index.flatten(), self.index_bits))
+        return super().pack_codes((kept,)) + bits.tobytes()
 
     def unpack(self, payload: bytes) -> Codes:
         kept, packed = _split(payload, self.topk * (16 + self.index_bits), self.topk)
@@ -130,9 +124,6 @@ class Quant(Codec):
         level = ((logits - offset.float()) / divisor).round().clamp(0, levels)
         rows = np.packbits(_to_bits(level.to(torch.uint8), self.bits), axis=1)
         return offset, step, torch.from_numpy(rows)
-
-    def pack_codes(self, codes: Codes) -> bytes:
-        return b"".join(map(_bytes, codes))
 
     def unpack(self, payload: bytes) -> Codes:
         row = -(-self.num_classes * self.bits // 8)
