@@ -53,12 +53,12 @@ class LabelSet:
     def open(cls, path: Path) -> "LabelSet":
         """Opens a label set after verifying its version and the checksum of every file.
 
-        Raises:
-            UserError: no label set there, or an incomplete, damaged or newer one.
+        Raises UserError where there is none, or an incomplete, damaged or newer one.
         """
         path = Path(path)
         manifest = layout.finished(path)
-        passes, files = set(map(layout.pass_name, range(manifest["passes"]))), manifest["files"]
+        files = manifest.get("files", {})
+        passes = {*map(layout.pass_name, range(manifest["passes"]))}
         if missing := sorted(passes - files.keys()):
             raise UserError(f"{path / layout.MANIFEST} is damaged: it does not list {missing[0]}")
         for name, checksum in files.items():

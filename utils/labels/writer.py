@@ -31,14 +31,11 @@ class LabelWriter:
     """
 
     def __init__(self, path: Path, settings: dict, sizes: np.ndarray, flag: str = "--label-dir"):
-        """Prepares to start a label set, or to continue one with the same settings.
+        """Prepares to start a label set, or to continue one; nothing is written before `begun`.
 
-        Nothing is written before `begun`. `settings` are from `make_settings`, or a manifest, whose
-        results are left out; `sizes`, int [images, 2], are heights and widths of the images; `flag`
-        names the folder in messages.
-
-        Raises:
-            UserError: the folder holds something else, or a label set with other settings.
+        `settings` are from `make_settings`, or a manifest, whose results are left out; `sizes`, int
+        [images, 2], are heights and widths of the images; `flag` names the folder in messages.
+        Raises UserError where the folder holds something else, or labels with other settings.
         """
         self.path, self.sizes = Path(path), sizes
         settings = {key: value for key, value in settings.items() if key not in layout.RESULTS}

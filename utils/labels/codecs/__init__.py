@@ -49,15 +49,14 @@ def add_arguments(parser: argparse._ActionsContainer, default: str | None = None
 def from_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The manifest's "codec" entry that the flags ask for; raises UserError when they clash."""
     owners = {option: kind.name for kind in CODECS.values() for option in kind.flags}
-    given = {option: getattr(args, option) for option in owners}
-    given = {option: value for option, value in given.items() if value is not None}
+    given = {key: value for key, value in vars(args).items() if key in owners and value is not None}
     for option in given:
         if (owner := owners[option]) != args.codec:
             raise UserError(f"{flag(option)} belongs to codec {owner}, not to {args.codec}")
     kind = CODECS[args.codec]
     if kind.default is not None:
         if len(given) > 1:
-            raise UserError(f"{' is not allowed with '.join(map(flag, given))}")
+            raise UserError(" is not allowed with ".join(map(flag, given)))
     elif missing := [option for option in kind.flags if option not in given]:
         raise UserError(f"--codec {args.codec} needs {flag(missing[0])}")
     return {"name": args.codec, **(given or kind.default or {})}

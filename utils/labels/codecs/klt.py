@@ -105,7 +105,7 @@ class Klt(Codec):
     }
 
     def __init__(self, num_classes: int, arrays: dict[str, np.ndarray], **target: float):
-        """A codec from the content of codec.npz; `target` is what it was fitted to."""
+        """From the content of codec.npz; `target` is what it was fitted to."""
         super().__init__(num_classes, **target)
         self._arrays = arrays
         scales = torch.from_numpy(arrays["scales"].astype(np.float32))
@@ -241,9 +241,7 @@ class _Fit:
             if not cheap < position < dear:
                 position = (cheap + dear) / 2
         if best is None:
-            raise UserError(
-                f"{flag(name)} {wanted:g} cannot be met by codec klt for {self.labels} labels"
-            )
+            raise UserError(f"{flag(name)} {wanted:g} cannot be met for {self.labels} labels")
         return best
 
     def likely_step(self, name: str, wanted: float) -> float:
