@@ -76,7 +76,7 @@ def label_bytes(task: Task, counts: dict[Path, int], classes: int) -> float:
     return count * bytes_per_label(codecs.from_arguments(args), classes)
 
 
-def estimate(plan: argparse.Namespace, classes: int, labels: list[Task], runs: list[Task]) -> str:
+def estimate(plan: argparse.Namespace, labels: list[Task], runs: list[Task]) -> str:
     """Some lines: runs and label sets, disk, and the time that is left for each student.
 
     Args:
@@ -90,7 +90,7 @@ def estimate(plan: argparse.Namespace, classes: int, labels: list[Task], runs: l
     given = plan.images_per_second or []
     if len(given) not in (0, 1, len(plan.students)):
         raise UserError("--images-per-second: give one number, or one for each of --students")
-    size, counts = plan.facts.input_size, {}
+    classes, size, counts = plan.classes, plan.facts.input_size, {}
     on_disk = sum(label_bytes(task, counts, classes) for task in labels)
     checkpoints = {name: run_bytes(name, classes, size) for name in plan.students}
     of_runs = sum(checkpoints[task.facts["student"]] for task in runs)

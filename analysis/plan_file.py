@@ -5,25 +5,25 @@ from pathlib import Path
 
 import yaml
 
-from utils.cli import UserError, did_you_mean
+from utils.cli import UserError
 
-_OTHERS = ("flags", "codecs", "cells", "table")  # settings that are no flags
-_CELL = ("method", "codec", "ipc", "slc", "labels_per_image", "student", "seed")
+_FACTS = ("method", "codec", "ipc", "slc", "labels_per_image", "student")
+# What settings must be that are no flags.
+_FORMS = {
+    "flags": "text, as on a command line",
+    "codecs": "names, each with flags of relabel/compress.py",
+    "methods": "names, each empty or with {like: METHOD, flags: FLAGS}",
+    "cells": f"a list of {{{', '.join(_FACTS)}, seed, flags}}: flags of validate/train.py for the "
+    "runs that have all these values",
+    "table": f"rows and columns, each a list of {', '.join(_FACTS)}",
+}
 
 
-def read(path: Path, names: Collection[str]) -> tuple[list[str], dict]:
-    """The settings of a plan.
+def read(path: Path) -> tuple[list[str], dict]:
+    """The settings of a plan; raises UserError for what is none.
 
-    Args:
-        path: the file.
-        names: of all settings.
-
-    Returns:
-        Those that are flags, as they would stand on the command line, whose parser is to check
-        them; and by name the others: `flags`, `codecs`, `cells`, `table`, `methods` with flags.
-
-    Raises:
-        UserError: it is no plan, or has unknown names or values of another kind.
+    Returns those that are flags, as they would stand on a command line, whose parser is to check
+    them; and by name the others.
     """
     try:
         plan = yaml.safe_load(path.read_text()) or {}
@@ -31,66 +31,46 @@ def read(path: Path, names: Collection[str]) -> tuple[list[str], dict]:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(plan, dict):
         raise UserError(f"{path} must hold settings by name")
-    _check_names(plan, names, f"{path}: unknown")
-    plan = {name: value for name, value in plan.items() if value is not None}
-    others = {name: plan.pop(name) for name in _OTHERS if name in plan}
-    if isinstance(plan.get("methods"), dict):
-        others["methods"] = {
-            str(name): _method({} if own is None else own, f"{path}: method {name!r}")
-            for name, own in plan.pop("methods").items()
-        }
-    if not isinstance(others.get("flags", ""), str):
-        raise UserError(f"{path}: flags must be text, as on a command line")
-    if "codecs" in others:
-        what = f"{path}: codecs must be names, each with flags of relabel/compress.py"
-        others["codecs"] = _texts(others["codecs"], what)
-    _check_cells(others.get("cells", []), path)
-    _check_table(others.get("table", {}), path)
-    flags = []
+    flags, others = [], {}
     for name, value in plan.items():
-        flag = "--" + name.replace("_", "-")
-        # A single value may itself begin with dashes, as that of `relabel` does.
-        flags += [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
+        if value is None:
+            continue
+        flag = "--" + str(name).replace("_", "-")
+        if name in _FORMS and not (name == "methods" and isinstance(value, str | list)):
+            if not _has_form(name, value):
+                raise UserError(f"{path}: {name} must be {_FORMS[name]}")
+            others[name] = value
+        elif isinstance(value, list):
+            flags += [flag, *map(str, value)]
+        else:  # a single value may itself begin with dashes, as that of `relabel` does
+            flags.append(f"{flag}={value}")
     return flags, others
 
 
-def _check_names(entries: dict, names: Collection[str], what: str) -> None:
-    for name in entries:
-        if name not in names:
-            raise UserError(f"{what} {name!r}{did_you_mean(str(name), [*names])}")
-
-
-def _texts(entries: object, what: str) -> dict[str, str]:
-    """Texts by name, "" for nothing; raises UserError(what) for anything else."""
-    if not isinstance(entries, dict) or not all(
-        isinstance(text, str | None) for text in entries.values()
-    ):
-        raise UserError(what)
-    return {str(name): text or "" for name, text in entries.items()}
-
-
-def _method(own: object, what: str) -> dict[str, str]:
-    texts = _texts(own, f"{what} must be empty or {{like: METHOD, flags: FLAGS}}")
-    _check_names(texts, ("like", "flags"), f"{what} has an unknown")
-    return texts
-
-
-def _check_cells(cells: object, path: Path) -> None:
-    for cell in cells if isinstance(cells, list) else [cells]:
-        known = isinstance(cell, dict) and {*cell} <= {*_CELL, "flags"}
-        if not known or not isinstance(cell.get("flags"), str):
-            raise UserError(
-                f"{path}: cells must be a list of {{{', '.join(_CELL)}, flags}}: flags of "
-                "validate/train.py for the runs that have all these values"
+def _has_form(name: str, value: object) -> bool:
+    """Whether a setting is what `_FORMS` says."""
+    match name, value:
+        case "flags", str():
+            return True
+        case "codecs", dict():
+            return _are_texts(value)
+        case "methods", dict():
+            return all(own is None or _are_texts(own, ("like", "flags")) for own in value.values())
+        case "cells", list():
+            return all(
+                isinstance(cell, dict)
+                and {*cell} <= {*_FACTS, "seed", "flags"}
+                and isinstance(cell.get("flags"), str)
+                for cell in value
             )
+        case "table", {"rows": [*rows], "columns": [*columns], **others}:
+            return not others and all(fact in _FACTS for fact in rows + columns)
+    return False
 
 
-def _check_table(table: object, path: Path) -> None:
-    facts = _CELL[:-1]
-    known = isinstance(table, dict) and {*table} in ({"rows", "columns"}, set())
-    if (
-        not known
-        or not all(isinstance(of, list) for of in table.values())
-        or not all(name in facts for of in table.values() for name in of)
-    ):
-        raise UserError(f"{path}: table must have rows and columns, lists of {', '.join(facts)}")
+def _are_texts(entries: object, names: Collection[str] = ()) -> bool:
+    """Whether these are texts, or nothing, by name: by any, or by those of `names`."""
+    return isinstance(entries, dict) and all(
+        isinstance(text, str | None) and (name in names or not names)
+        for name, text in entries.items()
+    )

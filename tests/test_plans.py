@@ -109,14 +109,14 @@ def test_data_set_flags_are_given_once(world, tmp_path):
         assert (facts.input_size, facts.mean) == (32, (0.5, 0.5, 0.5))
 
 
-def test_a_path_with_a_variable_that_is_not_set_is_refused(world, tmp_path, monkeypatch):
+def test_a_path_with_a_variable_that_is_not_set_is_refused(world, tmp_path, monkeypatch, command):
     monkeypatch.delenv("Main_Data_Path", raising=False)
-    plan = tiny_plan(world, tmp_path, "--data-dir", "$Main_Data_Path/d{ipc}")
-    with pytest.raises(UserError, match=r"--data-dir \$Main_Data_Path/d\{ipc\}: set the variable"):
-        checks.check_folders(plan, ("data_dir",))
+    flags = ["--plan", str(ROOT / "analysis/plans/paper/cifar100.yaml"), "--only", "list"]
+    refused = command(sweep.main, *flags)
+    assert refused.code == 2 and "fadrm_ipc{ipc}: set the variable in config.sh" in refused.err
     monkeypatch.setenv("Main_Data_Path", "/m")
     plan = tiny_plan(world, tmp_path, "--data-dir", "$Main_Data_Path/d{ipc}")
-    assert sweep.images_dir(plan, 3) == Path("/m/d3")
+    assert plan.images_dir(3) == Path("/m/d3")
     monkeypatch.setenv("HOME", "/home/me")
     assert tiny_plan(world, tmp_path, "--out-dir=~/o").out_dir == "/home/me/o"
 
@@ -157,7 +157,7 @@ def test_an_estimate_on_label_sets_that_are_there_needs_no_teacher(world, tmp_pa
     (tmp_path / "labels").symlink_to(world.labels)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     labels, runs = sweep.label_tasks(plan), sweep.run_tasks(plan)
-    text = estimate.estimate(plan, 4, labels, runs)
+    text = estimate.estimate(plan, labels, runs)
     assert "label sets: 1, 1 to make\ndisk: label sets 48.00 B and" in text
     views = sum(estimate.count_views(task, 4) for task in runs)
     days = (views / 0.01 + 3) / 86400
