@@ -39,7 +39,7 @@ def test_what_would_stop_a_run_is_said_before_the_first_starts(world, tmp_path):
     refused("--hard-share is for joint epochs", "--", "--hard-share", "0.3")
     plan = tiny_plan(world, tmp_path, "--methods", "hard")
     plan.methods["hard"] = sweep.Method("--schedule soft", labels="")
-    with pytest.raises(UserError, match="has soft epochs: say `like: soft`"):
+    with pytest.raises(UserError, match="hard_ipc3_ConvNetW32_seed0: schedule soft has"):
         checks.check(sweep.run_tasks(plan))
     refused(
         "hard_ipc2_ConvNetW32_seed0: --ipc 2: .* has 3 images per class", "--ipc", 2, "--slc", 2
@@ -70,11 +70,11 @@ def test_a_run_with_other_settings_in_the_folder_of_the_plan_is_refused_early(wo
     flags = ("--methods", "soft", "--", "--soft-epochs", 1, "--hard-epochs", 0, "--eval-every", 2)
     checks.check(sweep.run_tasks(tiny_plan(world, tmp_path, *flags)))
     flags += ("--label-smoothing", 0.1)
-    other = r"\(--label-smoothing: expected 0\.1, found 0\.8\): give the method another name"
+    other = r"\(--label-smoothing: expected 0\.1, found 0\.8\); choose another"
     with pytest.raises(UserError, match=other):
         checks.check(sweep.run_tasks(tiny_plan(world, tmp_path, *flags)))
     (folder / "args.yaml").write_text("damaged")
-    with pytest.raises(UserError, match=r"soft_slc3_.* damaged; choose another --out-dir"):
+    with pytest.raises(UserError, match=r"soft_slc3_.* damaged; choose another"):
         checks.check(sweep.run_tasks(tiny_plan(world, tmp_path)))
 
 
