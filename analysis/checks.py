@@ -78,12 +78,10 @@ def phases_of(args: argparse.Namespace, passes: int, classes: int) -> list[sched
     return schedule.phases(args.schedule, soft, hard, passes, [*KINDS])
 
 
-def network(
-    name: str, num_classes: int, input_size: int, flag: str = "--students"
-) -> nn.Module | None:
+def network(name: str, num_classes: int, input_size: int) -> nn.Module | None:
     """A network without memory for its weights; None for code of the user's own, which is not run.
 
-    Raises UserError, which begins with the flag, for an unknown one.
+    Raises UserError for an unknown one.
     """
     if ":" in name:
         return None
@@ -91,7 +89,7 @@ def network(
         with torch.device("meta"):
             return models.build(name, num_classes, input_size)
     except ValueError as error:
-        raise UserError(f"{flag}: {error}") from None
+        raise UserError(str(error)) from None
 
 
 def _check_labelling(args: argparse.Namespace) -> None:
@@ -100,7 +98,7 @@ def _check_labelling(args: argparse.Namespace) -> None:
     folder = folders.scan(args.data_dir, dataset.num_classes)
     generate.count_passes(args, folder)
     for name in map(models.without_suffix, args.teacher):
-        network(name, len(folder.classes), dataset.input_size, "--teacher")
+        network(name, len(folder.classes), dataset.input_size)
     if missing := [file for file in args.teacher_weights or [] if not file.is_file()]:
         raise UserError(f"--teacher-weights: no file {missing[0]}")
     generate.tell_of_bssl(args)

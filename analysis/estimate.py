@@ -1,6 +1,5 @@
 """What a plan will take: runs, label sets, disk and time, before anything is started."""
 
-import argparse
 import contextlib
 import io
 import statistics
@@ -9,6 +8,7 @@ from pathlib import Path
 from matplotlib.ticker import EngFormatter
 
 from analysis import checks
+from analysis.plan import Plan
 from analysis.runner import Task, machine_slots
 from utils import runlog
 from utils.cli import UserError
@@ -79,7 +79,7 @@ def count_views(task: Task, classes: int) -> int:
     return ipc * classes * sum(epochs for _, epochs in phases)
 
 
-def estimate(plan: argparse.Namespace, labels: list[Task], runs: list[Task]) -> str:
+def estimate(plan: Plan, labels: list[Task], runs: list[Task]) -> str:
     """Some lines: runs and label sets, disk, and the time that is left for each student.
 
     Raises UserError for wrong flags or networks, or where --images-per-second has neither one

@@ -10,6 +10,7 @@ import torch
 from conftest import CUSTOM, ROOT, open_run, tree
 
 from analysis import checks, estimate, sweep
+from analysis.plan import Method
 from utils import runlog
 from utils.cli import UserError
 from utils.data import datasets
@@ -33,12 +34,12 @@ def test_what_would_stop_a_run_is_said_before_the_first_starts(world, tmp_path):
     refused(r"hard_ipc3_ConvNetW32_seed0: unknown argument --smooth", "--", "--smooth", 1)
     refused(r"hard_ipc3_ConvNetW32_seed0: argument --lr: 'x' is not", "--", "--lr", "x")
     refused("soft_slc9_ipc3_ConvNetW32_seed0: --slc 9: .* holds 6", "--slc", 9)
-    refused("--students: unknown model 'ConvNetW23'", "--students", "ConvNetW23")
+    refused("hard_ipc3_ConvNetW23_seed0: unknown model 'ConvNetW23'", "--students", "ConvNetW23")
     refused("the labels in .* were made for something else: mean", "--mean", 0.1, 0.5, 0.5)
     refused("nowhere", "--val-dir", tmp_path / "nowhere")
     refused("--hard-share is for joint epochs", "--", "--hard-share", "0.3")
     plan = tiny_plan(world, tmp_path, "--methods", "hard")
-    plan.methods["hard"] = sweep.Method("--schedule soft", labels="")
+    plan.methods["hard"] = Method("--schedule soft", labels="")
     with pytest.raises(UserError, match="hard_ipc3_ConvNetW32_seed0: schedule soft has"):
         checks.check(sweep.run_tasks(plan))
     refused(
@@ -58,7 +59,7 @@ def test_what_would_stop_a_run_is_said_before_the_first_starts(world, tmp_path):
     with pytest.raises(UserError, match="labels_views_ipc3: --teacher-weights: no file W"):
         checks.check(sweep.label_tasks(plan))
     plan = tiny_plan(world, tmp_path, *unmade[:3], "--teacher ConvNetW23")
-    with pytest.raises(UserError, match="labels_views_ipc3: --teacher: unknown model 'ConvNetW23'"):
+    with pytest.raises(UserError, match="labels_views_ipc3: unknown model 'ConvNetW23'"):
         checks.check(sweep.label_tasks(plan))
 
 

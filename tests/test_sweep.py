@@ -16,6 +16,7 @@ from conftest import ROOT, TINY, write_images
 from PIL import Image
 
 from analysis import checks, runner, sweep, tables
+from analysis.plan import known_methods
 from relabel import compress
 from scripts import prepare_split
 from utils.cli import UserError
@@ -58,7 +59,7 @@ def test_a_plan_is_the_grid_but_for_what_does_not_depend_on_the_slc(tmp_path):
 
 
 def test_every_command_is_one_that_the_training_script_understands(tmp_path):
-    every = {f"my {name}": {"like": name, "flags": "--lr 0.5"} for name in sweep.known_methods()}
+    every = {f"my {name}": {"like": name, "flags": "--lr 0.5"} for name in known_methods()}
     for task in sweep.run_tasks(settings(tmp_path, methods=every)):
         args = parse_arguments(task.command[1:])
         assert args.lr == 0.5 and str(args.output_dir).endswith(task.name)
@@ -66,7 +67,7 @@ def test_every_command_is_one_that_the_training_script_understands(tmp_path):
 
 def test_a_kind_of_epoch_added_elsewhere_can_be_swept(tmp_path, monkeypatch):
     monkeypatch.setattr(kinds, "KINDS", {**kinds.KINDS})
-    monkeypatch.setattr(sweep, "KINDS", kinds.KINDS)
+    monkeypatch.setattr("analysis.plan.KINDS", kinds.KINDS)
 
     class Extra(kinds.Kind):
         name, colour = "extra", "tab:red"
