@@ -59,11 +59,8 @@ def label_bytes(labels: list[Task], classes: int) -> float:
     total = 0.0
     for task in labels:
         args = checks.parse(task)
-        if args.slc:
-            count = args.slc * classes
-        elif args.label_dir in counts:
-            count = counts[args.label_dir]
-        else:  # all labels of a set that no task of the plan makes
+        count = args.slc * classes if args.slc else counts.get(args.label_dir)
+        if count is None:  # all labels of a set that no task of the plan makes
             manifest = read_manifest(args.label_dir / "manifest.json")
             count = manifest["passes"] * manifest["images"]["count"]
         counts[task.done.parent] = count

@@ -68,7 +68,8 @@ class Plan(argparse.Namespace):
     """The settings of a sweep, by the names of their flags, and what follows from them.
 
     Of a plan file there are `codecs`, `cells` and `table`, too. `flags` follow -- or stand in the
-    file, `methods` are a Method by name, and `facts` those of the data set.
+    file, `methods` are a Method by name, `facts` those of the data set, and `logs` is the folder
+    with what the commands print, and which of them are done.
     """
 
     def slcs(self, ipc: int) -> list[int]:
@@ -102,11 +103,6 @@ class Plan(argparse.Namespace):
     def topk(self) -> int:
         """How many logits of a label lpqld stores."""
         return max(2, self.classes // 20)
-
-    @property
-    def logs(self) -> Path:
-        """The folder with what the commands print, and which of them are done."""
-        return Path(self.out_dir, "logs")
 
     def check(self) -> None:
         """Raises UserError where settings are missing or do not go together."""
@@ -164,6 +160,7 @@ def read_settings(arguments: Sequence[str]) -> Plan:
     plan.check()
     plan.facts = datasets.from_arguments(plan)
     plan.methods = chosen_methods(plan.methods)
+    plan.logs = Path(plan.out_dir, "logs")
     plan.label_dir = plan.label_dir or f"{plan.out_dir}/labels/ipc{{ipc}}"
     return plan
 

@@ -83,8 +83,7 @@ def label_sets(plan: Plan, ipc: int, labels: str) -> dict[str, list[Task]]:
 def label_tasks(plan: Plan) -> list[Task]:
     """The label sets to be made for the methods, each after the one it is made from.
 
-    Without a teacher these are the recoded ones; raises UserError where one of the others is
-    missing.
+    Without a teacher these are the recoded ones; raises UserError if one of the others is missing.
     """
     tasks = []
     reads = dict.fromkeys(method.labels for method in plan.methods.values() if method.labels)
@@ -192,14 +191,14 @@ def main() -> None:
     for folder in (plan.data_dir, plan.val_dir, plan.out_dir, plan.label_dir):
         if "$" in folder:
             raise UserError(f"{folder}: set the variable in config.sh or in the environment")
+    whole = plan.task is None
+    if not whole and plan.task >= len(runs):
+        raise UserError(f"--task {plan.task}: the plan has runs 0 to {len(runs) - 1}")
     if plan.only == "list":
         for position, task in enumerate(runs):
             state = "done" if task.is_done() else "to do"
             print(f"{position} {task.name} ({state}): python {shlex.join(task.command)}")
         return
-    whole = plan.task is None
-    if not whole and plan.task >= len(runs):
-        raise UserError(f"--task {plan.task}: the plan has runs 0 to {len(runs) - 1}")
     failed = []
     if plan.only != "collect":
         for cell in plan.cells:

@@ -42,7 +42,7 @@ def mean_std(values: list[float]) -> str:
 
 
 def read_csv(path: Path) -> list[dict]:
-    """Rows that utils.results.write_csv wrote; numbers as numbers, an empty SLC as None."""
+    """Rows that `report` wrote; numbers as numbers, an empty SLC as None."""
     kinds: dict[str, Callable] = dict.fromkeys(MEASURES, float)
     kinds |= dict.fromkeys(("ipc", "seed", "best_epoch", "label_bytes", "epochs"), int)
     kinds["slc"] = lambda text: int(text) if text else None
@@ -50,7 +50,7 @@ def read_csv(path: Path) -> list[dict]:
         try:
             return [
                 {name: kinds.get(name, str)(value) for name, value in row.items()}
-                for row in csv.DictReader(line for line in file if not line.startswith("#"))
+                for row in csv.DictReader(file)
             ]
         except (ValueError, TypeError):
             raise UserError(f"{path} is damaged; move it away to go on") from None
