@@ -79,10 +79,7 @@ def phases_of(args: argparse.Namespace, passes: int, classes: int) -> list[sched
 
 
 def network(name: str, num_classes: int, input_size: int) -> nn.Module | None:
-    """A network without memory for its weights; None for code of the user's own, which is not run.
-
-    Raises UserError for an unknown one.
-    """
+    """A network without weights; None for code of the user's own; UserError for an unknown one."""
     if ":" in name:
         return None
     try:
@@ -107,15 +104,12 @@ def _check_labelling(args: argparse.Namespace) -> None:
 def _check_run(
     args: argparse.Namespace, materials: settings.Materials, ipc: int, made: bool
 ) -> None:
-    """Raises UserError for settings that clash, with each other or with a run in their folder.
-
-    Of a run whose labels are not made, for its schedule.
-    """
+    """Raises UserError for settings that clash, with each other or with a run in their folder."""
     counts, dataset = {*materials.folder.counts()}, materials.dataset
     if len(counts) == 1 and counts != {ipc}:
         raise UserError(f"--ipc {ipc}: {args.data_dir} has {min(counts)} images per class")
     network(args.model, dataset.num_classes, dataset.input_size)
-    if not made:
+    if not made:  # all but the schedule depends on the labels
         phases_of(args, passes=1, classes=dataset.num_classes)
         return
     wanted = settings.resolve(args, materials, runtime.Runtime(torch.device("cpu"), None))

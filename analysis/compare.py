@@ -32,11 +32,7 @@ def add_groups(parser: argparse.ArgumentParser) -> None:
 
 
 def finished_runs(pattern: str) -> list[runlog.RunFolder]:
-    """The runs whose folders fit a pattern.
-
-    Raises UserError for none, an unfinished one, or runs that are not one method with several
-    seeds.
-    """
+    """The runs that fit a pattern; raises UserError unless they are one method's, and finished."""
     folders = sorted(Path(pattern).parent.glob(Path(pattern).name))
     if not folders:
         raise UserError(f"no run folder fits {pattern}")

@@ -37,10 +37,7 @@ _BATCH = 128
 
 
 def jensen_shannon(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Jensen-Shannon divergence in bits, float [N], of probabilities [N, C]; 0 to 1.
-
-    The entropy of the mean less the mean of the entropies.
-    """
+    """Jensen-Shannon divergence in bits, float [N], of probabilities [N, C]; 0 to 1."""
     entropy = torch.special.entr
     nats = entropy((one + other) / 2) - (entropy(one) + entropy(other)) / 2
     return nats.sum(1) / math.log(2)

@@ -77,11 +77,7 @@ def count_views(task: Task, classes: int) -> int:
 
 
 def estimate(plan: Plan, labels: list[Task], runs: list[Task]) -> str:
-    """Some lines: runs and label sets, disk, and the time that is left for each student.
-
-    Raises UserError for wrong flags or networks, or where --images-per-second has neither one
-    number nor one for each student.
-    """
+    """Lines on runs, label sets, disk and time by student; raises UserError for wrong flags."""
     rates = plan.images_per_second or [None]
     rates = rates * len(plan.students) if len(rates) == 1 else rates
     if len(rates) != len(plan.students):

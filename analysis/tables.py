@@ -57,10 +57,7 @@ def read_csv(path: Path) -> list[dict]:
 
 
 def grouped(rows: list[dict], *columns: str) -> dict[tuple, list[dict]]:
-    """Rows by their values in these columns, in the order in which the values come first.
-
-    A plan without codecs has no such column: its value is "".
-    """
+    """Rows by their values in these columns ("" where there is none), in order of appearance."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault(tuple(row.get(name, "") for name in columns), []).append(row)
@@ -111,10 +108,7 @@ def latex_table(rows: list[dict[str, object]], left: Collection[str], seeds: str
 
 
 def summary(rows: list[dict]) -> list[dict]:
-    """For each student, IPC, method, codec and SLC the mean and the sample standard deviation.
-
-    Accuracies are in percent; n counts the seeds; there is no deviation of a single one.
-    """
+    """For runs that differ in seed only their number n, means and sample standard deviations."""
     result = []
     for facts, group in grouped(rows, *FACTS).items():
         line = {**dict(zip(FACTS, facts, strict=True)), "n": len(group)}
@@ -181,9 +175,8 @@ def in_layout(
 def plot(rows: list[dict], against: str) -> Figure:
     """Last top-1 against "slc" or "label_bytes": a row of panels per student, one per IPC.
 
-    Each method is a line; where it is trained on several codecs, each has a line of its own.
-    Methods whose labels do not depend on the SLC are level lines with their spread shaded when
-    drawn against SLC; so is, against bytes, what needs none.
+    Each method and codec is a line. It is level, its spread shaded, where it does not depend on
+    that: against SLC for labels that are not counted, against bytes where none are needed.
     """
     students, ipcs = (list(dict.fromkeys(column(rows, name))) for name in ("student", "ipc"))
     lines = list(grouped(rows, "method", "codec"))
