@@ -12,7 +12,7 @@ from conftest import CUSTOM, TINY, generate_arguments, train_arguments, tree, wr
 from torch.utils.data import DataLoader, RandomSampler
 from torchvision.transforms import functional as transforms
 
-from relabel import convert, export, generate
+from relabel import convert, drift, export, generate
 from utils.data import folders, images
 from utils.data.images import ResidentImages
 from utils.labels import LabelSet
@@ -502,6 +502,8 @@ def test_a_pruned_set_comes_back_from_its_export(world, tmp_path, command):
     done = command(convert.main, *arguments(world, tmp_path / "exported", back))
     assert done.code == 0, done.err
     labels = LabelSet.open(pruned)
+    # Each pass has 15 views of 12 images.
+    assert drift.measure(labels).place[14:16].tolist() == [[0, 14], [1, 0]]
     for number, (views, logits) in enumerate(LabelSet.open(back)):
         assert views.checksum() == labels.views(number).checksum()
         assert torch.allclose(logits, labels[number].logits, atol=0.03)
