@@ -10,12 +10,13 @@ if not __package__:  # run as a plain script: imports start at the repository ro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from utils import cli, runtime
 from utils.cli import UserError
+from utils.data.views import Views
 from utils.labels import LabelSet, LabelWriter, codecs
 from utils.labels.codecs.base import information
 
@@ -25,11 +26,11 @@ _ROWS = 1024  # labels compared at once, in double precision
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, or other arguments."""
     parser = cli.Parser(description="Store the labels of a label set in another codec.")
-    parser.add_argument("--label-dir", type=Path, required=True, help="a finished label set")
-    parser.add_argument("--out-dir", type=Path, required=True, help="the label set to make")
-    parser.add_argument(
-        "--slc", type=cli.bounded(int, 1), metavar="N", help="only so many soft labels per class"
-    )
+    add = parser.add_argument
+    add("--label-dir", type=Path, required=True, help="a finished label set")
+    add("--out-dir", type=Path, required=True, help="the label set to make")
+    slc = "only so many soft labels per class"
+    add("--slc", type=cli.bounded(int, 1), metavar="N", help=slc)
     codecs.add_arguments(parser)
     return parser.parse_args(arguments)
 
@@ -59,6 +60,30 @@ def compare(
     missing, told = sums.unbind(1)
     # As in `distortion`, labels that say nothing have nothing to lose.
     return torch.where(told > 0, missing / told, 0).tolist(), agree / count
+
+
+def write_passes(
+    writer: LabelWriter,
+    read: Callable[[int], tuple[Views, torch.Tensor, int]],
+    hard_labels: torch.Tensor,
+    what: str,
+) -> None:
+    """Fits the codec where that is needed, and writes the missing passes, one in memory at a time.
+
+    `read` gives the views of a pass, their float32 [N, C] logits, and how often the teacher is
+    right; `what` names the progress bar.
+    """
+    if needed := writer.passes_to_fit():
+        print(f"fitting codec {writer.settings['codec']['name']}", flush=True)
+        samples = []
+        for pass_index in range(needed):
+            views, logits, _ = read(pass_index)
+            samples.append((logits, views.mixture(hard_labels, writer.spec.input_size)))
+        writer.fit(samples)
+    for pass_index in cli.progress(range(writer.settings["passes"]), desc=what, unit="pass"):
+        if not writer.verified(pass_index):
+            views, logits, correct = read(pass_index)
+            writer.write_pass(pass_index, logits, views, hard_labels, correct)
 
 
 def main() -> None:
@@ -91,21 +116,12 @@ def main() -> None:
     if writer.complete():
         print(f"{args.out_dir} is complete and verified: nothing to do")
         return
+
+    def read(pass_index: int) -> tuple[Views, torch.Tensor, int]:
+        return *source.whole_pass(pass_index), source.teacher_correct(pass_index)
+
     with writer.begun():
-        if needed := writer.passes_to_fit():
-            print(f"fitting codec {args.codec}", flush=True)
-            first = [source.whole_pass(pass_index) for pass_index in range(needed)]
-            writer.fit([(whole.logits, source.mixture(whole.views)) for whole in first])
-        for pass_index in cli.progress(range(source.passes), desc="compress", unit="pass"):
-            if not writer.verified(pass_index):
-                whole = source.whole_pass(pass_index)
-                writer.write_pass(
-                    pass_index,
-                    whole.logits,
-                    whole.views,
-                    source.hard_labels,
-                    source.teacher_correct(pass_index),
-                )
+        write_passes(writer, read, source.hard_labels, "compress")
         writer.finish()
     result = LabelSet.open(args.out_dir)
     (lost,), _ = compare(result, source, [0], (20.0,))

@@ -17,16 +17,17 @@ if not __package__:  # run as a plain script: imports start at the repository ro
 import argparse
 import hashlib
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from relabel.compress import write_passes
 from relabel.published import TEMPERATURE, PublishedLabels
 from utils import cli
 from utils.cli import UserError, bounded
 from utils.data import custom, datasets, folders, images
-from utils.data.views import Mixture, ViewSpec
+from utils.data.views import Mixture, Views, ViewSpec
 from utils.labels import LabelWriter, codecs, make_settings
 from utils.metrics import near_chance
 
@@ -36,34 +37,22 @@ _CHECKED_VIEWS = 1000  # at least, and two passes, before anything is written
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = cli.Parser(description="Import a published label folder as a label set.")
-    parser.add_argument("--fkd-dir", type=Path, required=True, help="the published label folder")
-    parser.add_argument("--data-dir", type=Path, required=True, help="the images it was made for")
-    parser.add_argument("--out-dir", type=Path, required=True, help="the label set to make")
+    add = parser.add_argument
+    add("--fkd-dir", type=Path, required=True, help="the published label folder")
+    add("--data-dir", type=Path, required=True, help="the images it was made for")
+    add("--out-dir", type=Path, required=True, help="the label set to make")
     datasets.add_arguments(parser)
-    parser.add_argument(
-        "--boxes",
-        choices=("rounded", "published"),
-        default="rounded",
-        help="crops in whole pixels: rounded, as the teacher saw them, or truncated, as published "
-        "code trains on them",
-    )
-    parser.add_argument(
-        "--fkd-seed",
-        type=bounded(int, 0, 2**62),
-        default=42,
-        metavar="N",
-        help="of the image order, where the folder does not hold it",
-    )
-    parser.add_argument(
-        "--force", action="store_true", help="go on although the labels hardly fit the images"
-    )
-    crop = "smallest crop the labels were made with; hard epochs use it too"
-    parser.add_argument(
-        "--min-scale", type=bounded(float, 0.0001, 1), default=0.08, metavar="X", help=crop
-    )
+    boxes = "crops in whole pixels: rounded, as the teacher saw them, or truncated, as published "
+    boxes += "code trains on them"
+    add("--boxes", choices=("rounded", "published"), default="rounded", help=boxes)
+    seed = {"type": bounded(int, 0, 2**62), "default": 42, "metavar": "N"}
+    add("--fkd-seed", **seed, help="of the image order, where the folder does not hold it")
+    add("--force", action="store_true", help="go on although the labels hardly fit the images")
+    crop = {"type": bounded(float, 0.0001, 1), "default": 0.08, "metavar": "X"}
+    crop["help"] = "smallest crop the labels were made with; hard epochs use it too"
+    add("--min-scale", **crop)
     codecs.add_arguments(parser, default="fp16")
-    # What is right depends on the folder.
-    parser.set_defaults(codec=None)
+    parser.set_defaults(codec=None)  # what is right depends on the folder
     return parser.parse_args()
 
 
@@ -95,15 +84,6 @@ class Fit(NamedTuple):
         measured = (score, standard.amax(dim=1), named.float())
         return cls(len(logits), *(float(each.mean()) for each in measured))
 
-    @classmethod
-    def joined(cls, parts: Sequence["Fit"]) -> "Fit":
-        """Of the views of all parts."""
-        views = sum(part.views for part in parts)
-        means = (
-            sum(p.views * p[field] for p in parts) / views for field in range(1, len(parts[0]))
-        )
-        return cls(views, *means)
-
     def noise(self) -> float:
         """Three standard deviations of the score of labels in another order."""
         return 3 / math.sqrt(self.views)
@@ -120,8 +100,7 @@ class Fit(NamedTuple):
 def check_fit(published: PublishedLabels, labels: torch.Tensor, seed: int, force: bool) -> Fit:
     """Takes the image order that fits the first passes best; returns how well it fits.
 
-    Raises:
-        UserError: the labels do not fit the images in any order there is; says what does not.
+    Raises UserError, and says what does not fit, where no order does and nothing is forced.
     """
     enough = max(2, math.ceil(_CHECKED_VIEWS / len(labels)))
     first_passes = range(min(published.passes, enough))
@@ -129,22 +108,21 @@ def check_fit(published: PublishedLabels, labels: torch.Tensor, seed: int, force
     for orders in published.derived_orders(seed) if published.derived else [published.orders]:
         published.orders = orders
         fits = [Fit.of(*published.read_pass(index, labels)[1:]) for index in first_passes]
-        tried.append((Fit.joined(fits), fits, orders))
+        views = [fit.views for fit in fits]
+        means = np.average([fit[1:] for fit in fits], axis=0, weights=views)
+        tried.append((Fit(sum(views), *means.tolist()), fits, orders))
     fit, fits, published.orders = max(tried, key=lambda each: each[0].score)
     late = any(each.falls_behind(fits[0]) for each in fits)
     if (fit.convinces() and not late) or force:
         return fit
+    reason = "probably other images, or another class order"
     if published.derived and fits[0].convinces():
         reason = (
             "the image order derived for the first pass fits, those of later passes do not: they "
             "were not drawn one after the other by torch's sampler"
         )
-    elif names_other_classes(published, labels) or not published.derived:
-        reason = "probably other images, or another class order"
-    else:
-        reason = (
-            f"the image order is not that of --fkd-seed {seed}, or these are labels of other images"
-        )
+    elif published.derived and not names_other_classes(published, labels):
+        reason = f"the image order is not that of --fkd-seed {seed}, or these are other images"
     raise UserError(
         f"{published.folder}: teacher top-1 on the views is only {100 * fit.named:.1f} %: "
         f"{reason}; --force goes on"
@@ -154,13 +132,10 @@ def check_fit(published: PublishedLabels, labels: torch.Tensor, seed: int, force
 def names_other_classes(published: PublishedLabels, labels: torch.Tensor) -> bool:
     """Whether views of one class are labelled alike: the image order fits, the classes do not."""
     _, logits, mixture = published.read_pass(0, labels)
-    main = mixture.main_class()
-    order = main.argsort(stable=True)
-    main, named = main[order], logits.argmax(dim=1)[order]
+    main, order = mixture.main_class().sort(stable=True)
     pairs = main[1:] == main[:-1]
-    alike = (named[1:] == named[:-1]) & pairs
-    count = int(pairs.sum())
-    return count > 0 and not near_chance(int(alike.sum()), count, published.num_classes)
+    alike = logits.argmax(dim=1)[order].diff()[pairs] == 0
+    return len(alike) > 0 and not near_chance(int(alike.sum()), len(alike), published.num_classes)
 
 
 def origin_of(published: PublishedLabels, seed: int) -> dict:
@@ -183,9 +158,9 @@ def origin_of(published: PublishedLabels, seed: int) -> dict:
 def describe(published: PublishedLabels, seed: int) -> str:
     """What was found, in a line."""
     kind = f"the {published.topk} largest logits" if published.topk else published.kind
-    order = (
-        f"derived from seed {seed}" if published.derived else f"from {published.order_file.name}"
-    )
+    order = f"from {published.order_file.name}"
+    if published.derived:
+        order = f"derived from seed {seed}"
     text = (
         f"{published.folder}: layout of {published.layout}, {len(published.stored)} batches of "
         f"{published.batch_size} views, {kind}; image order {order}; boxes {published.boxes}"
@@ -197,32 +172,6 @@ def describe(published: PublishedLabels, seed: int) -> str:
     return text
 
 
-def write_labels(
-    published: PublishedLabels, writer: LabelWriter, hard_labels: torch.Tensor, least: Fit | None
-) -> None:
-    """Fits the codec where that is needed, and writes the missing passes, one in memory at a time.
-
-    Raises UserError where a pass fits the images far less than `least`.
-    """
-    if needed := writer.passes_to_fit():
-        print(f"fitting codec {writer.settings['codec']['name']}", flush=True)
-        writer.fit([published.read_pass(index, hard_labels)[1:] for index in range(needed)])
-    for pass_index in cli.progress(range(published.passes), desc="convert", unit="pass"):
-        if writer.verified(pass_index):
-            continue
-        views, logits, mixture = published.read_pass(pass_index, hard_labels)
-        fit = Fit.of(logits, mixture)
-        if least and fit.falls_behind(least):
-            raise UserError(
-                f"{published.folder}: teacher top-1 on the views of pass {pass_index} is only "
-                f"{100 * fit.named:.1f} %, on those of the first ones {100 * least.named:.1f} %: "
-                "its image order does not fit; --force goes on"
-            )
-        # A pass of a pruned folder has a few views more than there are images.
-        correct = round(fit.named * len(hard_labels))
-        writer.write_pass(pass_index, logits, views, hard_labels, correct)
-
-
 def main() -> None:
     args = parse_arguments()
     dataset = datasets.from_arguments(args, inferred=True)
@@ -232,17 +181,26 @@ def main() -> None:
     sizes, fingerprint = images.inspect(folder)
     dataset = custom.complete(dataset, folder, sizes)
     published = PublishedLabels(
-        args.fkd_dir,
-        sizes=sizes,
-        num_classes=dataset.num_classes,
-        input_size=dataset.input_size,
-        boxes=args.boxes,
+        args.fkd_dir, sizes, dataset.num_classes, dataset.input_size, args.boxes
     )
     if published.topk and args.codec in (None, "topk"):
         args.codec, args.topk = "topk", args.topk or published.topk
     args.codec = args.codec or "fp16"
-    fit = check_fit(published, folder.labels, args.fkd_seed, args.force)
+    least = check_fit(published, folder.labels, args.fkd_seed, args.force)
     print(describe(published, args.fkd_seed))
+
+    def read(pass_index: int) -> tuple[Views, torch.Tensor, int]:
+        views, logits, mixture = published.read_pass(pass_index, folder.labels)
+        fit = Fit.of(logits, mixture)
+        if fit.falls_behind(least) and not args.force:
+            raise UserError(
+                f"{args.fkd_dir}: teacher top-1 on the views of pass {pass_index} is only "
+                f"{100 * fit.named:.1f} %, on those of the first ones {100 * least.named:.1f} %: "
+                "its image order does not fit; --force goes on"
+            )
+        # A pass of a pruned folder has a few views more than there are images.
+        return views, logits, round(fit.named * len(folder.files))
+
     spec = ViewSpec(
         dataset.input_size, published.batch_size, min_scale=args.min_scale, mix=published.mix
     )
@@ -263,7 +221,7 @@ def main() -> None:
         print(f"{args.out_dir} is complete and verified: nothing to do")
         return
     with writer.begun():
-        write_labels(published, writer, folder.labels, None if args.force else fit)
+        write_passes(writer, read, folder.labels, "convert")
         manifest = writer.finish()
     print(
         f"{args.out_dir}: {published.passes} passes of {len(folder.files)} soft labels; teacher "
