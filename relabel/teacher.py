@@ -38,12 +38,9 @@ _IMAGENET_CLASSES = 1000
 
 @dataclasses.dataclass
 class Teacher:
-    """A pretrained network in evaluation mode.
+    """A pretrained network in evaluation mode, its parameters without gradients.
 
-    Attributes:
-        name: as given to --teacher.
-        model: the network, its parameters without gradients.
-        sha256: of its state dict, for the manifest.
+    `name` is as given to --teacher, `sha256` that of its state dict, for the manifest.
     """
 
     name: str
@@ -58,8 +55,7 @@ class Subset(NamedTuple):
         total: number of the teacher's classes.
         rows: the position of each class of the data set among them.
         names: what the teacher may call these classes: WordNet ids, or as listed.
-        listed: by the user, so that every teacher has all of them; else weights of either number
-            will do.
+        listed: whether every teacher has all of them; else weights of either number will do.
     """
 
     total: int
@@ -71,14 +67,11 @@ class Subset(NamedTuple):
 def find_subset(dataset: Dataset, classes: Sequence[str], listing: Path | None) -> Subset | None:
     """Where a data set's classes are among a teacher's, or None where they are all of them.
 
-    Args:
-        dataset: imagenette and imagewoof are parts of ImageNet.
-        classes: names of the class folders: WordNet ids, or numbers in the order of these.
-        listing: a text file, a class of the teacher per line, which begins with its WordNet id or
-            whatever else the class folder is called.
+    `classes` names the class folders: imagenette's and imagewoof's, as parts of ImageNet, WordNet
+    ids, or numbers in their order. `listing` is a text file with a line for each class of the
+    teacher, which begins with the WordNet id or whatever else the class folder is called.
 
-    Raises:
-        UserError: a class that the list or the data set does not have, or has twice.
+    Raises UserError for a class that the list or the data set does not have, or has twice.
     """
     if listing is not None:
         lines = listing.read_text(errors="replace").splitlines()
@@ -129,30 +122,27 @@ def load_teacher(
     rows, see `find_subset` for `classes` and `listing`. Says when a checkpoint of ours was trained
     with another input size, mean or standard deviation than the data set's.
 
-    Raises:
-        UserError: unknown name, no weights to be had, weights that do not fit, or a checkpoint of
-            ours with another list of classes.
+    Raises UserError for an unknown name, no weights to be had, weights that do not fit, or a
+    checkpoint of ours with another list of classes.
     """
     subset = find_subset(dataset, classes, listing)
-    listed = subset is not None and subset.listed
-    weights = weights or default_weights(name, dataset)
-    network = models.without_suffix(name) if weights else name
-    content = load_tensors(weights, "teacher weights") if weights else None
-    if facts := own_facts(content, weights):
-        _check_classes(content["classes"], classes, subset, weights)
+    path = weights or default_weights(name, dataset)
+    network = models.without_suffix(name) if path else name
+    content = load_tensors(path, "teacher weights") if path else None
+    if facts := own_facts(content, path):
+        _check_classes(content["classes"], classes, subset, path)
         if other := _differences(facts, dataset):
             print(f"teacher {name} was trained with {other}")
+    outputs = subset.total if subset and subset.listed else dataset.num_classes
     try:
-        outputs = subset.total if listed else dataset.num_classes
         model = models.build(network, outputs, dataset.input_size)
-        weights_found = _find_weights(name, content, weights, dataset, ema)
-        if weights_found:
-            state, source = weights_found
-            if subset and not listed and _needs_outputs(model, state, subset.total):
+        state = _find_state(name, content, path, dataset, ema)
+        if state is not None:
+            if subset and _needs_outputs(model, state, subset.total):
                 outputs = subset.total
                 model = models.build(network, outputs, dataset.input_size)
             state = models.under_our_names(model, state)
-            load_state(model, state, f"teacher weights {source}", network)
+            load_state(model, state, f"teacher weights {path or 'torchvision'}", network)
     except ValueError as error:
         raise UserError(f"--teacher: {error}") from None
     if subset and outputs == subset.total:
@@ -167,9 +157,7 @@ def load_teacher(
 def default_weights(name: str, dataset: Dataset) -> Path | None:
     """$Main_Data_Path/<dataset>/<name>.pth if it is there, else $Main_Data_Path/<name>.pth."""
     data_path = os.environ.get("Main_Data_Path")  # noqa: SIM112 - config.sh's published name
-    if not data_path:
-        return None
-    folders = [*folder_names(dataset.name), ""]
+    folders = [*folder_names(dataset.name), ""] if data_path else []
     files = [Path(data_path) / folder / f"{name}.pth" for folder in folders]
     return next((file for file in files if file.is_file()), None)
 
@@ -179,30 +167,22 @@ def training_facts(
 ) -> dict[str, Any] | None:
     """The facts that teachers were trained with, as a dict, where `dataset` leaves any open.
 
-    None where it does not, or where no teacher's weights are a checkpoint of validate/train.py.
-
-    Args:
-        names: of the teachers.
-        files: their weights; None: those that `default_weights` finds.
-        dataset: as the flags give it.
-
-    Raises:
-        UserError: teachers of different input sizes, means or standard deviations.
+    Those in `files`, or else where `default_weights` finds them by their names. None where
+    nothing is open, or none of them is a checkpoint of validate/train.py. Raises UserError for
+    teachers of different input sizes, means or standard deviations.
     """
-    first, first_path = None, None
     if None not in (dataset.input_size, dataset.mean, dataset.std):
         return None
-    for path in files or filter(None, [default_weights(name, dataset) for name in names]):
-        facts = own_facts(load_tensors(path, "teacher weights"), path)
-        if facts is None:
-            continue
-        first, first_path = first or facts, first_path or path
-        if other := _differences(first, facts):
+    paths = files or filter(None, [default_weights(name, dataset) for name in names])
+    facts = {path: own_facts(load_tensors(path, "teacher weights"), path) for path in paths}
+    known = [(path, each) for path, each in facts.items() if each]
+    for path, each in known[1:]:
+        if other := _differences(known[0][1], each):
             raise UserError(
-                f"the teachers were trained with different facts: {first_path} with {other} in "
+                f"the teachers were trained with different facts: {known[0][0]} with {other} in "
                 f"{path}; give --input-size, --mean and --std"
             )
-    return first and vars(first)
+    return vars(known[0][1]) if known else None
 
 
 def _differences(first: Dataset, second: Dataset) -> str:
@@ -211,13 +191,12 @@ def _differences(first: Dataset, second: Dataset) -> str:
     def text(value: int | Sequence[float]) -> str:
         return " ".join(map(str, value)) if isinstance(value, Sequence) else str(value)
 
-    sides = (
-        (name, *(text(getattr(side, name)) for side in (first, second)))
-        for name in ("input_size", "mean", "std")
-    )
-    return ", ".join(
-        f"{name.replace('_', ' ')} {one}, not {other}" for name, one, other in sides if one != other
-    )
+    found = []
+    for name in ("input_size", "mean", "std"):
+        one, other = (text(getattr(side, name)) for side in (first, second))
+        if one != other:
+            found.append(f"{name.replace('_', ' ')} {one}, not {other}")
+    return ", ".join(found)
 
 
 def _check_classes(
@@ -233,12 +212,8 @@ def _check_classes(
         return
     what = f"{len(theirs)} classes, not {len(ours)}"
     if len(theirs) == len(ours):
-        row, one, other = next(
-            (row, *names)
-            for row, names in enumerate(zip(theirs, ours, strict=True))
-            if names[0] != names[1]
-        )
-        what = f"class {row} is {one!r} there, {other!r} among the images"
+        row = next(row for row, name in enumerate(theirs) if name != ours[row])
+        what = f"class {row} is {theirs[row]!r} there, {ours[row]!r} among the images"
     raise UserError(
         f"teacher weights {path} are of another class list than the images ({what}): name the "
         "class folders as those it was trained on; if they are a part of these, list these in "
@@ -253,13 +228,12 @@ def _needs_outputs(model: nn.Module, state: dict[str, torch.Tensor], total: int)
     return any(mine != theirs and theirs[:1] == (total,) for mine, theirs in shapes)
 
 
-def _find_weights(
-    name: str, content: object, weights: Path | None, dataset: Dataset, ema: bool
-) -> tuple[dict[str, torch.Tensor], str] | None:
-    """The state dict and where it came from; None when the factory brings its own weights."""
-    if weights is not None:
-        hint = "--teacher-ema takes the averaged weights"
-        return unwrap_state(content, weights, ema, hint), str(weights)
+def _find_state(
+    name: str, content: object, path: Path | None, dataset: Dataset, ema: bool
+) -> dict[str, torch.Tensor] | None:
+    """A state dict, from the file or torchvision; None for a factory, which brings its own."""
+    if path is not None:
+        return unwrap_state(content, path, ema, "--teacher-ema takes the averaged weights")
     if ema:
         raise UserError(
             f"--teacher-ema takes the averaged weights of a file, and there is none for teacher "
@@ -270,7 +244,7 @@ def _find_weights(
     reason = f"there are no public weights for {dataset.name}"
     if dataset.name == "imagenet1k" or dataset.name in _SUBSETS:
         try:
-            return models.torchvision_weights(name), "torchvision"
+            return models.torchvision_weights(name)
         except ValueError as error:
             reason = str(error)
         except (urllib.error.URLError, OSError) as error:
@@ -341,16 +315,11 @@ class Ensemble:
 
     @torch.inference_mode()
     def logits(self, views: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
-        """Labels views in one forward pass.
+        """Labels rendered views, float32 [N, 3, S, S], in one forward pass: float32 [N, C].
 
-        Args:
-            views: rendered, float32 [N, 3, S, S], of one or several batches.
-            batch_size: the views per batch, of which each, under BSSL, has its own statistics, as
-                if it were labelled alone; on a GPU a CUDA graph labels them, so BSSL must have been
-                switched on before. None: all views are one batch, and no graph labels them.
-
-        Returns:
-            float32 [N, C] on the views' device.
+        Under BSSL every batch of `batch_size` has its own statistics, as if it were labelled
+        alone; on a GPU a CUDA graph labels them, so BSSL must have been switched on before. None:
+        all views are one batch, and no graph labels them.
         """
         size = batch_size or len(views)
         if self.graphs and batch_size:
