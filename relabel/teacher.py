@@ -5,7 +5,7 @@ import os
 import re
 import urllib.error
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,8 @@ import models
 from utils.cli import UserError
 from utils.data.datasets import Dataset, folder_names
 from utils.data.folders import same_classes
+from utils.data.images import ResidentImages, StreamingImages
+from utils.data.views import Views
 from utils.files import load_tensors, sha256_state
 from utils.graphs import Graphs
 from utils.runtime import Runtime, check_outputs
@@ -344,3 +346,12 @@ def _forward(model: nn.Module, views: torch.Tensor, batch_size: int) -> torch.Te
             return model(views)
     except _OtherRowsError:
         return torch.cat([model(batch) for batch in views.split(batch_size)])
+
+
+def label_views(
+    teachers: Ensemble, source: ResidentImages | StreamingImages, parts: Sequence[Views]
+) -> Iterator[tuple[Views, torch.Tensor]]:
+    """Every batch of these views, on the teachers' device, with its logits, float32 [B, C]."""
+    batches = [batch for views in parts for batch in views.to(teachers.runtime.device)]
+    for batch, pixels in zip(batches, source.render(batches), strict=True):
+        yield batch, teachers.logits(pixels)
