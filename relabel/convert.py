@@ -17,9 +17,7 @@ if not __package__:  # run as a plain script: imports start at the repository ro
 import argparse
 import hashlib
 import math
-from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from relabel.compress import write_passes
@@ -29,9 +27,9 @@ from utils.cli import UserError, bounded
 from utils.data import custom, datasets, folders, images
 from utils.data.views import Mixture, Views, ViewSpec
 from utils.labels import LabelWriter, codecs, make_settings
-from utils.metrics import near_chance
 
 _CHECKED_VIEWS = 1000  # at least, and two passes, before anything is written
+_LEAST_ABOVE_CHANCE = 0.05  # of the teacher's top-1 on the views
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -56,49 +54,34 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class Fit(NamedTuple):
-    """How well labels fit the classes of their images.
-
-    Attributes:
-        views: how many.
-        score: mean standardised logit of the classes in a view, weighted by their shares. Of
-            labels in another order it is 0, with a standard deviation of at most 1 / sqrt(views).
-        highest: mean of the largest standardised logit.
-        named: the teacher's top-1 on the views: share of labels whose top-1 class is the main one.
-    """
-
-    views: int
-    score: float
-    highest: float
-    named: float
-
-    @classmethod
-    def of(cls, logits: torch.Tensor, mixture: Mixture) -> "Fit":
-        """Of centred logits [N, C] and the classes in their views."""
-        standard = logits / logits.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-12)
-        own, partner = (
-            standard.gather(1, classes[:, None])[:, 0] for classes in (mixture.own, mixture.partner)
-        )
-        score = mixture.lam * own + (1 - mixture.lam) * partner
-        named = logits.argmax(dim=1) == mixture.main_class()
-        measured = (score, standard.amax(dim=1), named.float())
-        return cls(len(logits), *(float(each.mean()) for each in measured))
-
-    def noise(self) -> float:
-        """Three standard deviations of the score of labels in another order."""
-        return 3 / math.sqrt(self.views)
-
-    def convinces(self) -> bool:
-        """Whether the score is far above that of labels in another order."""
-        return self.score > self.noise() and self.score > self.highest / 10
-
-    def falls_behind(self, other: "Fit") -> bool:
-        """Whether these labels certainly fit less than half as well as others."""
-        return self.score < min(other.score / 2, other.score - self.noise())
+def right_of(logits: torch.Tensor, mixture: Mixture) -> torch.Tensor:
+    """bool [N]: whether labels name the class that covers most of their view."""
+    return logits.argmax(dim=1) == mixture.main_class()
 
 
-def check_fit(published: PublishedLabels, labels: torch.Tensor, seed: int, force: bool) -> Fit:
-    """Takes the image order that fits the first passes best; returns how well it fits.
+def share_of(right: torch.Tensor) -> float:
+    """The teacher's top-1 on views, of what `right_of` says of them."""
+    return int(right.sum()) / len(right)
+
+
+def deviations(share: float, right: torch.Tensor) -> float:
+    """Three standard deviations of the share of right ones among so many, where `share` is true."""
+    return 3 * math.sqrt(share * (1 - share) / len(right))
+
+
+def convinces(right: torch.Tensor, classes: int) -> bool:
+    """Whether labels name their classes far more often than those in another order would."""
+    chance = 1 / classes
+    return share_of(right) > chance + max(deviations(chance, right), _LEAST_ABOVE_CHANCE)
+
+
+def falls_behind(right: torch.Tensor, expected: float) -> bool:
+    """Whether labels certainly name their classes less than half as often as expected."""
+    return share_of(right) < min(expected / 2, expected - deviations(expected, right))
+
+
+def check_fit(published: PublishedLabels, labels: torch.Tensor, seed: int, force: bool) -> float:
+    """Takes the image order that fits the first passes best; returns the teacher's top-1 by it.
 
     Raises UserError, and says what does not fit, where no order does and nothing is forced.
     """
@@ -107,16 +90,15 @@ def check_fit(published: PublishedLabels, labels: torch.Tensor, seed: int, force
     tried = []
     for orders in published.derived_orders(seed) if published.derived else [published.orders]:
         published.orders = orders
-        fits = [Fit.of(*published.read_pass(index, labels)[1:]) for index in first_passes]
-        views = [fit.views for fit in fits]
-        means = np.average([fit[1:] for fit in fits], axis=0, weights=views)
-        tried.append((Fit(sum(views), *means.tolist()), fits, orders))
-    fit, fits, published.orders = max(tried, key=lambda each: each[0].score)
-    late = any(each.falls_behind(fits[0]) for each in fits)
-    if (fit.convinces() and not late) or force:
-        return fit
+        right = [right_of(*published.read_pass(index, labels)[1:]) for index in first_passes]
+        tried.append((torch.cat(right), right, orders))
+    views, right, published.orders = max(tried, key=lambda each: share_of(each[0]))
+    share = share_of(views)
+    late = any(falls_behind(each, share_of(right[0])) for each in right)
+    if (convinces(views, published.num_classes) and not late) or force:
+        return share
     reason = "probably other images, or another class order"
-    if published.derived and fits[0].convinces():
+    if published.derived and convinces(right[0], published.num_classes):
         reason = (
             "the image order derived for the first pass fits, those of later passes do not: they "
             "were not drawn one after the other by torch's sampler"
@@ -124,7 +106,7 @@ def check_fit(published: PublishedLabels, labels: torch.Tensor, seed: int, force
     elif published.derived and not names_other_classes(published, labels):
         reason = f"the image order is not that of --fkd-seed {seed}, or these are other images"
     raise UserError(
-        f"{published.folder}: teacher top-1 on the views is only {100 * fit.named:.1f} %: "
+        f"{published.folder}: teacher top-1 on the views is only {100 * share:.1f} %: "
         f"{reason}; --force goes on"
     )
 
@@ -135,7 +117,7 @@ def names_other_classes(published: PublishedLabels, labels: torch.Tensor) -> boo
     main, order = mixture.main_class().sort(stable=True)
     pairs = main[1:] == main[:-1]
     alike = logits.argmax(dim=1)[order].diff()[pairs] == 0
-    return len(alike) > 0 and not near_chance(int(alike.sum()), len(alike), published.num_classes)
+    return len(alike) > 0 and convinces(alike, published.num_classes)
 
 
 def origin_of(published: PublishedLabels, seed: int) -> dict:
@@ -186,20 +168,20 @@ def main() -> None:
     if published.topk and args.codec in (None, "topk"):
         args.codec, args.topk = "topk", args.topk or published.topk
     args.codec = args.codec or "fp16"
-    least = check_fit(published, folder.labels, args.fkd_seed, args.force)
+    share = check_fit(published, folder.labels, args.fkd_seed, args.force)
     print(describe(published, args.fkd_seed))
 
     def read(pass_index: int) -> tuple[Views, torch.Tensor, int]:
         views, logits, mixture = published.read_pass(pass_index, folder.labels)
-        fit = Fit.of(logits, mixture)
-        if fit.falls_behind(least) and not args.force:
+        right = right_of(logits, mixture)
+        if falls_behind(right, share) and not args.force:
             raise UserError(
                 f"{args.fkd_dir}: teacher top-1 on the views of pass {pass_index} is only "
-                f"{100 * fit.named:.1f} %, on those of the first ones {100 * least.named:.1f} %: "
+                f"{100 * share_of(right):.1f} %, on those of the first ones {100 * share:.1f} %: "
                 "its image order does not fit; --force goes on"
             )
         # A pass of a pruned folder has a few views more than there are images.
-        return views, logits, round(fit.named * len(folder.files))
+        return views, logits, round(share_of(right) * len(folder.files))
 
     spec = ViewSpec(
         dataset.input_size, published.batch_size, min_scale=args.min_scale, mix=published.mix
