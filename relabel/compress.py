@@ -38,52 +38,54 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def compare(
     labels: LabelSet, reference: LabelSet, passes: Iterable[int], temperatures: Sequence[float]
 ) -> tuple[list[float], float]:
-    """Distortion at each temperature, and the share of labels with the same top-1 class.
+    """Distortion, as the codecs define it, by temperature; the share of equal top-1 classes.
 
-    See utils.labels.codecs.base.distortion. Two passes are in memory at a time. Raises UserError
-    when the sets label different views.
+    Two passes are in memory at a time. Raises UserError when the sets label different views.
     """
     sums = torch.zeros(len(temperatures), 2, dtype=torch.float64)
     agree = count = 0
     for pass_index in passes:
-        stored, expected = labels.whole_pass(pass_index), reference.whole_pass(pass_index)
-        if stored.views.checksum() != expected.views.checksum():
+        (views, stored), (expected, teacher) = (
+            of.whole_pass(pass_index) for of in (labels, reference)
+        )
+        if views.checksum() != expected.checksum():
             raise UserError(
                 f"views of pass {pass_index} in {labels.path} differ from those in {reference.path}"
             )
-        agree += int((stored.logits.argmax(1) == expected.logits.argmax(1)).sum())
-        count += len(stored.logits)
-        pairs = zip(stored.logits.split(_ROWS), expected.logits.split(_ROWS), strict=True)
-        for decoded, teacher in pairs:
-            told = [information(teacher, decoded, t) for t in temperatures]
+        agree += int((stored.argmax(1) == teacher.argmax(1)).sum())
+        count += len(stored)
+        for pair in zip(teacher.split(_ROWS), stored.split(_ROWS), strict=True):
+            told = [information(*pair, temperature) for temperature in temperatures]
             sums += torch.tensor(told, dtype=torch.float64)
     missing, told = sums.unbind(1)
     # As in `distortion`, labels that say nothing have nothing to lose.
     return torch.where(told > 0, missing / told, 0).tolist(), agree / count
 
 
-def write_passes(
+def copy_labels(
     writer: LabelWriter,
     read: Callable[[int], tuple[Views, torch.Tensor, int]],
     hard_labels: torch.Tensor,
     what: str,
-) -> None:
-    """Fits the codec where that is needed, and writes the missing passes, one in memory at a time.
+) -> dict:
+    """Makes a label set of labels that exist, one pass in memory at a time; returns its manifest.
 
     `read` gives the views of a pass, their float32 [N, C] logits, and how often the teacher is
     right; `what` names the progress bar.
     """
-    if needed := writer.passes_to_fit():
-        print(f"fitting codec {writer.settings['codec']['name']}", flush=True)
-        samples = []
-        for pass_index in range(needed):
-            views, logits, _ = read(pass_index)
-            samples.append((logits, views.mixture(hard_labels, writer.spec.input_size)))
-        writer.fit(samples)
-    for pass_index in cli.progress(range(writer.settings["passes"]), desc=what, unit="pass"):
-        if not writer.verified(pass_index):
-            views, logits, correct = read(pass_index)
-            writer.write_pass(pass_index, logits, views, hard_labels, correct)
+    with writer.begun():
+        if needed := writer.passes_to_fit():
+            print(f"fitting codec {writer.settings['codec']['name']}", flush=True)
+            samples = []
+            for pass_index in range(needed):
+                views, logits, _ = read(pass_index)
+                samples.append((logits, views.mixture(hard_labels, writer.spec.input_size)))
+            writer.fit(samples)
+        for pass_index in cli.progress(range(writer.settings["passes"]), desc=what, unit="pass"):
+            if not writer.verified(pass_index):
+                views, logits, correct = read(pass_index)
+                writer.write_pass(pass_index, logits, views, hard_labels, correct)
+        return writer.finish()
 
 
 def main() -> None:
@@ -120,9 +122,7 @@ def main() -> None:
     def read(pass_index: int) -> tuple[Views, torch.Tensor, int]:
         return *source.whole_pass(pass_index), source.teacher_correct(pass_index)
 
-    with writer.begun():
-        write_passes(writer, read, source.hard_labels, "compress")
-        writer.finish()
+    copy_labels(writer, read, source.hard_labels, "compress")
     result = LabelSet.open(args.out_dir)
     (lost,), _ = compare(result, source, [0], (20.0,))
     after, counted = result.bytes_on_disk(), result.budgeted_bytes() / labels

@@ -20,7 +20,7 @@ import math
 
 import torch
 
-from relabel.compress import write_passes
+from relabel.compress import copy_labels
 from relabel.published import TEMPERATURE, PublishedLabels
 from utils import cli
 from utils.cli import UserError, bounded
@@ -202,9 +202,7 @@ def main() -> None:
     if writer.complete():
         print(f"{args.out_dir} is complete and verified: nothing to do")
         return
-    with writer.begun():
-        write_passes(writer, read, folder.labels, "convert")
-        manifest = writer.finish()
+    manifest = copy_labels(writer, read, folder.labels, "convert")
     print(
         f"{args.out_dir}: {published.passes} passes of {len(folder.files)} soft labels; teacher "
         f"top-1 on the views {manifest['teacher_top1']:.1f} %"

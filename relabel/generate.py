@@ -14,7 +14,6 @@ import argparse
 import collections
 from collections.abc import Iterable, Iterator, Sequence
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -167,20 +166,20 @@ def load_teachers(
 
 def check_class_order(
     args: argparse.Namespace,
+    writer: LabelWriter,
     teachers: Ensemble,
     source: ImageSource,
-    sizes: np.ndarray,
     labels: torch.Tensor,
-    passes: int,
 ) -> None:
     """Stops when the teacher hardly recognises the images: their classes are in another order.
 
     Looks at unmixed central views with running statistics: of random images, until a quarter of
     them are recognised and that is no chance, and of a tenth of the labels to be made at most.
     """
-    most = min(len(sizes), _MOST_CHECKED, max(passes * len(sizes) // 10, _FEWEST_CHECKED))
-    chosen = shuffle(0, ORDER, 0, len(sizes))[:most]
-    views = centre_views(sizes[chosen], views_per_forward(args, teachers.runtime.device))
+    settings, count = writer.settings, len(labels)
+    most = min(count, _MOST_CHECKED, max(settings["passes"] * count // 10, _FEWEST_CHECKED))
+    chosen = shuffle(0, ORDER, 0, count)[:most]
+    views = centre_views(writer.sizes[chosen], settings["views_per_forward"])
     views.index = torch.from_numpy(chosen)[views.index]
     num_classes, labels = int(labels.max()) + 1, labels.to(teachers.runtime.device)
     hits = count = 0
@@ -335,7 +334,7 @@ def main() -> None:
         return
     source = images.open_images(folder, sizes, dataset, machine.device, args.workers)
     if machine.rank == 0:
-        check_class_order(args, teachers, source, sizes, folder.labels, passes)
+        check_class_order(args, writer, teachers, source, folder.labels)
     if args.bssl and not sum(use_batch_statistics(one.model) for one in teachers.teachers):
         print("no teacher has BatchNorm: BSSL changes nothing")
     else:
