@@ -25,7 +25,7 @@ from relabel.published import TEMPERATURE, PublishedLabels
 from utils import cli
 from utils.cli import UserError, bounded
 from utils.data import custom, datasets, folders, images
-from utils.data.views import Mixture, Views, ViewSpec
+from utils.data.views import Views, ViewSpec
 from utils.labels import LabelWriter, codecs, make_settings
 
 _CHECKED_VIEWS = 1000  # at least, and two passes, before anything is written
@@ -54,13 +54,8 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def right_of(logits: torch.Tensor, mixture: Mixture) -> torch.Tensor:
-    """bool [N]: whether labels name the class that covers most of their view."""
-    return logits.argmax(dim=1) == mixture.main_class()
-
-
 def share_of(right: torch.Tensor) -> float:
-    """The teacher's top-1 on views, of what `right_of` says of them."""
+    """The teacher's top-1 on views, of whether each is named right."""
     return int(right.sum()) / len(right)
 
 
@@ -80,30 +75,31 @@ def falls_behind(right: torch.Tensor, expected: float) -> bool:
     return share_of(right) < min(expected / 2, expected - deviations(expected, right))
 
 
-def check_fit(published: PublishedLabels, labels: torch.Tensor, seed: int, force: bool) -> float:
+def check_fit(published: PublishedLabels, seed: int, force: bool) -> float:
     """Takes the image order that fits the first passes best; returns the teacher's top-1 by it.
 
     Raises UserError, and says what does not fit, where no order does and nothing is forced.
     """
-    enough = max(2, math.ceil(_CHECKED_VIEWS / len(labels)))
-    first_passes = range(min(published.passes, enough))
-    tried = []
+    enough = max(2, math.ceil(_CHECKED_VIEWS / len(published.sizes)))
+    tried, classes = [], published.dataset.num_classes
     for orders in published.derived_orders(seed) if published.derived else [published.orders]:
-        published.orders = orders
-        right = [right_of(*published.read_pass(index, labels)[1:]) for index in first_passes]
+        published.orders, right = orders, []
+        for pass_index in range(min(published.passes, enough)):
+            _, logits, main = published.read_pass(pass_index)
+            right.append(logits.argmax(dim=1) == main)
         tried.append((torch.cat(right), right, orders))
     views, right, published.orders = max(tried, key=lambda each: share_of(each[0]))
     share = share_of(views)
     late = any(falls_behind(each, share_of(right[0])) for each in right)
-    if (convinces(views, published.num_classes) and not late) or force:
+    if (convinces(views, classes) and not late) or force:
         return share
     reason = "probably other images, or another class order"
-    if published.derived and convinces(right[0], published.num_classes):
+    if published.derived and convinces(right[0], classes):
         reason = (
             "the image order derived for the first pass fits, those of later passes do not: they "
             "were not drawn one after the other by torch's sampler"
         )
-    elif published.derived and not names_other_classes(published, labels):
+    elif published.derived and not names_other_classes(published):
         reason = f"the image order is not that of --fkd-seed {seed}, or these are other images"
     raise UserError(
         f"{published.folder}: teacher top-1 on the views is only {100 * share:.1f} %: "
@@ -111,27 +107,25 @@ def check_fit(published: PublishedLabels, labels: torch.Tensor, seed: int, force
     )
 
 
-def names_other_classes(published: PublishedLabels, labels: torch.Tensor) -> bool:
+def names_other_classes(published: PublishedLabels) -> bool:
     """Whether views of one class are labelled alike: the image order fits, the classes do not."""
-    _, logits, mixture = published.read_pass(0, labels)
-    main, order = mixture.main_class().sort(stable=True)
+    _, logits, main = published.read_pass(0)
+    main, order = main.sort(stable=True)
     pairs = main[1:] == main[:-1]
     alike = logits.argmax(dim=1)[order].diff()[pairs] == 0
-    return len(alike) > 0 and convinces(alike, published.num_classes)
+    return len(alike) > 0 and convinces(alike, published.dataset.num_classes)
 
 
 def origin_of(published: PublishedLabels, seed: int) -> dict:
     """What the manifest says of where the labels come from."""
-    digest = hashlib.sha256()
-    for order in published.orders:
-        digest.update(order.astype("<i4").tobytes())
+    orders = b"".join(order.astype("<i4").tobytes() for order in published.orders)
     imported = {
         "layout": published.layout,
         "labels": published.kind,
         "temperature": TEMPERATURE if published.kind == "probabilities" else None,
         "boxes": published.boxes,
         "order_seed": seed if published.derived else None,
-        "order_sha256": digest.hexdigest(),
+        "order_sha256": hashlib.sha256(orders).hexdigest(),
         "source_sha256": published.fingerprint(),
     }
     return {"teachers": [], "imported": imported}
@@ -162,18 +156,16 @@ def main() -> None:
     folder = folders.scan(args.data_dir, dataset.num_classes)
     sizes, fingerprint = images.inspect(folder)
     dataset = custom.complete(dataset, folder, sizes)
-    published = PublishedLabels(
-        args.fkd_dir, sizes, dataset.num_classes, dataset.input_size, args.boxes
-    )
+    published = PublishedLabels(args.fkd_dir, folder, sizes, dataset, args.boxes)
     if published.topk and args.codec in (None, "topk"):
         args.codec, args.topk = "topk", args.topk or published.topk
     args.codec = args.codec or "fp16"
-    share = check_fit(published, folder.labels, args.fkd_seed, args.force)
+    share = check_fit(published, args.fkd_seed, args.force)
     print(describe(published, args.fkd_seed))
 
     def read(pass_index: int) -> tuple[Views, torch.Tensor, int]:
-        views, logits, mixture = published.read_pass(pass_index, folder.labels)
-        right = right_of(logits, mixture)
+        views, logits, main = published.read_pass(pass_index)
+        right = logits.argmax(dim=1) == main
         if falls_behind(right, share) and not args.force:
             raise UserError(
                 f"{args.fkd_dir}: teacher top-1 on the views of pass {pass_index} is only "

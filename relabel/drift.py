@@ -16,30 +16,18 @@ class Drift:
     A view drifts when the teacher's top-1 class is none of those in the view, so neither
     its own nor, in a mixed view, its partner's. It counts for the image that covers most of it.
     Probabilities are at temperature 1.
-
-    Attributes:
-        spread: float64 [images], an estimate of Tr(Sigma), the trace of the covariance of an
-            image's soft labels; NaN with one label per image.
-        place: int64 [views, 2], the view's pass and its row there.
-        image, label: int64 [views], the image that covers most of the view, and its class.
-        share: float32 [views], how much of the view it covers.
-        partner: int64 [views], the class of the other image; `label` in an unmixed view.
-        area: float64 [views], the crop's share of that image.
-        known: float32 [views], the probability of the view's classes together.
-        gap: float32 [views], by how much the top-1 class exceeds each of them.
-        drifts: bool [views], whether the view drifts.
     """
 
-    spread: np.ndarray
-    place: np.ndarray
-    image: np.ndarray
-    label: np.ndarray
-    share: np.ndarray
-    partner: np.ndarray
-    area: np.ndarray
-    known: np.ndarray
-    gap: np.ndarray
-    drifts: np.ndarray
+    spread: np.ndarray  # float64 [images], estimates Tr(Sigma); NaN with one label per image
+    place: np.ndarray  # int64 [views, 2], the view's pass and its row there
+    image: np.ndarray  # int64 [views], the image that covers most of the view
+    label: np.ndarray  # int64 [views], its class
+    share: np.ndarray  # float32 [views], how much of the view it covers
+    partner: np.ndarray  # int64 [views], the class of the other image; `label` where unmixed
+    area: np.ndarray  # float64 [views], the crop's share of the image that covers most
+    known: np.ndarray  # float32 [views], the probability of the view's classes together
+    gap: np.ndarray  # float32 [views], by how much the top-1 class exceeds each of them
+    drifts: np.ndarray  # bool [views]
 
     def by_image(self, values: np.ndarray | None = None) -> np.ndarray:
         """[images]: how many views count for each image, or the sum of their values."""
@@ -60,9 +48,9 @@ class Drift:
 def measure(labels: LabelSet) -> Drift:
     """Reads a label set once, two passes in memory.
 
-    Tr(Sigma) of an image is estimated by half the mean squared distance between its soft labels of
-    successive passes, which has the right expectation and needs no sums over the whole set. Passes
-    imported from pruned folders do not show every image once.
+    Tr(Sigma), the trace of the covariance of an image's soft labels, is estimated by half the mean
+    squared distance between those of successive passes, which has the right expectation and needs
+    no sums over the whole set. Passes imported from pruned folders do not show every image once.
     """
     images, classes = labels.manifest["images"]["count"], labels.manifest["num_classes"]
     spread, pairs = torch.zeros(2, images, dtype=torch.float64)

@@ -24,7 +24,9 @@ import numpy as np
 import torch
 
 from utils.cli import UserError
-from utils.data.views import Mixture, Views
+from utils.data.datasets import Dataset
+from utils.data.folders import ImageFolder
+from utils.data.views import Views
 from utils.files import load_tensors, read_json, sha256_file
 from utils.labels import centre
 
@@ -90,19 +92,16 @@ class PublishedLabels:
     """
 
     def __init__(
-        self, folder: Path, sizes: np.ndarray, num_classes: int, input_size: int, boxes: str
+        self, folder: Path, images: ImageFolder, sizes: np.ndarray, dataset: Dataset, boxes: str
     ):
-        """Finds out what a folder holds; raises UserError where files are missing.
+        """Finds out what a folder holds for images; raises UserError where files are missing.
 
-        Args:
-            folder: the published one.
-            sizes: int [images, 2], heights and widths.
-            num_classes, input_size: of the data set.
-            boxes: "rounded" to whole pixels, or "published": truncated.
+        `sizes` are the images' heights and widths, int [images, 2]; `boxes` are "rounded" to whole
+        pixels, or as "published", truncated.
         """
         _check(folder.is_dir(), f"published label folder not found: {folder}")
         self.folder, self.sizes, self.boxes = folder, sizes, boxes
-        self.num_classes, self.input_size = num_classes, input_size
+        self.dataset, self.hard_labels = dataset, images.labels
         self._contents = functools.lru_cache(maxsize=1)(self._read_file)
         self._find()
         first = self._record(self.stored[0])
@@ -198,13 +197,10 @@ class PublishedLabels:
         lines += [f"{sha256_file(file)}\n" for file in (files[0], files[-1])]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
-    def read_pass(
-        self, pass_index: int, labels: torch.Tensor
-    ) -> tuple[Views, torch.Tensor, Mixture]:
-        """The views of a pass, their float32 [N, C] centred logits, and the classes in them.
+    def read_pass(self, pass_index: int) -> tuple[Views, torch.Tensor, torch.Tensor]:
+        """The views of a pass, their float32 [N, C] centred logits, and int64 [N] main classes.
 
-        `labels`, int64 [images], are the hard ones. Raises UserError for damaged files, and what
-        fits neither the images nor the other batches.
+        Raises UserError for damaged files, and what does not fit images or other batches.
         """
         start = pass_index * self.per_pass
         batches = itertools.islice(itertools.cycle(self.stored), start, start + self.per_pass)
@@ -213,7 +209,8 @@ class PublishedLabels:
         told = f"{self.folder}: a smaller batch within pass {pass_index}: are files missing?"
         _check(whole, told)
         views = Views.joined(parts)
-        return views, torch.cat(logits), views.mixture(labels, self.input_size)
+        mixture = views.mixture(self.hard_labels, self.dataset.input_size)
+        return views, torch.cat(logits), mixture.main_class()
 
     def _read_file(self, file: Path) -> list:
         """The batches of a file, in HALD's layout several."""
@@ -250,8 +247,9 @@ class PublishedLabels:
         views = Views(index, self._pixels(record, index), record.flips, self.batch_size)
         views.mix_index = record.mix_index
         if bbox is not None:
-            told = f"CutMix box {bbox.tolist()} does not fit {self.input_size} pixels"
-            _check(_within(bbox, self.input_size), f"{where}: {told}")
+            size = self.dataset.input_size
+            told = f"CutMix box {bbox.tolist()} does not fit {size} pixels"
+            _check(_within(bbox, size), f"{where}: {told}")
             views.mix_box = torch.cat([bbox[:2], (bbox[2:] - bbox[:2]).clamp(min=0)])[None]
         elif record.mix_index is not None:
             views.mix_lam = torch.tensor([1.0 if record.lam is None else record.lam])
@@ -273,7 +271,7 @@ class PublishedLabels:
 
     def _logits(self, record: _Record) -> torch.Tensor:
         """float32 [B, C] centred logits of labels as stored."""
-        values, indices, classes = record.values, record.indices, self.num_classes
+        values, indices, classes = record.values, record.indices, self.dataset.num_classes
         where, shape, expected = record.where, tuple(values.shape), (len(values), classes)
         fits = indices is None or _within(indices, classes - 1)
         _check(fits, f"{where}: class indices do not fit {classes} classes")

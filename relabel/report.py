@@ -90,16 +90,13 @@ def report_loss(labels: LabelSet, reference: LabelSet | None) -> dict[str, float
     Raises UserError where `reference` does not hold the same labels in fp16.
     """
     codec = labels.manifest["codec"]
-    if reference is None and codec["name"] == "fp16":
-        print("\ncodec fp16: nothing is lost beyond half precision", flush=True)
-        return {}
     if reference is None:
         options = ", ".join(f"{key} {value}" for key, value in codec.items() if key != "name")
-        print(
-            f"\ncodec {codec['name']} ({options}): what it lost is not known without --reference, "
-            "the same labels in fp16",
-            flush=True,
-        )
+        told = f"{codec['name']} ({options}): what it lost is not known without --reference, the "
+        told += "same labels in fp16"
+        if codec["name"] == "fp16":
+            told = "fp16: nothing is lost beyond half precision"
+        print(f"\ncodec {told}", flush=True)
         return {}
     if reference.manifest["codec"]["name"] != "fp16":
         raise UserError(f"--reference {reference.path} is not in codec fp16")
