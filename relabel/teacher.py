@@ -2,15 +2,14 @@
 
 import dataclasses
 import os
-import re
 import urllib.error
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -25,45 +24,26 @@ from utils.graphs import Graphs
 from utils.runtime import Runtime, check_outputs
 from utils.weights import load_state, own_facts, unwrap_state
 
-# Index of each class among ImageNet's 1000, which are in the order of their WordNet ids.
-_IMAGENETTE = {
-    **{"n01440764": 0, "n02102040": 217, "n02979186": 482, "n03000684": 491, "n03028079": 497},
-    **{"n03394916": 566, "n03417042": 569, "n03425413": 571, "n03445777": 574, "n03888257": 701},
-}
-_IMAGEWOOF = {
-    **{"n02086240": 155, "n02087394": 159, "n02088364": 162, "n02089973": 167, "n02093754": 182},
-    **{"n02096294": 193, "n02099601": 207, "n02105641": 229, "n02111889": 258, "n02115641": 273},
-}
-_SUBSETS = {"imagenette": _IMAGENETTE, "imagewoof": _IMAGEWOOF}
+_SUBSETS = yaml.safe_load(Path(__file__).with_name("imagenet_subsets.yaml").read_text())
 _IMAGENET_CLASSES = 1000
 
 
 @dataclasses.dataclass
 class Teacher:
-    """A pretrained network in evaluation mode, its parameters without gradients.
+    """A pretrained network in evaluation mode, its parameters without gradients."""
 
-    `name` is as given to --teacher, `sha256` that of its state dict, for the manifest.
-    """
-
-    name: str
+    name: str  # as given to --teacher
     model: nn.Module
-    sha256: str
+    sha256: str  # of its state dict, for the manifest
 
 
 class Subset(NamedTuple):
-    """Classes of a data set among a teacher's.
+    """Classes of a data set among a teacher's."""
 
-    Attributes:
-        total: number of the teacher's classes.
-        rows: the position of each class of the data set among them.
-        names: what the teacher may call these classes: WordNet ids, or as listed.
-        listed: whether every teacher has all of them; else weights of either number will do.
-    """
-
-    total: int
-    rows: list[int]
-    names: list[str]
-    listed: bool
+    total: int  # number of the teacher's classes
+    rows: list[int]  # the position of each class of the data set among them
+    names: list[str]  # what the teacher may call these classes: WordNet ids, or as listed
+    listed: bool  # whether every teacher has all of them; else weights of either number will do
 
 
 def find_subset(dataset: Dataset, classes: Sequence[str], listing: Path | None) -> Subset | None:
@@ -78,13 +58,13 @@ def find_subset(dataset: Dataset, classes: Sequence[str], listing: Path | None) 
     if listing is not None:
         lines = listing.read_text(errors="replace").splitlines()
         names = [line.split()[0] for line in lines if line.strip()]
-        total, source = len(names), f"--teacher-classes {listing}"
-        if twice := [name for name, count in Counter(names).items() if count > 1]:
-            raise UserError(f"{source} lists {twice[0]} more than once, so its row is not known")
         row_of = {name: row for row, name in enumerate(names)}
+        total, source = len(names), f"--teacher-classes {listing}"
+        if twice := [name for row, name in enumerate(names) if row_of[name] != row]:
+            raise UserError(f"{source} lists {twice[0]} more than once, so its row is not known")
     elif dataset.name in _SUBSETS:
         total, source, row_of = _IMAGENET_CLASSES, dataset.name, _SUBSETS[dataset.name]
-        if all(re.fullmatch(r"(new)?\d+", name) for name in classes):
+        if all(name.removeprefix("new").isdecimal() for name in classes):
             return Subset(total, [*row_of.values()], [*row_of], listed=False)
     else:
         return None
@@ -117,12 +97,11 @@ def load_teacher(
 ) -> Teacher:
     """Builds a network and loads its weights, the averaged ones of a file where `ema` asks for it.
 
-    Weights come from `weights`; else from `default_weights`; else, for a `package.module:factory`,
+    They come from `weights`; else from `default_weights`; else, for a `package.module:factory`,
     from the factory itself; else, for ImageNet-1K and its subsets, from torchvision. Those of a
     file may have the published small networks' keys, and its name a suffix behind the network's
-    ("ResNet18_best"). Weights with an output for each of a subset's `total` classes label by its
-    rows, see `find_subset` for `classes` and `listing`. Says when a checkpoint of ours was trained
-    with another input size, mean or standard deviation than the data set's.
+    ("ResNet18_best"). Weights with an output for each of a teacher's classes label by the rows
+    that `find_subset` gives. Says when a checkpoint of ours was trained with other facts.
 
     Raises UserError for an unknown name, no weights to be had, weights that do not fit, or a
     checkpoint of ours with another list of classes.
@@ -281,16 +260,15 @@ class _PerBatchStatistics(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function in (F.batch_norm, torch.batch_norm):
-            rows = args[0] if args else kwargs.pop("input")
-            # The sixth argument of both functions says whether to use the batch's statistics.
-            if args[5] if len(args) > 5 else kwargs.get("training", False):
-                if len(rows) != self.views:
-                    raise _OtherRowsError
-                parts = rows.split(self.batch_size)
-                return torch.cat([function(part, *args[1:], **kwargs) for part in parts])
-            return function(rows, *args[1:], **kwargs)
-        return function(*args, **kwargs)
+        # The sixth argument of both functions says whether to use the batch's statistics.
+        training = args[5] if len(args) > 5 else kwargs.get("training", False)
+        if function not in (F.batch_norm, torch.batch_norm) or not training:
+            return function(*args, **kwargs)
+        rows = args[0] if args else kwargs.pop("input")
+        if len(rows) != self.views:
+            raise _OtherRowsError
+        parts = rows.split(self.batch_size)
+        return torch.cat([function(part, *args[1:], **kwargs) for part in parts])
 
 
 class _OtherRowsError(Exception):
