@@ -111,9 +111,8 @@ def main() -> None:
         "codec": parameters,
         "recoded_from": source.manifest["codec"],
         "versions": {**source.manifest["versions"], **packer},
+        "slc": args.slc or source.manifest["slc"],
     }
-    if args.slc is not None:
-        settings["slc"] = args.slc
     writer = LabelWriter(args.out_dir, settings, source.sizes, "--out-dir")
     if writer.complete():
         print(f"{args.out_dir} is complete and verified: nothing to do")

@@ -175,9 +175,7 @@ def main() -> None:
         # A pass of a pruned folder has a few views more than there are images.
         return views, logits, round(share_of(right) * len(folder.files))
 
-    spec = ViewSpec(
-        dataset.input_size, published.batch_size, min_scale=args.min_scale, mix=published.mix
-    )
+    spec = ViewSpec(dataset.input_size, published.batch_size, args.min_scale, mix=published.mix)
     settings = make_settings(
         dataset=dataset,
         folder=folder,

@@ -314,7 +314,7 @@ def main() -> None:
         images_sha256=fingerprint,
         ipc=ipc,
         passes=passes,
-        spec=ViewSpec(dataset.input_size, args.batch_size, min_scale=args.min_scale, mix=args.mix),
+        spec=ViewSpec(dataset.input_size, args.batch_size, args.min_scale, mix=args.mix),
         seed=args.seed,
         origin={
             "teachers": [

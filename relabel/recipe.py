@@ -26,7 +26,7 @@ def probe(
     sizes, _ = images.inspect(few)
     source = images.open_images(few, sizes, dataset, device, args.workers)
     scale = recipe.PUBLISHED_VIEWS["min_scale"]
-    spec = ViewSpec(dataset.input_size, args.batch_size, min_scale=scale, mix="none")
+    spec = ViewSpec(dataset.input_size, args.batch_size, scale, mix="none")
     passes = [draw(spec, sizes, seed) for seed in range(-(-_PROBED // len(sizes)))]
     labels, labelled = few.labels.to(device), label_views(teachers, source, passes)
     right = torch.cat([logits.argmax(1) == labels[views.index] for views, logits in labelled])
