@@ -71,8 +71,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     group = parser.add_argument_group("labels")
     add, amount = group.add_argument, group.add_mutually_exclusive_group(required=True)
     amount.add_argument("--slc", **number, help="soft labels per class, a multiple of IPC")
-    about = "soft labels per image, for folders whose classes differ in size"
-    amount.add_argument("--passes", **number, help=about)
+    amount.add_argument("--passes", **number, help="soft labels per image, for classes of any size")
     about = "views that are mixed with each other, and that BSSL takes its statistics from; the "
     about += "student's batch size, too"
     add("--batch-size", **number, default=16, help=about)
@@ -86,8 +85,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--min-scale", type=bounded(float, 0.0001, 1), metavar="X", help=about)
     codecs.add_arguments(group, default="fp16")
     add("--seed", type=bounded(int, 0, 2**62), default=42, metavar="N", help="of the views")
-    about = "go on although the class order looks scrambled"
-    add("--force", action="store_true", help=about)
+    add("--force", action="store_true", help="go on although the class order looks scrambled")
 
     runtime.add_arguments(parser)
     about = "views that the teacher labels in one forward pass, in whole batches; BSSL's "

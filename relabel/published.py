@@ -237,55 +237,45 @@ class PublishedLabels:
     def read(self, batch: _StoredBatch) -> tuple[Views, torch.Tensor]:
         """Views and centred logits of one batch, checked; raises UserError."""
         record = self._record(batch)
-        where, count, bbox = record.where, len(record.coords), record.bbox
+        where, coords, flips, mix_index, lam, bbox, values, indices = record
+        count, classes, size = len(coords), self.dataset.num_classes, self.dataset.input_size
         start = batch.position * self.batch_size
         order = self.orders[batch.order][start : start + self.batch_size]
-        index = torch.from_numpy(order).long()
-        _check(len(index) == count, f"{where}: {count} views where {len(index)} belong")
-        once = len(index.unique()) == count
-        _check(once, f"{where}: its images, in {self.order_file}, are not there once each")
-        views = Views(index, self._pixels(record, index), record.flips, self.batch_size)
-        views.mix_index = record.mix_index
-        if bbox is not None:
-            size = self.dataset.input_size
-            told = f"CutMix box {bbox.tolist()} does not fit {size} pixels"
-            _check(_within(bbox, size), f"{where}: {told}")
-            views.mix_box = torch.cat([bbox[:2], (bbox[2:] - bbox[:2]).clamp(min=0)])[None]
-        elif record.mix_index is not None:
-            views.mix_lam = torch.tensor([1.0 if record.lam is None else record.lam])
-        return views, self._logits(record)
+        index, shape = torch.from_numpy(order).long(), tuple(values.shape)
+        kind, first, k = record.kind(), (self.mix, self.kind, self.topk), self.topk
+        for otherwise, right in {
+            f"{count} views where {len(index)} belong": len(index) == count,
+            f"its images, in {self.order_file}, are not there once each": len({*order}) == count,
+            f"its CutMix box does not fit {size} pixels": bbox is None or _within(bbox, size),
+            f"soft labels are {shape}, expected {count, classes}": k or shape[1] == classes,
+            f"{kind} labels, in the first batch {first}": kind == first,
+            f"class indices do not fit {classes} classes": indices is None
+            or _within(indices, classes - 1),
+        }.items():
+            _check(right, f"{where}: {otherwise}")
+        box, inside = self._pixels(coords, index)
+        _check(inside, f"{where}: a crop lies outside its image; are these the right images?")
+        views = Views(index, box, flips, self.batch_size, mix_index)
+        if self.mix == "cutmix":
+            box = torch.cat([bbox[:2], (bbox[2:] - bbox[:2]).clamp(min=0)])
+            views.mix_box = box.int()[None]
+        elif self.mix == "mixup":
+            views.mix_lam = torch.tensor([1.0 if lam is None else lam])
+        if k:
+            return views, centre(_fill_up(values, indices, classes))
+        return views, to_logits(values) if self.kind == "probabilities" else centre(values)
 
-    def _pixels(self, record: _Record, index: torch.Tensor) -> torch.Tensor:
-        """int32 [B, 4] pixels (top, left, height, width) of fractional crops."""
+    def _pixels(self, coords: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        """int32 [B, 4] pixels of fractional crops, and whether all lie in their images."""
         size = torch.from_numpy(self.sizes[index.numpy()].astype(np.float64))
-        box = record.coords.double() * size.repeat(1, 2)
+        box = coords.double() * size.repeat(1, 2)
         box = box.round() if self.boxes == "rounded" else box.trunc()
         box[:, 2:].clamp_(min=1)
-        outside = box[:, :2] + box[:, 2:] - size
+        beyond = box[:, :2] + box[:, 2:] - size
         # Of half-precision fractions, both ends of a crop can be rounded away from each other.
-        fits = (box >= 0).all() and (outside <= 1 + size / 1024).all()
-        where = record.where
-        _check(fits, f"{where}: a crop lies outside its image; are these the right images?")
-        box[:, 2:] -= outside.clamp(min=0)
-        return box.int()
-
-    def _logits(self, record: _Record) -> torch.Tensor:
-        """float32 [B, C] centred logits of labels as stored."""
-        values, indices, classes = record.values, record.indices, self.dataset.num_classes
-        where, shape, expected = record.where, tuple(values.shape), (len(values), classes)
-        fits = indices is None or _within(indices, classes - 1)
-        _check(fits, f"{where}: class indices do not fit {classes} classes")
-        fits = indices is not None or shape == expected
-        _check(fits, f"{where}: soft labels are {shape}, expected {expected}")
-        mix, kind, topk = record.kind()
-        _check(
-            (mix, kind, topk) == (self.mix, self.kind, self.topk),
-            f"{where}: {kind} of {topk or classes} classes, mix {mix}; the first batch has "
-            f"{self.kind} of {self.topk or classes}, mix {self.mix}",
-        )
-        if indices is not None:
-            return centre(_fill_up(values, indices, classes))
-        return to_logits(values) if self.kind == "probabilities" else centre(values)
+        inside = bool((box >= 0).all() and (beyond <= 1 + size / 1024).all())
+        box[:, 2:] -= beyond.clamp(min=0)
+        return box.int(), inside
 
 
 def _check(right: bool, otherwise: str) -> None:
@@ -312,10 +302,10 @@ def _numbered(folder: Path, pattern: str) -> list[Path]:
 
 def _parsed(where: str, coords, flips, mix_index, lam, bbox, values, indices=None) -> _Record:
     """A batch in tensors; raises ValueError, or what torch does, where it is none."""
-    coords, flips, values = _plain(coords), _whole(flips), _plain(values).float()
-    mix_index, indices = (None if each is None else _whole(each) for each in (mix_index, indices))
-    bbox = None if bbox is None else _whole([float(side) for side in bbox]).int()
-    lam, count, shape = None if lam is None else float(lam), len(coords), values.shape
+    coords, values, lam = _real(coords), _real(values).float(), None if lam is None else float(lam)
+    bbox = None if bbox is None else [float(side) for side in bbox]
+    flips, mix_index, bbox, indices = map(_whole, (flips, mix_index, bbox, indices))
+    count, shape = len(coords), values.shape
     right = [
         coords.shape == (count, 4) and count > 0,
         flips.shape == (count,) and _within(flips, 1),
@@ -331,8 +321,8 @@ def _parsed(where: str, coords, flips, mix_index, lam, bbox, values, indices=Non
     return _Record(where, coords, flips.bool(), mix_index, lam, bbox, values, indices)
 
 
-def _plain(values: Any) -> torch.Tensor:
-    """Values as an ordinary tensor of real numbers; raises ValueError for the other kinds."""
+def _real(values: Any) -> torch.Tensor:
+    """Real numbers as an ordinary tensor; raises ValueError for other kinds."""
     tensor = torch.as_tensor(values).detach()
     usual = tensor.layout == torch.strided and tensor.device.type == "cpu"
     if not usual or tensor.is_quantized or tensor.is_complex():
@@ -340,9 +330,11 @@ def _plain(values: Any) -> torch.Tensor:
     return tensor
 
 
-def _whole(values: Any) -> torch.Tensor:
-    """Whole numbers as an int64 tensor; raises ValueError for others."""
-    tensor = _plain(values)
+def _whole(values: Any) -> torch.Tensor | None:
+    """Whole numbers as an int64 tensor, and None as it is; raises ValueError for others."""
+    if values is None:
+        return None
+    tensor = _real(values)
     if (tensor != tensor.long()).any():
         raise ValueError("no whole numbers")
     return tensor.long()

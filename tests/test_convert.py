@@ -330,11 +330,11 @@ REFUSED = {
     ),
     "logits instead of probabilities": (
         lambda fkd: change(fkd, lambda b: b[1].__setitem__(5, 20 * b[1][5].float().log())),
-        "batch 1: logits of 4 classes, mix cutmix; the first batch has probabilities of 4",
+        "batch 1: ('cutmix', 'logits', None) labels, in the first batch",
     ),
     "logits above zero": (
         lambda fkd: change(fkd, lambda b: b[0].__setitem__(5, 9 * b[0][5])),
-        "batch 0: logits of 4 classes, mix cutmix; the first batch has probabilities of 4",
+        "batch 0: ('cutmix', 'logits', None) labels, in the first batch",
     ),
     "another layout": (
         lambda fkd: [file.unlink() for file in fkd.iterdir()],
@@ -416,7 +416,7 @@ LAYOUTS_REFUSED = {
     "other number of logits": (
         "LPQLD k",
         lambda f: change_batch(f / "batch_2.tar", lambda b: [*b[:5], b[5][:, :1], b[6][:, :1]]),
-        "k logits of 1 classes, mix cutmix; the first batch has k logits of 2",
+        "('cutmix', 'k logits', 1) labels, in the first batch ('cutmix', 'k logits', 2)",
     ),
     "no logits at all": (
         "LPQLD k",
