@@ -243,14 +243,14 @@ class PublishedLabels:
         order = self.orders[batch.order][start : start + self.batch_size]
         index, shape = torch.from_numpy(order).long(), tuple(values.shape)
         kind, first, k = record.kind(), (self.mix, self.kind, self.topk), self.topk
+        named = indices is None or _within(indices, classes - 1)
         for otherwise, right in {
             f"{count} views where {len(index)} belong": len(index) == count,
             f"its images, in {self.order_file}, are not there once each": len({*order}) == count,
             f"its CutMix box does not fit {size} pixels": bbox is None or _within(bbox, size),
             f"soft labels are {shape}, expected {count, classes}": k or shape[1] == classes,
             f"{kind} labels, in the first batch {first}": kind == first,
-            f"class indices do not fit {classes} classes": indices is None
-            or _within(indices, classes - 1),
+            f"class indices do not fit {classes} classes": named,
         }.items():
             _check(right, f"{where}: {otherwise}")
         box, inside = self._pixels(coords, index)

@@ -18,7 +18,6 @@ import collections
 import dataclasses
 import math
 from collections.abc import Iterable
-from operator import itemgetter
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -92,11 +91,10 @@ def report_loss(labels: LabelSet, reference: LabelSet | None) -> dict[str, float
     codec = labels.manifest["codec"]
     if reference is None:
         options = ", ".join(f"{key} {value}" for key, value in codec.items() if key != "name")
-        told = f"{codec['name']} ({options}): what it lost is not known without --reference, the "
-        told += "same labels in fp16"
+        told = "what it lost is not known without --reference, the same labels in fp16"
         if codec["name"] == "fp16":
-            told = "fp16: nothing is lost beyond half precision"
-        print(f"\ncodec {told}", flush=True)
+            told = "nothing is lost beyond half precision"
+        print(f"\ncodec {codec['name']}{options and f' ({options})'}: {told}", flush=True)
         return {}
     if reference.manifest["codec"]["name"] != "fp16":
         raise UserError(f"--reference {reference.path} is not in codec fp16")
@@ -106,8 +104,9 @@ def report_loss(labels: LabelSet, reference: LabelSet | None) -> dict[str, float
         raise UserError(f"--reference {reference.path} holds other labels ({difference})")
     passes = cli.progress(range(labels.passes), desc="compare", unit="pass")
     distortions, same = compare(labels, reference, passes, TEMPERATURES)
-    names = [f"distortion at T = {t:g}" for t in TEMPERATURES]
-    lost = {**dict(zip(names, distortions, strict=True)), "same top-1 class": same}
+    by_temperature = zip(TEMPERATURES, distortions, strict=True)
+    lost = {f"distortion at T = {t:g}": distortion for t, distortion in by_temperature}
+    lost["same top-1 class"] = same
     print(f"\nagainst {reference.path} (fp16)")
     for name, value in lost.items():
         print(f"{name:36}{value:>15.5f}", flush=True)
@@ -122,10 +121,11 @@ def report_drift(measured: drift.Drift) -> dict:
     print(f"\nTr(Sigma) of an image's soft labels, mean over images: {known}")
     print(f"views that drift: {100 * share:.1f} % of {views:,} ({_DRIFTS})")
     print(f"{'crop area':>12}{'views':>10}{'drift (%)':>12}{'p(view classes)':>17}")
-    for row in filter(itemgetter("views"), area_rows(measured)):
-        drifting, known = row["drifting"] / row["views"], row["mean_probability_of_view_classes"]
-        print(f"{row['from']:>6.1f}-{row['to']:>4.1f} {row['views']:>10,}", end="")
-        print(f"{100 * drifting:>12.1f}{known:>17.3f}")
+    for row in area_rows(measured):
+        start, end, count, drifting, known = row.values()
+        if count:
+            print(f"{start:>6.1f}-{end:>4.1f} {count:>10,}", end="")
+            print(f"{100 * drifting / count:>12.1f}{known:>17.3f}")
     return {"mean Tr(Sigma)": spread, "views": views, "drifting": share}
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import urllib.error
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -228,7 +227,7 @@ def _find_state(
             return models.torchvision_weights(name)
         except ValueError as error:
             reason = str(error)
-        except (urllib.error.URLError, OSError) as error:
+        except OSError as error:
             reason = f"download failed ({error})"
     raise UserError(
         f"no weights for teacher {name}: {reason}; give a file with --teacher-weights, or put it "
