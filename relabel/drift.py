@@ -29,13 +29,10 @@ class Drift:
     gap: np.ndarray  # float32 [views], by how much the top-1 class exceeds each of them
     drifts: np.ndarray  # bool [views]
 
-    def by_image(self, values: np.ndarray | None = None) -> np.ndarray:
-        """[images]: how many views count for each image, or the sum of their values."""
-        return np.bincount(self.image, values, len(self.spread))
-
-    def by_area(self, values: np.ndarray | None = None) -> np.ndarray:
-        """[10]: how many views show 0 to 10 %, ... 90 to 100 % of their image, or the sums."""
-        return np.bincount((self.area * 10).astype(int).clip(0, 9), values, 10)
+    def counts(self, group: np.ndarray, groups: int) -> dict[str, np.ndarray]:
+        """int64 [groups]: "views", and of these "drifting", by the group that each counts for."""
+        drifting = np.bincount(group[self.drifts], minlength=groups)
+        return {"views": np.bincount(group, minlength=groups), "drifting": drifting}
 
     def worst(self, count: int) -> np.ndarray:
         """int64: the views that drift most, at most one of each image, the largest gap first."""

@@ -143,15 +143,11 @@ def rows_of(columns: dict[str, Iterable]) -> list[dict]:
 
 def area_rows(measured: drift.Drift) -> list[dict]:
     """Those of crop_area.csv: what drifts by the crop's share of the image."""
-    views = measured.by_area()
-    columns = {
-        "from": np.arange(10) / 10,
-        "to": np.arange(1, 11) / 10,
-        "views": views,
-        "drifting": measured.by_area(measured.drifts).astype(int),
-        "mean_probability_of_view_classes": measured.by_area(measured.known) / views.clip(1),
-    }
-    return rows_of(columns)
+    tenth = (measured.area * 10).astype(int).clip(0, 9)
+    counts = measured.counts(tenth, 10)
+    known = np.bincount(tenth, measured.known, 10) / counts["views"].clip(1)
+    columns = {"from": np.arange(10) / 10, "to": np.arange(1, 11) / 10, **counts}
+    return rows_of({**columns, "mean_probability_of_view_classes": known})
 
 
 def class_rows(labels: LabelSet, measured: drift.Drift) -> list[dict]:
@@ -160,16 +156,16 @@ def class_rows(labels: LabelSet, measured: drift.Drift) -> list[dict]:
     Of classes with equal shares that with more views comes first.
     """
     names, classes = class_names(labels), labels.manifest["num_classes"]
-    views = np.bincount(measured.label, minlength=classes)
-    drifting = np.bincount(measured.label, measured.drifts, classes) / views.clip(1)
+    views, drifting = measured.counts(measured.label, classes).values()
+    shares = drifting / views.clip(1)
     images_of = np.bincount(labels.hard_labels, minlength=classes).clip(1)
     spread = np.bincount(labels.hard_labels, measured.spread, classes) / images_of
-    order = [label for label in np.lexsort((-views, -drifting)) if views[label]]
+    order = [label for label in np.lexsort((-views, -shares)) if views[label]]
     columns = {
         "class": order,
         "name": [names[label] for label in order],
         "views": views[order],
-        "drifting_share": drifting[order].round(4),
+        "drifting_share": shares[order].round(4),
         "mean_tr_sigma": spread[order].round(5),
     }
     return rows_of(columns)
@@ -181,8 +177,7 @@ def image_rows(labels: LabelSet, measured: drift.Drift, files: list[str]) -> lis
         "image": range(len(files)),
         "file": files,
         "class": labels.hard_labels.tolist(),
-        "views": measured.by_image(),
-        "drifting": measured.by_image(measured.drifts).astype(int),
+        **measured.counts(measured.image, len(files)),
         "tr_sigma": measured.spread.round(6),
     }
     return rows_of(columns)

@@ -94,10 +94,12 @@ def test_a_view_drifts_when_its_top1_class_is_none_of_its_classes(world):
         if wrong:
             gaps[main] = max(gaps.get(main, 0), soft.max() - soft[present].max())
     assert hits_of_partners > 0  # else this test says less than it should
-    assert found.by_image().tolist() == views.tolist()
-    assert found.by_image(found.drifts).tolist() == drifting.tolist()
-    assert found.by_area().tolist() == by_area[:, 0].tolist()
-    assert found.by_area(found.drifts).tolist() == by_area[:, 1].tolist()
+    for told, expected in (
+        (report.image_rows(labels, found, [""] * 12), zip(views, drifting, strict=True)),
+        (report.area_rows(found), by_area),
+    ):
+        counts = [(row["views"], row["drifting"]) for row in told]
+        assert counts == [tuple(each) for each in expected]
     expected = sorted(gaps.values(), reverse=True)[:3]
     assert found.gap[found.worst(3)].tolist() == pytest.approx(expected, abs=1e-5)
 
