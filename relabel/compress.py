@@ -70,8 +70,7 @@ def copy_labels(
 ) -> dict:
     """Makes a label set of labels that exist, one pass in memory at a time; returns its manifest.
 
-    `read` gives the views of a pass, their float32 [N, C] logits, and how often the teacher is
-    right; `what` names the progress bar.
+    `read` gives the views of a pass, their float32 [N, C] logits, and the teacher's hits.
     """
     with writer.begun():
         if needed := writer.passes_to_fit():

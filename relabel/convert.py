@@ -78,7 +78,7 @@ def falls_behind(right: torch.Tensor, expected: float) -> bool:
 def check_fit(published: PublishedLabels, seed: int, force: bool) -> float:
     """Takes the image order that fits the first passes best; returns the teacher's top-1 by it.
 
-    Raises UserError, and says what does not fit, where no order does and nothing is forced.
+    Raises UserError, which says what is in doubt, unless one fits or is forced.
     """
     enough = max(2, math.ceil(_CHECKED_VIEWS / len(published.sizes)))
     tried, classes = [], published.dataset.num_classes

@@ -30,6 +30,7 @@ from relabel.teacher import (
 from utils import cli, recipe, runtime
 from utils.cli import UserError, bounded
 from utils.data import custom, datasets, folders, images
+from utils.data.datasets import Dataset
 from utils.data.views import MIXES, ORDER, Mixture, Views, ViewSpec, centre_views, shuffle
 from utils.labels import LabelSet, LabelWriter, codecs, make_settings
 from utils.labels.codecs.base import labels_to_fit
@@ -132,18 +133,14 @@ def tell_of_bssl(args: argparse.Namespace) -> None:
 def views_per_forward(args: argparse.Namespace, device: torch.device) -> int:
     """Views of one forward pass of the teacher, a multiple of the batch size.
 
-    Part of a label set's settings: it decides how results are rounded, so it may not depend on
-    where an interrupted set was continued.
+    A setting, as it decides how results are rounded, wherever an interrupted set is continued.
     """
     wanted = args.views_per_forward or (256 if device.type == "cuda" else 1)
     return max(wanted // args.batch_size, 1) * args.batch_size
 
 
 def load_teachers(
-    args: argparse.Namespace,
-    dataset: datasets.Dataset,
-    classes: list[str],
-    machine: runtime.Runtime,
+    args: argparse.Namespace, dataset: Dataset, classes: list[str], machine: runtime.Runtime
 ) -> Ensemble:
     """The teachers that the flags name, for these class folders."""
     count = len(args.teacher)
@@ -207,10 +204,9 @@ def label_passes(
 ) -> Iterator[tuple[int, Views, torch.Tensor]]:
     """Draws, renders and labels the views of passes, several batches in a forward pass.
 
-    A GPU is given the next pass before one is yielded, so that it labels while that one is packed.
-
-    Yields the index of each pass, its views, and float32 [images, C] logits in main memory. Raises
-    UserError where they are not finite.
+    Yields the index of each pass, its views, and float32 [images, C] logits in main memory. A GPU
+    is given the next pass before, so that it labels while one is packed. Raises UserError for
+    logits that are not finite.
     """
     device, labelled = teachers.runtime.device, collections.deque()
     ahead = 1 if device.type == "cuda" else 0

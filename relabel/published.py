@@ -48,19 +48,16 @@ class _StoredBatch(NamedTuple):
 
 
 class _Record(NamedTuple):
-    """A batch as published, in tensors; `where` names it in messages.
+    """A batch as published, in tensors."""
 
-    Its labels are `values`, of the classes in `indices` where these are not all.
-    """
-
-    where: str
+    where: str  # in messages
     coords: torch.Tensor
     flips: torch.Tensor
     mix_index: torch.Tensor | None
     lam: float | None
     bbox: torch.Tensor | None
-    values: torch.Tensor
-    indices: torch.Tensor | None
+    values: torch.Tensor  # the labels
+    indices: torch.Tensor | None  # their classes, where these are not all
 
     def kind(self) -> tuple[str, str, int | None]:
         """How it was mixed, what its labels are, and k where these are the k largest logits."""
@@ -94,10 +91,9 @@ class PublishedLabels:
     def __init__(
         self, folder: Path, images: ImageFolder, sizes: np.ndarray, dataset: Dataset, boxes: str
     ):
-        """Finds out what a folder holds for images; raises UserError where files are missing.
+        """Finds out what a folder holds for images of `sizes`, int [images, 2]; or UserError.
 
-        `sizes` are the images' heights and widths, int [images, 2]; `boxes` are "rounded" to whole
-        pixels, or as "published", truncated.
+        `boxes` are "rounded" to whole pixels, or as "published", truncated.
         """
         _check(folder.is_dir(), f"published label folder not found: {folder}")
         self.folder, self.sizes, self.boxes = folder, sizes, boxes
@@ -157,8 +153,7 @@ class PublishedLabels:
     def _listed(self, content: Any) -> list[np.ndarray]:
         """int32 image indices by pass or batch; raises UserError unless they are those of images.
 
-        That they are so once each is for `read` to see: a pass of a pruned set, exported, has some
-        twice.
+        `read` sees whether a batch has each once: a pass of a pruned set, exported, has some twice.
         """
         count, orders = len(self.sizes), []
         for number in range(len(content)) if isinstance(content, dict) else ():

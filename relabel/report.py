@@ -84,10 +84,7 @@ def report_sizes(labels: LabelSet) -> dict:
 
 
 def report_loss(labels: LabelSet, reference: LabelSet | None) -> dict[str, float]:
-    """Prints and returns what the codec lost; says why where that is not known.
-
-    Raises UserError where `reference` does not hold the same labels in fp16.
-    """
+    """Prints and returns what the codec lost of the same labels in fp16; UserError for others."""
     codec = labels.manifest["codec"]
     if reference is None:
         options = ", ".join(f"{key} {value}" for key, value in codec.items() if key != "name")
@@ -151,15 +148,12 @@ def area_rows(measured: drift.Drift) -> list[dict]:
 
 
 def class_rows(labels: LabelSet, measured: drift.Drift) -> list[dict]:
-    """Those of classes.csv: each class that views count for, those that drift most first.
-
-    Of classes with equal shares that with more views comes first.
-    """
+    """Those of classes.csv: classes with views, first those that drift most, then by views."""
     names, classes = class_names(labels), labels.manifest["num_classes"]
     views, drifting = measured.counts(measured.label, classes).values()
     shares = drifting / views.clip(1)
-    images_of = np.bincount(labels.hard_labels, minlength=classes).clip(1)
-    spread = np.bincount(labels.hard_labels, measured.spread, classes) / images_of
+    of_class = np.bincount(labels.hard_labels, minlength=classes).clip(1)
+    spread = np.bincount(labels.hard_labels, measured.spread, classes) / of_class
     order = [label for label in np.lexsort((-views, -shares)) if views[label]]
     columns = {
         "class": order,

@@ -48,11 +48,10 @@ class Subset(NamedTuple):
 def find_subset(dataset: Dataset, classes: Sequence[str], listing: Path | None) -> Subset | None:
     """Where a data set's classes are among a teacher's, or None where they are all of them.
 
-    `classes` names the class folders: imagenette's and imagewoof's, as parts of ImageNet, WordNet
-    ids, or numbers in their order. `listing` is a text file with a line for each class of the
-    teacher, which begins with the WordNet id or whatever else the class folder is called.
-
-    Raises UserError for a class that the list or the data set does not have, or has twice.
+    `classes` names the class folders: imagenette's and imagewoof's by WordNet ids, or numbers in
+    their order. `listing` has a line for each class of the teacher, which begins with the WordNet
+    id or whatever else the class folder is called. Raises UserError for a class that the list or
+    the data set does not have, or has twice.
     """
     if listing is not None:
         lines = listing.read_text(errors="replace").splitlines()
@@ -100,10 +99,8 @@ def load_teacher(
     from the factory itself; else, for ImageNet-1K and its subsets, from torchvision. Those of a
     file may have the published small networks' keys, and its name a suffix behind the network's
     ("ResNet18_best"). Weights with an output for each of a teacher's classes label by the rows
-    that `find_subset` gives. Says when a checkpoint of ours was trained with other facts.
-
-    Raises UserError for an unknown name, no weights to be had, weights that do not fit, or a
-    checkpoint of ours with another list of classes.
+    that `find_subset` gives. Says when a checkpoint of ours was trained with other facts. Raises
+    UserError for an unknown name, no weights to be had or other ones, and another list of classes.
     """
     subset = find_subset(dataset, classes, listing)
     path = weights or default_weights(name, dataset)
