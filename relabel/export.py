@@ -71,9 +71,11 @@ def main() -> None:
     with whole_folder(args.out_dir) as folder:
         for pass_index in cli.progress(range(labels.passes), desc="export", unit="pass"):
             views, logits = labels.whole_pass(pass_index)
-            parts = zip(views, logits.split(views.batch_size), strict=True)
-            size = labels.spec.input_size
-            batches = [published_batch(*part, labels.sizes, size) for part in parts]
+            parts = logits.split(views.batch_size)
+            batches = [
+                published_batch(one, part, labels.sizes, labels.spec.input_size)
+                for one, part in zip(views, parts, strict=True)
+            ]
             torch_save(folder / f"epoch_{pass_index}.tar", batches)
             order[str(pass_index)] = views.index.tolist()
             scale = torch.from_numpy(labels.sizes[views.index.numpy()]).repeat(1, 2)
