@@ -12,6 +12,7 @@ if not __package__:  # run as a plain script: imports start at the repository ro
 
 import argparse
 import collections
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -241,12 +242,12 @@ def fit_codec(
     device, needed = teachers.runtime.device, writer.passes_to_fit()
     labelled, samples = {}, []
     with cli.progress(total=needed * len(hard_labels), desc="fit codec", unit="view") as bar:
-        fitted_to = label_passes(range(needed), writer, teachers, source, bar)
-        for pass_index, views, logits in fitted_to:
+        passes = label_passes(range(needed), writer, teachers, source, bar)
+        for pass_index, views, logits in passes:
             labelled[pass_index] = logits
-            mixture = views.mixture(hard_labels, writer.spec.input_size)
             rows = slice(labels_to_fit(writer.settings["num_classes"]))  # the fit takes no more
-            shown = Mixture(*(part.to(device) for part in mixture.rows(rows)))
+            mixture = views.mixture(hard_labels, writer.spec.input_size).rows(rows)
+            shown = Mixture(*(part.to(device) for part in mixture))
             samples.append((logits[rows].to(device), shown))
     writer.fit(samples)
     return labelled
@@ -260,8 +261,7 @@ def make_passes(
     packers: int,
 ) -> None:
     """Fits the codec where that is needed, and makes the missing passes, shared among ranks."""
-    machine, count = teachers.runtime, len(hard_labels)
-    labelled, missing = {}, []
+    machine, labelled, missing = teachers.runtime, {}, []
     if machine.rank == 0:
         if writer.codec is None:
             labelled = fit_codec(writer, teachers, source, hard_labels)
@@ -272,17 +272,14 @@ def make_passes(
             print(f"{done} of {len(passes)} passes are there and verified: skipped")
     missing, fitted = machine.from_first((missing, list(labelled)))
     writer.open_codec()
-    unlabelled = [pass_index for pass_index in missing if pass_index not in fitted]
+    unlabelled = [each for each in missing if each not in fitted]
     mine = unlabelled[machine.rank :: machine.world]
-    total = len(mine) + sum(pass_index in labelled for pass_index in missing)
-    bar = cli.progress(total=total * count, desc="relabel", unit="view")
+    ready = (each for each in missing if each in labelled)  # for the fit, on rank 0
+    ready = ((each, writer.draw(each), labelled.pop(each)) for each in ready)
+    bar = cli.progress(total=len(mine) * len(hard_labels), desc="relabel", unit="view")
     with bar, pass_writer(writer, packers) as write_pass:
-        for pass_index in missing:
-            if pass_index in labelled:  # for the fit, on rank 0
-                views = writer.draw(pass_index)
-                write_pass(pass_index, labelled.pop(pass_index), views, hard_labels)
-                bar.update(count)
-        for pass_index, views, logits in label_passes(mine, writer, teachers, source, bar):
+        passes = itertools.chain(ready, label_passes(mine, writer, teachers, source, bar))
+        for pass_index, views, logits in passes:
             write_pass(pass_index, logits, views, hard_labels)
             del logits  # before the next is there: a pass of a whole training set takes gigabytes
     machine.barrier()
