@@ -33,11 +33,8 @@ _RECORD = "export.json"
 def fractions(box: torch.Tensor, sizes: np.ndarray) -> torch.Tensor:
     """float16 [B, 4] crops as fractions that give the same pixels truncated as rounded.
 
-    Published code truncates, so that half precision must not round down.
-
-    Args:
-        box: int32 [B, 4], top, left, height and width in pixels.
-        sizes: int [B, 2], heights and widths of the images.
+    Published code truncates, so that half precision must not round down. Of int32 [B, 4] pixels
+    (top, left, height, width) of images whose heights and widths are int [B, 2].
     """
     pixels, scale = box.numpy().astype(np.float64), np.tile(sizes, 2).astype(np.float64)
     half = (pixels / scale).astype(np.float16)
@@ -47,17 +44,16 @@ def fractions(box: torch.Tensor, sizes: np.ndarray) -> torch.Tensor:
 
 def published_batch(views: Views, logits: torch.Tensor, sizes: np.ndarray, size: int) -> list[Any]:
     """A batch as published: `sizes` int [images, 2], `size` the side of a view in pixels."""
-    lam = bbox = None
+    partner = lam = bbox = None
+    # Clones, as torch.save writes the whole of what a tensor is a part of.
     if views.mix_index is not None:
-        lam = float(views.lam(size)[0])
+        partner, lam = views.mix_index.clone(), float(views.lam(size)[0])
     if views.mix_box is not None:
         top, left, height, width = views.mix_box[0].tolist()
         bbox = [top, left, top + height, left + width]
-    labels = (logits / TEMPERATURE).softmax(dim=1).half()
     coords = fractions(views.box, sizes[views.index.numpy()])
-    # Clones, as torch.save writes the whole of what a tensor is a part of.
-    flips, partner = views.flip.clone(), views.mix_index
-    return [coords, flips, None if partner is None else partner.clone(), lam, bbox, labels]
+    labels = (logits / TEMPERATURE).softmax(dim=1).half()
+    return [coords, views.flip.clone(), partner, lam, bbox, labels]
 
 
 def main() -> None:
