@@ -23,7 +23,6 @@ def phases(schedule: str, soft: int, hard: int, passes: int, kinds: Sequence[str
         soft, hard: number of soft-label and hard-label epochs; of ALTERNATING their sum alone
             counts, as in the published code.
         passes: stored soft labels per image, the n of ALTERNATING.
-        kinds: the names of all kinds of epoch.
 
     Raises:
         UserError: unknown name, a free form that does not parse, or no epoch at all.
@@ -41,13 +40,19 @@ def phases(schedule: str, soft: int, hard: int, passes: int, kinds: Sequence[str
         **{kind: [(kind, total)] for kind in kinds},
     }
     named["S6"] = named["hald"]
-    if ":" not in schedule and schedule not in named:
+    parts = named.get(schedule, [])
+    if ":" in schedule:
+        for part in schedule.split(","):
+            match = re.fullmatch(rf"\s*({'|'.join(kinds)}):(\d+)\s*", part)
+            if match is None:
+                form = f"KIND:EPOCHS with KIND one of {', '.join(kinds)}"
+                raise UserError(f"schedule {schedule!r}: {part!r} is not of the form {form}")
+            parts.append((match[1], int(match[2])))
+    elif schedule not in named:
         known = [*NAMES, *kinds]
-        raise UserError(
-            f"unknown schedule {schedule!r}{did_you_mean(schedule, known)} "
-            f'(known: {", ".join(known)}, or the form "soft:75,hard:150,soft:75")'
-        )
-    parts = named.get(schedule) or parse(schedule, kinds)
+        what = f"unknown schedule {schedule!r}{did_you_mean(schedule, known)}"
+        forms = f'{", ".join(known)}, or the form "soft:75,hard:150,soft:75"'
+        raise UserError(f"{what} (known: {forms})")
     each = [kind for kind, epochs in parts for _ in range(epochs)]
     if not each:
         raise UserError(f"schedule {schedule!r} has no epochs; see --soft-epochs, --hard-epochs")
@@ -57,20 +62,6 @@ def phases(schedule: str, soft: int, hard: int, passes: int, kinds: Sequence[str
 def _alternate(first: str, second: str, epochs: int, every: int) -> list[Phase]:
     """Turns of `every` epochs per kind until `epochs` are spent in all."""
     return [((first, second)[epoch // every % 2], 1) for epoch in range(epochs)]
-
-
-def parse(text: str, kinds: Sequence[str]) -> list[Phase]:
-    """The phases of the free form "soft:75,hard:150"; raises UserError for another form."""
-    parts = []
-    for part in text.split(","):
-        match = re.fullmatch(rf"\s*({'|'.join(kinds)}):(\d+)\s*", part)
-        if match is None:
-            raise UserError(
-                f"schedule {text!r}: {part!r} is not of the form KIND:EPOCHS with KIND one of "
-                + ", ".join(kinds)
-            )
-        parts.append((match[1], int(match[2])))
-    return parts
 
 
 def learning_rate(epoch: int, epochs: int, base: float, eta: float) -> float:
@@ -84,20 +75,13 @@ def temperature(epoch: int, epochs: int, first: float, last: float) -> float:
 
 
 def auto_soft_epochs(total: int, labels_per_image: int, classes: int) -> int:
-    """How many of `total` epochs are to be soft: half, or three quarters where labels tell much.
-
-    A label of more classes tells more. Source: analysis/study.md; half is best for one and three
-    labels of ten classes, three quarters for five of ten and from three of 200 on.
-    """
-    told = labels_per_image * math.log10(classes)
+    """How many epochs are to be soft: half, or more where labels tell much (analysis/study.md)."""
+    told = labels_per_image * math.log10(classes)  # a label of more classes tells more
     return round(total * (3 / 4 if told >= 4 else 1 / 2))
 
 
 def label_batches(stored: int, keep: int, chosen: str, seed: int) -> list[int]:
-    """The pool: which `keep` of so many stored label batches soft epochs draw from.
-
-    The "first", or "random" ones that the seed chooses, as LPLD prunes.
-    """
+    """The pool: of the stored label batches the "first", or "random" ones, as LPLD prunes."""
     if chosen == "first":
         return list(range(keep))
     return sorted(shuffle(seed, POOL, 0, stored)[:keep].tolist())
@@ -111,11 +95,10 @@ def drawn_from_pool(
     drawing: Collection[str],
     seed: int,
 ) -> list[int]:
-    """The `per_epoch` label batches of an epoch, drawn without replacement.
+    """The label batches of an epoch, drawn without replacement by the kinds that are `drawing`.
 
-    A pure function of the epoch, so that a run that continues needs no state of the pool. Every
-    phase of the kinds that are `drawing` begins with a new shuffle of the whole pool; another
-    follows whenever one is used up.
+    A function of the epoch, so that a run that continues needs no state of the pool. Every phase
+    begins with a new shuffle of the whole pool; another follows whenever one is used up.
     """
     shuffles, phase_start = 1, 0  # number 0 is the one that prunes
     for kind, epochs in phases:
