@@ -14,7 +14,7 @@ import textwrap
 
 from matplotlib.figure import Figure
 
-from analysis.tables import mean_and_std, mean_std
+from analysis.tables import MARKERS, column, mean_and_std, mean_std
 from utils import cli, runlog
 from utils.cli import UserError
 from utils.files import save_figure
@@ -27,33 +27,23 @@ Group = tuple[str, list[runlog.RunFolder]]  # a name, and runs that differ in se
 
 def add_groups(parser: argparse.ArgumentParser) -> None:
     """Adds the runs to be compared, as pairs of a name and a pattern for `finished_runs`."""
-    parser.add_argument(
-        "groups",
-        nargs="+",
-        type=cli.named("NAME=PATTERN"),
-        metavar="NAME=PATTERN",
-        help="run folders that differ in seed only",
-    )
+    about = {"metavar": "NAME=PATTERN", "help": "run folders that differ in seed only"}
+    parser.add_argument("groups", nargs="+", type=cli.named("NAME=PATTERN"), **about)
 
 
 def finished_runs(pattern: str) -> list[runlog.RunFolder]:
-    """The runs whose folders fit a pattern.
-
-    Raises:
-        UserError: none, an unfinished one, or runs that are not one method with several seeds.
-    """
+    """The runs that fit a pattern; raises UserError unless they are one method's, and finished."""
     folders = sorted(Path(pattern).parent.glob(Path(pattern).name))
     if not folders:
         raise UserError(f"no run folder fits {pattern}")
     for folder in folders:
         if not (folder / runlog.RESULT).exists():
             raise UserError(f"{folder} has no {runlog.RESULT}: the run is not finished")
-    runs = [runlog.RunFolder(folder) for folder in folders]
-    settings = [run.settings() or {} for run in runs]
-    for folder, other in zip(folders[1:], settings[1:], strict=True):
-        if difference := first_difference(settings[0], other, {*FREE, "seed"}):
+    first, *others = runs = [runlog.RunFolder(folder) for folder in folders]
+    for run in others:
+        if difference := first_difference(first.settings(), run.settings(), {*FREE, "seed"}):
             raise UserError(
-                f"{pattern}: {folder} and {folders[0]} differ in more than the seed "
+                f"{pattern}: {run.path} and {first.path} differ in more than the seed "
                 f"({difference}); give each method a name of its own"
             )
     if len({run.result()["seed"] for run in runs}) < len(runs):
@@ -68,18 +58,17 @@ def top1(runs: list[runlog.RunFolder], which: str) -> str:
 
 def table(groups: list[Group]) -> str:
     """One line per group: best and last top-1 (%), label bytes, epochs and seconds per run."""
+    form = "{:{width}}  {:>14}  {:>14}  {:>12}  {:>7}  {:>7}  {:>5}".format
     width = max(len(name) for name, _ in groups)
-    lines = [
-        f"{'student':{width}}  {'best top-1 (%)':>14}  {'last top-1 (%)':>14}  "
-        f"{'label bytes':>12}  {'epochs':>7}  {'seconds':>7}  {'seeds':>5}"
-    ]
+    headings = ("best top-1 (%)", "last top-1 (%)", "label bytes", "epochs", "seconds", "seeds")
+    lines = [form("student", *headings, width=width)]
     for name, runs in groups:
-        seconds, _ = mean_and_std([run.result()["seconds"] for run in runs])
-        epochs = "-".join(map(str, sorted({run.result()["epochs"] for run in runs})))
-        lines.append(
-            f"{name:{width}}  {top1(runs, 'best'):>14}  {top1(runs, 'last'):>14}  "
-            f"{runs[0].result()['label_bytes']:>12,}  {epochs:>7}  {seconds:>7.0f}  {len(runs):>5}"
-        )
+        results = [run.result() for run in runs]
+        seconds, _ = mean_and_std(column(results, "seconds"))
+        epochs = "-".join(map(str, sorted({*column(results, "epochs")})))
+        size = f"{results[0]['label_bytes']:,}"
+        cells = (top1(runs, "best"), top1(runs, "last"), size, epochs, f"{seconds:.0f}", len(runs))
+        lines.append(form(name, *cells, width=width))
     return "\n".join(lines)
 
 
@@ -92,21 +81,15 @@ def draw_curves(groups: list[Group]) -> Figure:
     for axes, (name, runs) in zip(panels.flat, groups, strict=False):
         for position, run in enumerate(runs):
             evaluated = [line for line in run.log_lines() if "val_top1" in line]
+            xs, ys = column(evaluated, "epoch"), column(evaluated, "val_top1")
             # Greys, as the colours are those of the phases.
-            axes.plot(
-                [line["epoch"] for line in evaluated],
-                [line["val_top1"] for line in evaluated],
-                color=str(0.6 * position / len(runs)),
-                marker="osD^vP*X<>"[position % 10],
-                lw=1,
-                ms=4,
-                label=f"seed {run.result()['seed']}",
-            )
+            style = {"color": str(0.6 * position / len(runs)), "marker": MARKERS[position % 10]}
+            axes.plot(xs, ys, lw=1, ms=4, label=f"seed {run.result()['seed']}", **style)
         title = textwrap.fill(f"{name}: last {top1(runs, 'last')} %", 50)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("epoch")
         longest = max((run.log_lines() for run in runs), key=len)
-        runlog.shade_phases(axes, [line["kind"] for line in longest], colours())
+        runlog.shade_phases(axes, column(longest, "kind"), colours())
     for axes in panels.flat[len(groups) :]:
         axes.set_axis_off()
     for axes in panels[:, 0]:

@@ -14,17 +14,22 @@ from pathlib import Path
 if not __package__:  # run as a plain script: imports start at the repository root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import math
+import shlex
+
 import torch
 from matplotlib.figure import Figure
 from torch import nn
 
 from analysis.compare import add_groups, finished_runs
-from analysis.tables import add_out, column, mean_and_std, mean_std, write_study
+from analysis.tables import column, grouped, mean_and_std, mean_std
 from utils import cli, runlog
 from utils.cli import bounded
 from utils.data import folders, images
 from utils.data.datasets import Dataset
 from utils.data.views import Views, ViewSpec, draw
+from utils.files import save_figure
+from utils.results import provenance, write_csv
 from validate.evaluate import load_student
 from validate.settings import Settings
 
@@ -33,12 +38,9 @@ _BATCH = 128
 
 def jensen_shannon(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Jensen-Shannon divergence in bits, float [N], of probabilities [N, C]; 0 to 1."""
-    middle = (one + other) / 2
-
-    def to_middle(p: torch.Tensor) -> torch.Tensor:
-        return torch.where(p > 0, p * (p / middle).log2(), 0.0).sum(1)
-
-    return (to_middle(one) + to_middle(other)) / 2
+    entropy = torch.special.entr
+    nats = entropy((one + other) / 2) - (entropy(one) + entropy(other)) / 2
+    return nats.sum(1) / math.log(2)
 
 
 @torch.inference_mode()
@@ -66,19 +68,21 @@ def measure(run: Path, val_dir: Path, count: int, min_scale: float) -> dict[str,
     }
 
 
-def draw_bars(groups: dict[str, list[dict]]) -> Figure:
+def draw_bars(rows: list[dict]) -> Figure:
     """A bar per group in three panels; error bars are standard deviations over runs."""
     panels = {
         "jsd_bits": "Jensen–Shannon divergence (bits)",
         "cosine": "cosine of the predictions",
         "same_class": "same top class (%)",
     }
+    groups = grouped(rows, "group")
     figure = Figure(figsize=(12, 4), layout="constrained")
     for axes, (field, label) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        for position, rows in enumerate(groups.values()):
-            mean, spread = mean_and_std(column(rows, field))
+        for position, of_group in enumerate(groups.values()):
+            mean, spread = mean_and_std(column(of_group, field))
             axes.bar(position, mean, yerr=spread, capsize=5, color=f"C{position}")
-        axes.set_xticks(range(len(groups)), groups, rotation=20, ha="right")
+        names = [name for (name,) in groups]
+        axes.set_xticks(range(len(names)), names, rotation=20, ha="right")
         axes.set_ylabel(label)
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
@@ -89,35 +93,29 @@ def draw_bars(groups: dict[str, list[dict]]) -> Figure:
 
 def main() -> None:
     parser = cli.Parser(description="Agreement of students with themselves between two crops.")
-    add_out(parser)
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="PNG and CSV, without the ending")
     add_groups(parser)
-    parser.add_argument("--val-dir", type=Path, help="images (default: those of the runs)")
-    parser.add_argument(
-        "--images", type=bounded(int, 1), default=1000, metavar="N", help="how many of them"
-    )
-    parser.add_argument(
-        "--min-scale",
-        type=bounded(float, 0.0001, 1),
-        default=0.25,
-        metavar="X",
-        help="smallest crop as a share of the image's area",
-    )
+    add("--val-dir", type=Path, help="images (default: those of the runs)")
+    add("--images", type=bounded(int, 1), default=1000, metavar="N", help="how many of them")
+    about = "smallest crop as a share of the image's area"
+    add("--min-scale", type=bounded(float, 0.0001, 1), default=0.25, metavar="X", help=about)
     args = parser.parse_args()
-    groups: dict[str, list[dict]] = {}
+    rows = []
     for name, pattern in args.groups:
         for run in finished_runs(pattern):
             val_dir = args.val_dir or Path(Settings.from_record(run.settings(), run.path).val_dir)
             measured = measure(run.path, val_dir, args.images, args.min_scale)
-            row = {"group": name, "run": run.path.name, **measured}
-            groups.setdefault(name, []).append(row)
-    write_study([row for rows in groups.values() for row in rows], draw_bars(groups), args.out)
-    for name, rows in groups.items():
-        divergence, _ = mean_and_std(column(rows, "jsd_bits"))
-        cosine, _ = mean_and_std(column(rows, "cosine"))
-        print(
-            f"{name}: divergence {divergence:.3f} bits, cosine {cosine:.3f}, same top class "
-            f"{mean_std(column(rows, 'same_class'))} %"
-        )
+            rows.append({"group": name, "run": run.path.name, **measured})
+    command = shlex.join(["python", "analysis/consistency.py", *sys.argv[1:]])
+    # Not with_suffix: a name may have a dot of its own.
+    write_csv(rows, args.out.with_name(f"{args.out.name}.csv"), provenance(command))
+    save_figure(draw_bars(rows), args.out.with_name(f"{args.out.name}.png"))
+    for (name,), of_group in grouped(rows, "group").items():
+        divergence, _ = mean_and_std(column(of_group, "jsd_bits"))
+        cosine, _ = mean_and_std(column(of_group, "cosine"))
+        same = f"same top class {mean_std(column(of_group, 'same_class'))} %"
+        print(f"{name}: divergence {divergence:.3f} bits, cosine {cosine:.3f}, {same}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What a plan will take: runs, label sets, disk and time, before anything is started."""
 
-import argparse
 import contextlib
 import io
 import statistics
@@ -9,6 +8,7 @@ from pathlib import Path
 from matplotlib.ticker import EngFormatter
 
 from analysis import checks
+from analysis.plan import Plan
 from analysis.runner import Task, machine_slots
 from utils import runlog
 from utils.cli import UserError
@@ -53,74 +53,19 @@ def speed(tasks: list[Task]) -> float | None:
     return statistics.median(logged) if logged else None
 
 
-def run_bytes(student: str, classes: int, size: int) -> int:
-    """Of a run's checkpoint (weights and Adam's two moments) and its best weights, in fp32.
-
-    0 for code of the user's own, which is not run for an estimate.
-    """
-    network = checks.network(student, classes, size)
-    return 4 * 4 * sum(weight.numel() for weight in network.parameters()) if network else 0
-
-
-def label_bytes(task: Task, counts: dict[Path, int], classes: int) -> float:
-    """About how many bytes a label set takes; `counts` has the labels of those before it."""
-    args = checks.parse(task)
-    if args.slc:
-        count = args.slc * classes
-    elif args.label_dir in counts:
-        count = counts[args.label_dir]
-    else:  # all labels of a set that no task of the plan makes
-        manifest = read_manifest(args.label_dir / "manifest.json")
-        count = manifest["passes"] * manifest["images"]["count"]
-    counts[args.label_dir if hasattr(args, "teacher") else args.out_dir] = count
-    return count * bytes_per_label(codecs.from_arguments(args), classes)
-
-
-def estimate(plan: argparse.Namespace, classes: int, labels: list[Task], runs: list[Task]) -> str:
-    """Some lines: runs and label sets, disk, and the time that is left for each student.
-
-    Args:
-        plan: settings of the sweep; `images_per_second` holds one number, or one per student.
-        classes: their number.
-        labels, runs: its tasks.
-
-    Raises:
-        UserError: wrong flags or networks, or another count of speeds.
-    """
-    given = plan.images_per_second or []
-    if len(given) not in (0, 1, len(plan.students)):
-        raise UserError("--images-per-second: give one number, or one for each of --students")
-    size, counts = plan.facts.input_size, {}
-    on_disk = sum(label_bytes(task, counts, classes) for task in labels)
-    checkpoints = {name: run_bytes(name, classes, size) for name in plan.students}
-    of_runs = sum(checkpoints[task.facts["student"]] for task in runs)
-    left, left_labels = ([task for task in each if not task.is_done()] for each in (runs, labels))
-    lines = [
-        f"runs: {len(runs)}, {len(left)} to do",
-        f"label sets: {len(labels)}, {len(left_labels)} to make",
-        f"disk: label sets {_BYTES(on_disk)} and headers, runs {_BYTES(of_runs)}",
-    ]
-    seconds = []
-    for position, student in enumerate(plan.students):
-        to_do = [task for task in left if task.facts["student"] == student]
-        views = sum(count_views(task, classes) for task in to_do)
-        rate = given[position % len(given)] if given else None
-        rate = rate or speed([task for task in runs if task.facts["student"] == student])
-        known = f"time: {student} {views:,} views"
-        if rate is None:
-            lines.append(
-                f"{known}; no epoch is measured yet: --images-per-second X, as in log.jsonl of any "
-                "run of this network"
-            )
-            continue
-        seconds.append(views / rate + _START_SECONDS * len(to_do))
-        per_second = f"{float(f'{rate:.3g}'):,g} images/s"
-        lines.append(f"{known} at {per_second}, {len(to_do)} starts = {duration(seconds[-1])}")
-    if len(seconds) == len(plan.students):
-        total, beside = sum(seconds), len(machine_slots(plan.jobs))
-        in_all = f"time in all: {duration(total)}"
-        lines.append(f"{in_all}; {beside} at a time: {duration(total / beside)}")
-    return "\n".join([*lines, "labelling and evaluation come on top"])
+def label_bytes(labels: list[Task], classes: int) -> float:
+    """About how many bytes label sets take, each after the one it is made from."""
+    counts: dict[Path, int] = {}
+    total = 0.0
+    for task in labels:
+        args = checks.parse(task)
+        count = args.slc * classes if args.slc else counts.get(args.label_dir)
+        if count is None:  # all labels of a set that no task of the plan makes
+            manifest = read_manifest(args.label_dir / "manifest.json")
+            count = manifest["passes"] * manifest["images"]["count"]
+        counts[task.done.parent] = count
+        total += count * bytes_per_label(codecs.from_arguments(args), classes)
+    return total
 
 
 def count_views(task: Task, classes: int) -> int:
@@ -129,3 +74,43 @@ def count_views(task: Task, classes: int) -> int:
     with contextlib.redirect_stdout(io.StringIO()):
         phases = checks.phases_of(args, max((args.slc or ipc) // ipc, 1), classes)
     return ipc * classes * sum(epochs for _, epochs in phases)
+
+
+def estimate(plan: Plan, labels: list[Task], runs: list[Task]) -> str:
+    """Lines on runs, label sets, disk and time by student; raises UserError for wrong flags."""
+    rates = plan.images_per_second or [None]
+    rates = rates * len(plan.students) if len(rates) == 1 else rates
+    if len(rates) != len(plan.students):
+        raise UserError("--images-per-second: give one number, or one for each of --students")
+    run_bytes, seconds, times = 0, [], []
+    for student, given in zip(plan.students, rates, strict=True):
+        tasks = [task for task in runs if task.facts["student"] == student]
+        # None, for code of the user's own, counts as nothing.
+        network = checks.network(student, plan.classes, plan.facts.input_size)
+        weights = sum(weight.numel() for weight in network.parameters()) if network else 0
+        run_bytes += len(tasks) * 4 * 4 * weights  # its own, Adam's two moments, the best, in fp32
+        left = [task for task in tasks if not task.is_done()]
+        views = sum(count_views(task, plan.classes) for task in left)
+        known = f"time: {student} {views:,} views"
+        if rate := given or speed(tasks):
+            seconds.append(views / rate + _START_SECONDS * len(left))
+            known += f" at {float(f'{rate:.3g}'):,g} images/s, {len(left)} starts"
+            times.append(f"{known} = {duration(seconds[-1])}")
+        else:
+            advice = "--images-per-second X, as in log.jsonl of any run of this network"
+            times.append(f"{known}; no epoch is measured yet: {advice}")
+    if len(seconds) == len(plan.students):
+        total, beside = sum(seconds), len(machine_slots(plan.jobs))
+        at_once = f"{beside} at a time: {duration(total / beside)}"
+        times.append(f"time in all: {duration(total)}; {at_once}")
+    to_do, to_make = (sum(not task.is_done() for task in tasks) for tasks in (runs, labels))
+    return "\n".join(
+        [
+            f"runs: {len(runs)}, {to_do} to do",
+            f"label sets: {len(labels)}, {to_make} to make",
+            f"disk: label sets {_BYTES(label_bytes(labels, plan.classes))} and headers, "
+            f"runs {_BYTES(run_bytes)}",
+            *times,
+            "labelling and evaluation come on top",
+        ]
+    )

@@ -29,12 +29,10 @@ _IMPORTS = ["validate.train", "relabel.generate", "relabel.compress", "analysis.
 class Task:
     """A command of the plan: a label set or a run.
 
-    Attributes:
-        name: of its log, and of its run folder.
-        command: a program of this repository and its arguments, as after `python`.
-        done: a file that is there once it has been done.
-        logs: the folder that keeps what it prints, and the command that did it.
-        facts: method, codec (where the plan has some), slc, ipc, student and seed of a run.
+    `command` is a program of this repository and its arguments, as after `python`; `done` a file
+    that is there once it has been done; `logs` the folder for what it prints and the flags that it
+    was done with. `facts` of a run are method, codec (where the plan has some), slc, ipc, student
+    and seed; a label set has none.
     """
 
     name: str
@@ -112,17 +110,10 @@ def _run(command: list[str], log: Path, environment: dict[str, str]) -> None:
 
 
 def run_all(tasks: list[Task], slots: list[dict[str, str]], what: str) -> list[str]:
-    """Runs the tasks that are not done, as many at a time as there are slots.
+    """Runs the tasks that are not done, one in each of the slots; `what` names the progress bar.
 
-    A signal ends the tasks under way, each as it ends by itself, then the program (see cli).
-
-    Args:
-        tasks: of the plan.
-        slots: see `machine_slots`.
-        what: names the progress bar.
-
-    Returns:
-        A line for each task that failed; the others were not kept from running.
+    Returns a line for each task that failed, which keeps none of the others from running. A signal
+    ends the tasks under way, each as it ends by itself, then the program (see cli).
     """
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # where the server imports

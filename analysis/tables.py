@@ -1,51 +1,33 @@
 """Results of runs as CSV files, tables and plots."""
 
-import argparse
 import csv
 import itertools
 import math
-import shlex
 import statistics
-import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, Formatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 
 from utils import runlog
 from utils.cli import UserError
 from utils.files import atomic_write, save_figure
-from utils.results import provenance, write_csv
+from utils.results import write_csv
 
-CSV, SUMMARY, TABLE, LATEX = "results.csv", "summary.csv", "table.md", "table.tex"
-BY_SLC, BY_BYTES = "top1_slc.png", "top1_bytes.png"
 FACTS = ("student", "ipc", "method", "codec", "slc")
 MEASURES = ("best_top1", "best_top5", "last_top1", "last_top5", "label_bytes", "seconds")
-LEFT = ("student", "method", "codec")  # columns of words
+MARKERS = "osD^vP*X<>"
+_LEFT = ("student", "method", "codec")  # columns of words
+_HEADINGS = {"ipc": "IPC", "slc": "SLC", "labels_per_image": "labels per image"}
 _MOST_TICKS = 11  # of an axis of labels per class
 # Names in print; of the others, words of letters alone begin with a capital.
-PRINTED = {"hald": "HALD", "lpld": "LPLD", "lpqld": "LPQLD", "klt": "KLT"}
+_PRINTED = {"hald": "HALD", "lpld": "LPLD", "lpqld": "LPQLD", "klt": "KLT"}
 _TO_LATEX = {"±": r"$\pm$", "–": "--", "²": "$^2$", "\\": r"\textbackslash{}"}
 _TO_LATEX |= {"^": r"\textasciicircum{}", "~": r"\textasciitilde{}"}
 _TO_LATEX |= {letter: f"\\{letter}" for letter in "&%_#${}"}
 _TO_LATEX |= {letter: f"${letter}$" for letter in "<>|"}
-HEADINGS = {"ipc": "IPC", "slc": "SLC", "labels_per_image": "labels per image"}
-
-
-def add_out(parser: argparse.ArgumentParser) -> None:
-    """Adds --out, see `write_study`."""
-    parser.add_argument("--out", type=Path, required=True, help="PNG and CSV, without the ending")
-
-
-def write_study(rows: list[dict], figure: Figure, out: Path) -> None:
-    """Writes OUT.csv, which says when, where and by which command it was measured, and OUT.png."""
-    command = shlex.join(["python", f"analysis/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    # Not with_suffix: a name may have a dot of its own.
-    write_csv(rows, out.with_name(f"{out.name}.csv"), provenance(command))
-    save_figure(figure, out.with_name(f"{out.name}.png"))
 
 
 def mean_and_std(values: list[float]) -> tuple[float, float]:
@@ -54,32 +36,28 @@ def mean_and_std(values: list[float]) -> tuple[float, float]:
 
 
 def mean_std(values: list[float]) -> str:
-    """ "81.2 ± 0.4": mean and sample standard deviation."""
+    """ "81.2 ± 0.4": mean and sample standard deviation; of a single value itself."""
     mean, spread = mean_and_std(values)
     return f"{mean:.1f} ± {spread:.1f}" if len(values) > 1 else f"{mean:.1f}"
 
 
 def read_csv(path: Path) -> list[dict]:
-    """Rows that utils.results.write_csv wrote; numbers as numbers, an empty SLC as None."""
+    """Rows that `report` wrote; numbers as numbers, an empty SLC as None."""
     kinds: dict[str, Callable] = dict.fromkeys(MEASURES, float)
     kinds |= dict.fromkeys(("ipc", "seed", "best_epoch", "label_bytes", "epochs"), int)
     kinds["slc"] = lambda text: int(text) if text else None
     with path.open(newline="") as file:
-        lines_of_file = csv.DictReader(line for line in file if not line.startswith("#"))
         try:
             return [
                 {name: kinds.get(name, str)(value) for name, value in row.items()}
-                for row in lines_of_file
+                for row in csv.DictReader(file)
             ]
         except (ValueError, TypeError):
             raise UserError(f"{path} is damaged; move it away to go on") from None
 
 
 def grouped(rows: list[dict], *columns: str) -> dict[tuple, list[dict]]:
-    """Rows by their values in these columns, in the order in which the values come first.
-
-    A plan without codecs has no such column: its value is "".
-    """
+    """Rows by their values in these columns ("" where there is none), in order of appearance."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault(tuple(row.get(name, "") for name in columns), []).append(row)
@@ -101,7 +79,7 @@ def markdown_table(rows: list[dict[str, object]], left: Collection[str]) -> str:
 
 def printed(text: str) -> str:
     """A heading, or the name of a method or codec, with the capitals it has in print."""
-    words = [PRINTED.get(word, word) for word in text.split(" ")]
+    words = [_PRINTED.get(word, word) for word in text.split(" ")]
     if words[0].isalpha() and words[0].islower():
         words[0] = words[0].capitalize()
     return " ".join(words)
@@ -114,27 +92,23 @@ def latex_table(rows: list[dict[str, object]], left: Collection[str], seeds: str
         escaped = (str(cell).translate(str.maketrans(_TO_LATEX)) for cell in cells)
         return " & ".join(escaped) + r" \\"
 
-    def named(row: dict[str, object]) -> list[object]:
-        return [printed(str(cell)) if name in left else cell for name, cell in row.items()]
-
-    columns = "".join("l" if heading in left else "r" for heading in rows[0])
-    body = [line(named(row)) for row in rows]
     return "\n".join(
         [
             r"% in the preamble: \usepackage{booktabs}",
             f"% top-1: mean and sample standard deviation over n = {seeds} seeds",
-            rf"\begin{{tabular}}{{{columns}}}",
-            *(r"\toprule", line(map(printed, rows[0])), r"\midrule", *body, r"\bottomrule"),
-            r"\end{tabular}" + "\n",
+            r"\begin{tabular}{" + "".join("l" if each in left else "r" for each in rows[0]) + "}",
+            *(r"\toprule", line(map(printed, rows[0])), r"\midrule"),
+            *(
+                line(printed(str(cell)) if name in left else cell for name, cell in row.items())
+                for row in rows
+            ),
+            *(r"\bottomrule", r"\end{tabular}", ""),
         ]
     )
 
 
 def summary(rows: list[dict]) -> list[dict]:
-    """For each student, IPC, method, codec and SLC the mean and the sample standard deviation.
-
-    Accuracies are in percent; n counts the seeds; there is no deviation of a single one.
-    """
+    """For runs that differ in seed only their number n, means and sample standard deviations."""
     result = []
     for facts, group in grouped(rows, *FACTS).items():
         line = {**dict(zip(FACTS, facts, strict=True)), "n": len(group)}
@@ -150,16 +124,14 @@ def lines(rows: list[dict]) -> list[dict[str, object]]:
     """Lines of the table: mean ± sample standard deviation over seeds of best and last top-1."""
     result = []
     for (student, ipc, method, codec, slc), group in grouped(rows, *FACTS).items():
-        line = {"student": student, "IPC": ipc, "method": method, "codec": codec or "–"}
+        line = {"student": student, "IPC": ipc, "method": method}
+        if any(row.get("codec") for row in rows):
+            line["codec"] = codec or "–"
         line["SLC"] = slc or "–"
         line["label bytes"] = f"{round(statistics.mean(column(group, 'label_bytes'))):,}"
         line["best top-1 (%)"] = mean_std(column(group, "best_top1"))
         line["last top-1 (%)"] = mean_std(column(group, "last_top1"))
-        line["seeds"] = len(group)
-        result.append(line)
-    if not any(row.get("codec") for row in rows):
-        for line in result:
-            del line["codec"]
+        result.append({**line, "seeds": len(group)})
     return result
 
 
@@ -171,37 +143,31 @@ def with_labels_per_image(facts: dict) -> dict:
 def in_layout(
     results: list[dict], rows: Sequence[str], columns: Sequence[str]
 ) -> list[dict[str, object]]:
-    """Lines of a table in the layout of a paper: last top-1, a cell for each row and column.
+    """Lines of a table in the layout of a paper: last top-1, mean ± deviation as in `lines`.
 
-    A method whose labels do not depend on the SLC, or the codec, has the same value at each. Facts
-    that differ and are not named begin the lines, too: no cell is a mean over them.
-
-    Args:
-        results: of runs; a cell is the mean ± sample standard deviation over seeds.
-        rows, columns: names of the facts whose values begin the lines and head the columns.
+    `rows` and `columns` name the facts whose values begin the lines and head the columns. A method
+    whose labels do not depend on the SLC, or the codec, has the same value at each. Facts that
+    differ and are not named begin the lines, too: no cell is a mean over them.
     """
     known = [with_labels_per_image(row) for row in results]
-
-    def values(row: dict, names: Sequence[str]) -> tuple:
-        return tuple(row.get(name, "") for name in names)
-
-    def fits(row: dict, names: Sequence[str], wanted: tuple) -> bool:
-        pairs = zip(values(row, names), wanted, strict=True)
-        return all(value in (None, "", other) for value, other in pairs)
-
     counted = [row for row in known if row["slc"]] or known
     amount = "slc" if "slc" in (*rows, *columns) else "labels_per_image"
     for name in (*FACTS[:-1], amount):
-        differ = len({row.get(name, "") for row in (known if name == "method" else counted)}) > 1
-        if differ and name not in (*rows, *columns):
+        values = grouped(known if name == "method" else counted, name)
+        if len(values) > 1 and name not in (*rows, *columns):
             rows = [*rows, name]
     result = []
-    for begins in dict.fromkeys(values(row, rows) for row in counted):
-        line = dict(zip((HEADINGS.get(name, name) for name in rows), begins, strict=True))
-        for heads in dict.fromkeys(values(row, columns) for row in known):
-            cell = [row for row in known if fits(row, rows, begins) and fits(row, columns, heads)]
+    for begins in grouped(counted, *rows):
+        line = {_HEADINGS.get(name, name): value for name, value in zip(rows, begins, strict=True)}
+        for heads in grouped(known, *columns):
+            wanted = list(zip((*rows, *columns), begins + heads, strict=True))
+            cell = [
+                row["last_top1"]
+                for row in known
+                if all(row.get(name, "") in (None, "", value) for name, value in wanted)
+            ]
             heading = " ".join(str(value) for value in heads if value not in ("", None))
-            line[heading] = mean_std(column(cell, "last_top1")) if cell else "–"
+            line[heading] = mean_std(cell) if cell else "–"
         result.append(line)
     return result
 
@@ -209,37 +175,34 @@ def in_layout(
 def plot(rows: list[dict], against: str) -> Figure:
     """Last top-1 against "slc" or "label_bytes": a row of panels per student, one per IPC.
 
-    Each method is a line; where it is trained on several codecs, each has a line of its own.
-    Methods whose labels do not depend on the SLC are level lines with their spread shaded when
-    drawn against SLC; so is, against bytes, what needs none.
+    Each method and codec is a line. It is level, its spread shaded, where it does not depend on
+    that: against SLC for labels that are not counted, against bytes where none are needed.
     """
-    panels = grouped(rows, "student", "ipc")
     students, ipcs = (list(dict.fromkeys(column(rows, name))) for name in ("student", "ipc"))
     lines = list(grouped(rows, "method", "codec"))
     size = (max(7.5, 6.2 * len(ipcs)), 0.6 + 4.6 * len(students))
     figure = Figure(figsize=size, layout="constrained")
     all_axes = figure.subplots(len(students), len(ipcs), sharey=True, squeeze=False)
-    for (student, ipc), in_panel in panels.items():
+    for (student, ipc), in_panel in grouped(rows, "student", "ipc").items():
         axes = all_axes[students.index(student), ipcs.index(ipc)]
         for line, of_line in grouped(in_panel, "method", "codec").items():
             position, name = lines.index(line), ", ".join(filter(None, line))
-            style = {"color": f"C{position % 10}", "marker": "osD^vP*X<>"[position % 10]}
-            points = [
+            style = {"color": f"C{position % 10}", "marker": MARKERS[position % 10]}
+            points = sorted(
                 (group[0][against] or 0, *mean_and_std(column(group, "last_top1")))
                 for group in grouped(of_line, "slc").values()
-            ]
-            if all(x == 0 for x, _, _ in points):
-                _, mean, spread = points[0]
-                needs_labels = any(column(of_line, "label_bytes"))
+            )
+            xs, means, spreads = zip(*points, strict=True)
+            if any(xs):
+                # Side by side, so that error bars of neighbours can be told apart.
+                shifted = [x * 1.012 ** (position - len(lines) / 2) for x in xs]
+                axes.errorbar(shifted, means, spreads, capsize=3, lw=1.2, ms=5, label=name, **style)
+            else:
+                needs_labels, colour = any(column(of_line, "label_bytes")), style["color"]
                 note = "one label per image" if needs_labels else "no soft label"
-                axes.axhline(mean, color=style["color"], ls="--", label=f"{name} ({note})")
-                axes.axhspan(mean - spread, mean + spread, color=style["color"], alpha=0.1, lw=0)
-                continue
-            # Side by side, so that error bars of neighbours can be told apart.
-            shift = 1.012 ** (position - len(lines) / 2)
-            xs, means, spreads = zip(*sorted(points), strict=True)
-            shifted = [x * shift for x in xs]
-            axes.errorbar(shifted, means, spreads, capsize=3, lw=1.2, ms=5, label=name, **style)
+                axes.axhline(means[0], color=colour, ls="--", label=f"{name} ({note})")
+                low, high = means[0] - spreads[0], means[0] + spreads[0]
+                axes.axhspan(low, high, color=colour, alpha=0.1, lw=0)
         amounts = sorted({row[against] for row in in_panel if row[against]})
         least, most = min(amounts, default=1), max(amounts, default=1)
         axes.set_xscale("log")
@@ -249,18 +212,17 @@ def plot(rows: list[dict], against: str) -> Figure:
             axes.set_xticks(ticks, [str(amount) for amount in ticks])
             axes.set_xlabel("soft labels per class (SLC), or as many bytes")
         else:
-            label_round(axes.xaxis, EngFormatter("B"))
-            if most < 4 * least:  # too short for more than one round number
-                axes.xaxis.set_major_locator(MaxNLocator(5))
+            short = most < 4 * least  # for more than one round number
+            axes.xaxis.set_major_locator(MaxNLocator(5) if short else LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(EngFormatter("B"))
             axes.set_xlabel("soft labels on disk")
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.set_title(f"{student}, IPC {ipc}", fontsize=10)
-    seeds = len(grouped(rows, "seed"))
     for axes in all_axes[:, 0]:
         axes.set_ylabel("last validation top-1 (%)")
-    note = "points that coincide are drawn side by side"
-    figure.suptitle(f"mean ± standard deviation over {seeds} seeds; {note}", fontsize=10)
+    about = f"mean ± standard deviation over {len(grouped(rows, 'seed'))} seeds"
+    figure.suptitle(f"{about}; points that coincide are drawn side by side", fontsize=10)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right", fontsize=8)
     return figure
 
@@ -274,50 +236,31 @@ def far_apart(amounts: list[int], distance: float) -> list[int]:
     return kept
 
 
-def label_round(axis: Axis, formatter: Formatter | str) -> None:
-    """Ticks of a logarithmic axis at 1, 2 and 5 times powers of ten."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(formatter)
-    axis.set_minor_locator(NullLocator())
+def report(rows: list[dict], out: Path, layout: dict[str, list[str]]) -> None:
+    """Writes results.csv, summary.csv, the tables and both plots to a folder; prints the table.
 
-
-def with_earlier(rows: list[dict], out: Path) -> list[dict]:
-    """The rows, and before them those of other runs in `out` that earlier plans collected there.
-
-    A run whose result is gone is left out. Raises UserError when results.csv is damaged.
+    Before these rows come those of other runs in the folder that earlier plans collected, unless
+    their result is gone. `layout` has the "rows" and "columns" of the tables; empty: a line for all
+    that differs. Raises UserError when results.csv is damaged.
     """
-    path = out / CSV
-    if not path.exists():
-        return rows
-    earlier = {row.get("run"): row for row in read_csv(path)}
+    out.mkdir(parents=True, exist_ok=True)
+    results = out / "results.csv"
+    earlier = {row.get("run"): row for row in read_csv(results)} if results.exists() else {}
     kept = {
         name: row
         for name, row in earlier.items()
-        if name and (out / "runs" / name / runlog.RESULT).exists()
+        if Path(out, "runs", str(name), runlog.RESULT).exists()
     }
-    return list((kept | {row["run"]: row for row in rows}).values())
-
-
-def report(rows: list[dict], out: Path, layout: dict[str, list[str]]) -> None:
-    """Writes results.csv, summary.csv, the tables and both plots; prints the table.
-
-    Args:
-        rows: of `collect`.
-        out: the folder.
-        layout: "rows" and "columns" of the tables; empty: a line for all that differs.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    rows = with_earlier(rows, out)
-    columns = dict.fromkeys(itertools.chain(*rows))
-    write_csv(rows, out / CSV, columns=list(columns))
-    write_csv(summary(rows), out / SUMMARY)
+    rows = list((kept | {row["run"]: row for row in rows}).values())
+    write_csv(rows, results, columns=list(dict.fromkeys(itertools.chain(*rows))))
+    write_csv(summary(rows), out / "summary.csv")
     table = in_layout(rows, **layout) if layout else lines(rows)
-    text = markdown_table(table, LEFT)
-    atomic_write(out / TABLE, text.encode())
+    text = markdown_table(table, _LEFT)
+    atomic_write(out / "table.md", text.encode())
     counts = sorted({len(group) for group in grouped(rows, *FACTS).values()})
     seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
-    atomic_write(out / LATEX, latex_table(table, LEFT, seeds).encode())
-    save_figure(plot(rows, "slc"), out / BY_SLC)
-    save_figure(plot(rows, "label_bytes"), out / BY_BYTES)
-    written = ", ".join((CSV, SUMMARY, TABLE, LATEX, BY_SLC, BY_BYTES))
+    atomic_write(out / "table.tex", latex_table(table, _LEFT, seeds).encode())
+    save_figure(plot(rows, "slc"), out / "top1_slc.png")
+    save_figure(plot(rows, "label_bytes"), out / "top1_bytes.png")
+    written = "results.csv, summary.csv, table.md, table.tex, top1_slc.png, top1_bytes.png"
     print(f"{text}{len(rows)} runs in {out}: {written}")

@@ -150,7 +150,7 @@ def measure(parameters: dict, logits: torch.Tensor, mixture: Mixture, kind: str)
     codes, unpack = timed(lambda: codec.unpack(payload))
     decoded, expand = timed(lambda: codec.expand(codes, mixture))
     size = len(payload) / count
-    fitted = sum(array.nbytes for array in codec.arrays().values()) / SET_LABELS
+    fitted = codec.fitted_bytes() / SET_LABELS
     agreement = (decoded.argmax(1) == logits.argmax(1)).double().mean().item()
     lost = {f"distortion_t{t}": round(distortion(logits, decoded, t), 5) for t in (20, 4, 1)}
     return {

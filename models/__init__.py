@@ -5,7 +5,7 @@ import hashlib
 import importlib
 import re
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -13,11 +13,9 @@ from torch import Tensor, hub, nn
 from torchvision import models as torchvision_models
 
 from models.convnet import convnet
-from models.densenet import small_densenet
 from models.mobilenet import small_mobilenet_v2
 from models.published import under_our_names as under_our_names
-from models.resnet import small_resnet
-from models.shufflenet import small_shufflenet_v2
+from models.small import small_densenet, small_resnet, small_shufflenet_v2
 from models.wideresnet import wide_resnet_28_10
 
 LARGE_INPUT = 128
@@ -34,24 +32,17 @@ _SMALL: dict[str, Callable[[int], nn.Module]] = {
     "DenseNet201": partial(small_densenet, "densenet201"),
     "WideResNet": wide_resnet_28_10,
 }
-_LARGE = {
-    "ResNet18": "resnet18",
-    "ResNet50": "resnet50",
-    "ResNet101": "resnet101",
-    "MobileNetV2": "mobilenet_v2",
-    "ShuffleNetV2": "shufflenet_v2_x1_0",
-    "DenseNet121": "densenet121",
-    "DenseNet161": "densenet161",
-    "DenseNet169": "densenet169",
-    "DenseNet201": "densenet201",
-}
 _CONVNETS = {  # "ConvNetW128" is the name of the published code
     "ConvNet": partial(convnet, width=128),
     "ConvNetW32": partial(convnet, width=32),
     "ConvNetW128": partial(convnet, width=128, instance_norm=True),
 }
-_PUBLISHED_NAMES = {"EfficientNet": "efficientnet_b0"}
-
+# What torchvision calls them, where that is not the same in lower case.
+_IN_TORCHVISION = {
+    "MobileNetV2": "mobilenet_v2",
+    "ShuffleNetV2": "shufflenet_v2_x1_0",
+    "EfficientNet": "efficientnet_b0",  # a name of the published code
+}
 # Without these two, training mode would return a tuple with the auxiliary heads. Their pretrained
 # weights expect inputs in [-1, 1]; transform_input maps ImageNet-normalised inputs to that.
 _TORCHVISION_ARGUMENTS = {
@@ -63,6 +54,11 @@ _TORCHVISION_ARGUMENTS = {
 def names() -> list[str]:
     """Return the house names, the ones with a meaning of their own in `build`."""
     return [*_SMALL, *_CONVNETS]
+
+
+_TORCHVISION_NAMES = torchvision_models.list_models(module=torchvision_models)
+# Every name that needs no colon, by its lower case; ours come before torchvision's.
+_KNOWN = {name.lower(): name for name in [*_TORCHVISION_NAMES, *_IN_TORCHVISION, *names()]}
 
 
 def build(name: str, num_classes: int, input_size: int) -> nn.Module:
@@ -77,22 +73,29 @@ def build(name: str, num_classes: int, input_size: int) -> nn.Module:
     that fails.
     """
     source, colon, attribute = name.partition(":")
-    if colon and source == "timm":
-        return _build_timm(attribute, num_classes)
     if colon:
-        return _build_from_factory(source, attribute, num_classes)
-    if house := _same_name(name, names()):
-        return _build_house(house, num_classes, input_size)
-    if torchvision_name := _same_name(name, _torchvision_names()):
-        return _build_torchvision(torchvision_name, num_classes)
-    raise ValueError(_unknown(name, [*names(), *_torchvision_names()]))
+        make = _build_timm if source == "timm" else partial(_build_from_factory, source)
+        return make(attribute, num_classes)
+    known = _spelling(name)
+    if known in _CONVNETS:
+        return _CONVNETS[known](num_classes, input_size)
+    if known in _SMALL and input_size < LARGE_INPUT:
+        net = _SMALL[known](num_classes)
+        for module in net.modules():  # published: PyTorch's default, not torchvision's
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        return net
+    if (theirs := _torchvision_name(known)) is None:
+        fitting = ", ".join(house for house in names() if house != known)
+        raise ValueError(f"{known} is for 32 and 64 pixels; at {input_size} take one of {fitting}")
+    arguments = _TORCHVISION_ARGUMENTS.get(theirs, {})
+    return torchvision_models.get_model(theirs, weights=None, num_classes=num_classes, **arguments)
 
 
 def without_suffix(name: str) -> str:
     """Return the network in a teacher's name like "ResNet18_best"; other names as they are."""
-    known = [*names(), *_torchvision_names()]
     network = name.partition("_")[0]
-    return network if not _same_name(name, known) and _same_name(network, known) else name
+    return network if name.lower() not in _KNOWN and network.lower() in _KNOWN else name
 
 
 def torchvision_weights(name: str) -> dict[str, Tensor]:
@@ -102,74 +105,47 @@ def torchvision_weights(name: str) -> dict[str, Tensor]:
     the few networks without them. Downloads once and checks the hash; whatever the download raises
     passes through. Raises ValueError when torchvision has no network of that name.
     """
-    house = _same_name(name, names())
-    if house and house not in _LARGE:
-        raise ValueError(f"torchvision has no pretrained weights for {house}")
-    torchvision_name = _LARGE[house] if house else _same_name(name, _torchvision_names())
-    if torchvision_name is None:
-        raise ValueError(_unknown(name, [*_LARGE, *_torchvision_names()]))
-    choices = torchvision_models.get_model_weights(torchvision_name)
+    known = _spelling(name)
+    if (theirs := _torchvision_name(known)) is None:
+        raise ValueError(f"torchvision has no pretrained weights for {known}")
+    choices = torchvision_models.get_model_weights(theirs)
     weights = choices.__members__.get("IMAGENET1K_V1", choices.DEFAULT)
     _check_cached_file(weights.url)
     # The builder, not weights.get_state_dict(): it renames the keys of the old DenseNet files. It
     # insists on the auxiliary head of Inception, which `build` leaves out.
-    state = torchvision_models.get_model(torchvision_name, weights=weights).state_dict()
+    state = torchvision_models.get_model(theirs, weights=weights).state_dict()
     return {key: value for key, value in state.items() if not key.startswith("AuxLogits.")}
 
 
 def _check_cached_file(url: str) -> None:
     """Raise ValueError when an earlier download is not the file its name's hash promises.
 
-    torchvision checks that hash only while downloading, and unpickles the file without
-    restrictions.
+    torchvision checks the hash only while downloading, and unpickles the file without restrictions.
     """
-    name = url.rpartition("/")[2]
-    path = Path(hub.get_dir()) / "checkpoints" / name
-    promised = re.search(r"-([0-9a-f]{8,})\.", name)
+    path = Path(hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    promised = re.search(r"-([0-9a-f]{8,})\.", path.name)
     if path.exists() and promised:
         found = hashlib.sha256(path.read_bytes()).hexdigest()
         if not found.startswith(promised[1]):
             raise ValueError(f"{path} is damaged or not torchvision's; delete it to download again")
 
 
-def _torchvision_names() -> list[str]:
-    return torchvision_models.list_models(module=torchvision_models)
+def _torchvision_name(known: str) -> str | None:
+    theirs = _IN_TORCHVISION.get(known, known.lower())
+    return theirs if theirs in _TORCHVISION_NAMES else None
 
 
-def _same_name(name: str, candidates: Iterable[str]) -> str | None:
-    published = {alias.lower(): known for alias, known in _PUBLISHED_NAMES.items()}
-    name = published.get(name.lower(), name)
-    return next((known for known in candidates if known.lower() == name.lower()), None)
+def _spelling(name: str) -> str:
+    if name.lower() not in _KNOWN:
+        raise ValueError(_unknown(name, _KNOWN))
+    return _KNOWN[name.lower()]
 
 
-def _unknown(name: str, candidates: Iterable[str]) -> str:
-    spelling: dict[str, str] = {}
-    for known in candidates:
-        spelling.setdefault(known.lower(), known)
-    close = difflib.get_close_matches(name.lower(), spelling, n=5, cutoff=0.5)
+def _unknown(name: str, spellings: dict[str, str]) -> str:
+    close = difflib.get_close_matches(name.lower(), spellings, n=5, cutoff=0.5)
     if close:
-        return f"unknown model {name!r}; close names: {', '.join(map(spelling.get, close))}"
+        return f"unknown model {name!r}; close names: {', '.join(map(spellings.get, close))}"
     return f"unknown model {name!r}; known are {', '.join(names())} and torchvision's classifiers"
-
-
-def _build_house(name: str, num_classes: int, input_size: int) -> nn.Module:
-    if name in _CONVNETS:
-        return _CONVNETS[name](num_classes, input_size)
-    if input_size < LARGE_INPUT:
-        net = _SMALL[name](num_classes)
-        for module in net.modules():  # published: PyTorch's default, not torchvision's
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
-        return net
-    if name in _LARGE:
-        return _build_torchvision(_LARGE[name], num_classes)
-    fitting = ", ".join([*_LARGE, *_CONVNETS])
-    raise ValueError(f"{name} is for 32 and 64 pixels; at {input_size} take one of {fitting}")
-
-
-def _build_torchvision(name: str, num_classes: int) -> nn.Module:
-    arguments = _TORCHVISION_ARGUMENTS.get(name, {})
-    return torchvision_models.get_model(name, weights=None, num_classes=num_classes, **arguments)
 
 
 def _build_timm(name: str, num_classes: int) -> nn.Module:
@@ -178,27 +154,23 @@ def _build_timm(name: str, num_classes: int) -> nn.Module:
     except ImportError as error:
         raise ValueError(f"timm:{name} needs timm, which is not installed: {error}") from error
     if not timm.is_model(name):
-        raise ValueError(
-            _unknown(f"timm:{name}", [f"timm:{known}" for known in timm.list_models()])
-        )
+        theirs = [f"timm:{known}" for known in timm.list_models()]
+        raise ValueError(_unknown(f"timm:{name}", {known.lower(): known for known in theirs}))
     return timm.create_model(name, pretrained=False, num_classes=num_classes)
 
 
 def _build_from_factory(module_name: str, attribute: str, num_classes: int) -> nn.Module:
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # whatever somebody else's code raises, as below
-        raise ValueError(
-            f"cannot import the model's module {module_name!r}: {_of_their_code(error)}"
-        ) from error
-    factory = getattr(module, attribute, None)
-    if not callable(factory):
-        raise ValueError(f"module {module_name!r} has no function {attribute!r} to build a model")
+    doing = f"cannot import the model's module {module_name!r}"
     call = f"{module_name}:{attribute}(num_classes={num_classes})"
     try:
-        model = factory(num_classes=num_classes)
-    except Exception as error:
-        raise ValueError(f"{call} failed: {_of_their_code(error)}") from error
+        module = importlib.import_module(module_name)
+        factory = getattr(module, attribute, None)
+        doing = f"{call} failed"
+        model = factory(num_classes=num_classes) if callable(factory) else None
+    except Exception as error:  # whatever somebody else's code raises
+        raise ValueError(f"{doing}: {_of_their_code(error)}") from error
+    if not callable(factory):
+        raise ValueError(f"module {module_name!r} has no function {attribute!r} to build a model")
     if not isinstance(model, nn.Module):
         raise ValueError(f"{call} gives a {type(model).__name__}, not a torch.nn.Module")
     return model

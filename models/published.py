@@ -4,10 +4,11 @@ Its networks have the layers of ours, in the same order, under other names; only
 concatenate the channels of a block in another order.
 """
 
+import re
+
+import torch
 from torch import Tensor, nn
 from torchvision import models
-
-from models.densenet import oldest_first
 
 _TOP_LEVEL_NAMES = {
     models.ResNet: "conv1 bn1 layer1 layer2 layer3 layer4 linear",
@@ -23,14 +24,34 @@ def under_our_names(net: nn.Module, state: dict[str, Tensor]) -> dict[str, Tenso
     published = {*_TOP_LEVEL_NAMES.get(type(net), "").split()}
     if {key.split(".")[0] for key in state} != published:
         return state
-    ours = {key: value.shape for key, value in net.state_dict().items() if _decides(key)}
-    theirs = {key: value for key, value in state.items() if _decides(key)}
+    counter = "num_batches_tracked"  # which old files lack
+    ours, theirs = (
+        {key: value for key, value in each.items() if not key.endswith(counter)}
+        for each in (net.state_dict(), state)
+    )
     if [key.split(".")[-1] for key in ours] != [key.split(".")[-1] for key in theirs]:
         return state
     renamed = dict(zip(ours, theirs.values(), strict=True))
-    fits = all(renamed[key].shape == shape for key, shape in ours.items())
-    return oldest_first(net, renamed) if fits and isinstance(net, models.DenseNet) else renamed
+    fits = all(renamed[key].shape == value.shape for key, value in ours.items())
+    return _oldest_first(net, renamed) if fits and isinstance(net, models.DenseNet) else renamed
 
 
-def _decides(key: str) -> bool:
-    return not key.endswith("num_batches_tracked")  # which old files lack
+def _oldest_first(net: models.DenseNet, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same weights for dense blocks that put new channels last, as those of `net` do.
+
+    The published network puts them first: the channels of a block are those of its last layer, ...,
+    of its first layer, and then its input.
+    """
+    growth = net.features.denseblock1.denselayer1.conv2.out_channels
+    reordered, layers = {}, 0
+    for key, value in state.items():
+        if layer := re.match(r"features\.denseblock\d\.denselayer(\d+)\.(\w+)", key):
+            layers = int(layer[1])
+            earlier = layers - 1 if layer[2] in ("norm1", "conv1") else 0
+        else:  # the stem before all blocks, or what takes all channels of the block before it
+            earlier = 0 if key == "classifier.bias" else layers
+        channels = min(value.ndim - 1, 1)  # the dimension that the concatenated channels are in
+        block_input = value.shape[channels] - earlier * growth
+        parts = value.split([growth] * earlier + [block_input], channels)
+        reordered[key] = torch.cat(parts[::-1], channels)
+    return reordered

@@ -37,11 +37,5 @@ def wide_resnet_28_10(num_classes: int) -> nn.Sequential:
             stride = 2 if stage > 0 and block == 0 else 1
             layers.append(PreActivationBlock(in_channels, channels, stride))
             in_channels = channels
-    return nn.Sequential(
-        *layers,
-        nn.BatchNorm2d(in_channels),
-        nn.ReLU(inplace=True),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(in_channels, num_classes),
-    )
+    layers += [nn.BatchNorm2d(in_channels), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(in_channels, num_classes))

@@ -10,12 +10,13 @@ if not __package__:  # run as a plain script: imports start at the repository ro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from utils import cli, runtime
 from utils.cli import UserError
+from utils.data.views import Views
 from utils.labels import LabelSet, LabelWriter, codecs
 from utils.labels.codecs.base import information
 
@@ -25,11 +26,11 @@ _ROWS = 1024  # labels compared at once, in double precision
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, or other arguments."""
     parser = cli.Parser(description="Store the labels of a label set in another codec.")
-    parser.add_argument("--label-dir", type=Path, required=True, help="a finished label set")
-    parser.add_argument("--out-dir", type=Path, required=True, help="the label set to make")
-    parser.add_argument(
-        "--slc", type=cli.bounded(int, 1), metavar="N", help="only so many soft labels per class"
-    )
+    add = parser.add_argument
+    add("--label-dir", type=Path, required=True, help="a finished label set")
+    add("--out-dir", type=Path, required=True, help="the label set to make")
+    slc = "only so many soft labels per class"
+    add("--slc", type=cli.bounded(int, 1), metavar="N", help=slc)
     codecs.add_arguments(parser)
     return parser.parse_args(arguments)
 
@@ -37,28 +38,53 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def compare(
     labels: LabelSet, reference: LabelSet, passes: Iterable[int], temperatures: Sequence[float]
 ) -> tuple[list[float], float]:
-    """Distortion at each temperature, and the share of labels with the same top-1 class.
+    """Distortion, as the codecs define it, by temperature; the share of equal top-1 classes.
 
-    See utils.labels.codecs.base.distortion. Two passes are in memory at a time. Raises UserError
-    when the sets label different views.
+    Two passes are in memory at a time. Raises UserError when the sets label different views.
     """
     sums = torch.zeros(len(temperatures), 2, dtype=torch.float64)
     agree = count = 0
     for pass_index in passes:
-        stored, expected = labels.whole_pass(pass_index), reference.whole_pass(pass_index)
-        if stored.views.checksum() != expected.views.checksum():
+        (views, stored), (expected, teacher) = (
+            of.whole_pass(pass_index) for of in (labels, reference)
+        )
+        if views.checksum() != expected.checksum():
             raise UserError(
                 f"views of pass {pass_index} in {labels.path} differ from those in {reference.path}"
             )
-        agree += int((stored.logits.argmax(1) == expected.logits.argmax(1)).sum())
-        count += len(stored.logits)
-        pairs = zip(stored.logits.split(_ROWS), expected.logits.split(_ROWS), strict=True)
-        for decoded, teacher in pairs:
-            told = [information(teacher, decoded, t) for t in temperatures]
+        agree += int((stored.argmax(1) == teacher.argmax(1)).sum())
+        count += len(stored)
+        for pair in zip(teacher.split(_ROWS), stored.split(_ROWS), strict=True):
+            told = [information(*pair, temperature) for temperature in temperatures]
             sums += torch.tensor(told, dtype=torch.float64)
     missing, told = sums.unbind(1)
     # As in `distortion`, labels that say nothing have nothing to lose.
     return torch.where(told > 0, missing / told, 0).tolist(), agree / count
+
+
+def copy_labels(
+    writer: LabelWriter,
+    read: Callable[[int], tuple[Views, torch.Tensor, int]],
+    hard_labels: torch.Tensor,
+    what: str,
+) -> dict:
+    """Makes a label set of labels that exist, one pass in memory at a time; returns its manifest.
+
+    `read` gives the views of a pass, their float32 [N, C] logits, and the teacher's hits.
+    """
+    with writer.begun():
+        if needed := writer.passes_to_fit():
+            print(f"fitting codec {writer.settings['codec']['name']}", flush=True)
+            samples = []
+            for pass_index in range(needed):
+                views, logits, _ = read(pass_index)
+                samples.append((logits, views.mixture(hard_labels, writer.spec.input_size)))
+            writer.fit(samples)
+        for pass_index in cli.progress(range(writer.settings["passes"]), desc=what, unit="pass"):
+            if not writer.verified(pass_index):
+                views, logits, correct = read(pass_index)
+                writer.write_pass(pass_index, logits, views, hard_labels, correct)
+        return writer.finish()
 
 
 def main() -> None:
@@ -84,29 +110,17 @@ def main() -> None:
         "codec": parameters,
         "recoded_from": source.manifest["codec"],
         "versions": {**source.manifest["versions"], **packer},
+        "slc": args.slc or source.manifest["slc"],
     }
-    if args.slc is not None:
-        settings["slc"] = args.slc
     writer = LabelWriter(args.out_dir, settings, source.sizes, "--out-dir")
     if writer.complete():
         print(f"{args.out_dir} is complete and verified: nothing to do")
         return
-    with writer.begun():
-        if needed := writer.passes_to_fit():
-            print(f"fitting codec {args.codec}", flush=True)
-            first = [source.whole_pass(pass_index) for pass_index in range(needed)]
-            writer.fit([(whole.logits, source.mixture(whole.views)) for whole in first])
-        for pass_index in cli.progress(range(source.passes), desc="compress", unit="pass"):
-            if not writer.verified(pass_index):
-                whole = source.whole_pass(pass_index)
-                writer.write_pass(
-                    pass_index,
-                    whole.logits,
-                    whole.views,
-                    source.hard_labels,
-                    source.teacher_correct(pass_index),
-                )
-        writer.finish()
+
+    def read(pass_index: int) -> tuple[Views, torch.Tensor, int]:
+        return *source.whole_pass(pass_index), source.teacher_correct(pass_index)
+
+    copy_labels(writer, read, source.hard_labels, "compress")
     result = LabelSet.open(args.out_dir)
     (lost,), _ = compare(result, source, [0], (20.0,))
     after, counted = result.bytes_on_disk(), result.budgeted_bytes() / labels

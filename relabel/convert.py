@@ -17,164 +17,115 @@ if not __package__:  # run as a plain script: imports start at the repository ro
 import argparse
 import hashlib
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
+from relabel.compress import copy_labels
 from relabel.published import TEMPERATURE, PublishedLabels
 from utils import cli
 from utils.cli import UserError, bounded
 from utils.data import custom, datasets, folders, images
-from utils.data.views import Mixture, ViewSpec
+from utils.data.views import Views, ViewSpec
 from utils.labels import LabelWriter, codecs, make_settings
-from utils.metrics import near_chance
 
 _CHECKED_VIEWS = 1000  # at least, and two passes, before anything is written
+_LEAST_ABOVE_CHANCE = 0.05  # of the teacher's top-1 on the views
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = cli.Parser(description="Import a published label folder as a label set.")
-    parser.add_argument("--fkd-dir", type=Path, required=True, help="the published label folder")
-    parser.add_argument("--data-dir", type=Path, required=True, help="the images it was made for")
-    parser.add_argument("--out-dir", type=Path, required=True, help="the label set to make")
+    add = parser.add_argument
+    add("--fkd-dir", type=Path, required=True, help="the published label folder")
+    add("--data-dir", type=Path, required=True, help="the images it was made for")
+    add("--out-dir", type=Path, required=True, help="the label set to make")
     datasets.add_arguments(parser)
-    parser.add_argument(
-        "--boxes",
-        choices=("rounded", "published"),
-        default="rounded",
-        help="crops in whole pixels: rounded, as the teacher saw them, or truncated, as published "
-        "code trains on them",
-    )
-    parser.add_argument(
-        "--fkd-seed",
-        type=bounded(int, 0, 2**62),
-        default=42,
-        metavar="N",
-        help="of the image order, where the folder does not hold it",
-    )
-    parser.add_argument(
-        "--force", action="store_true", help="go on although the labels hardly fit the images"
-    )
-    crop = "smallest crop the labels were made with; hard epochs use it too"
-    parser.add_argument(
-        "--min-scale", type=bounded(float, 0.0001, 1), default=0.08, metavar="X", help=crop
-    )
+    boxes = "crops in whole pixels: rounded, as the teacher saw them, or truncated, as published "
+    boxes += "code trains on them"
+    add("--boxes", choices=("rounded", "published"), default="rounded", help=boxes)
+    seed = {"type": bounded(int, 0, 2**62), "default": 42, "metavar": "N"}
+    add("--fkd-seed", **seed, help="of the image order, where the folder does not hold it")
+    add("--force", action="store_true", help="go on although the labels hardly fit the images")
+    crop = {"type": bounded(float, 0.0001, 1), "default": 0.08, "metavar": "X"}
+    crop["help"] = "smallest crop the labels were made with; hard epochs use it too"
+    add("--min-scale", **crop)
     codecs.add_arguments(parser, default="fp16")
-    # What is right depends on the folder.
-    parser.set_defaults(codec=None)
+    parser.set_defaults(codec=None)  # what is right depends on the folder
     return parser.parse_args()
 
 
-class Fit(NamedTuple):
-    """How well labels fit the classes of their images.
+def share_of(right: torch.Tensor) -> float:
+    """The teacher's top-1 on views, of whether each is named right."""
+    return int(right.sum()) / len(right)
 
-    Attributes:
-        views: how many.
-        score: mean standardised logit of the classes in a view, weighted by their shares. Of
-            labels in another order it is 0, with a standard deviation of at most 1 / sqrt(views).
-        highest: mean of the largest standardised logit.
-        named: the teacher's top-1 on the views: share of labels whose top-1 class is the main one.
+
+def deviations(share: float, right: torch.Tensor) -> float:
+    """Three standard deviations of the share of right ones among so many, where `share` is true."""
+    return 3 * math.sqrt(share * (1 - share) / len(right))
+
+
+def convinces(right: torch.Tensor, classes: int) -> bool:
+    """Whether labels name their classes far more often than those in another order would."""
+    chance = 1 / classes
+    return share_of(right) > chance + max(deviations(chance, right), _LEAST_ABOVE_CHANCE)
+
+
+def falls_behind(right: torch.Tensor, expected: float) -> bool:
+    """Whether labels certainly name their classes less than half as often as expected."""
+    return share_of(right) < min(expected / 2, expected - deviations(expected, right))
+
+
+def check_fit(published: PublishedLabels, seed: int, force: bool) -> float:
+    """Takes the image order that fits the first passes best; returns the teacher's top-1 by it.
+
+    Raises UserError, which says what is in doubt, unless one fits or is forced.
     """
-
-    views: int
-    score: float
-    highest: float
-    named: float
-
-    @classmethod
-    def of(cls, logits: torch.Tensor, mixture: Mixture) -> "Fit":
-        """Of centred logits [N, C] and the classes in their views."""
-        standard = logits / logits.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-12)
-        own, partner = (
-            standard.gather(1, classes[:, None])[:, 0] for classes in (mixture.own, mixture.partner)
-        )
-        score = mixture.lam * own + (1 - mixture.lam) * partner
-        named = logits.argmax(dim=1) == mixture.main_class()
-        measured = (score, standard.amax(dim=1), named.float())
-        return cls(len(logits), *(float(each.mean()) for each in measured))
-
-    @classmethod
-    def joined(cls, parts: Sequence["Fit"]) -> "Fit":
-        """Of the views of all parts."""
-        views = sum(part.views for part in parts)
-        means = (
-            sum(p.views * p[field] for p in parts) / views for field in range(1, len(parts[0]))
-        )
-        return cls(views, *means)
-
-    def noise(self) -> float:
-        """Three standard deviations of the score of labels in another order."""
-        return 3 / math.sqrt(self.views)
-
-    def convinces(self) -> bool:
-        """Whether the score is far above that of labels in another order."""
-        return self.score > self.noise() and self.score > self.highest / 10
-
-    def falls_behind(self, other: "Fit") -> bool:
-        """Whether these labels certainly fit less than half as well as others."""
-        return self.score < min(other.score / 2, other.score - self.noise())
-
-
-def check_fit(published: PublishedLabels, labels: torch.Tensor, seed: int, force: bool) -> Fit:
-    """Takes the image order that fits the first passes best; returns how well it fits.
-
-    Raises:
-        UserError: the labels do not fit the images in any order there is; says what does not.
-    """
-    enough = max(2, math.ceil(_CHECKED_VIEWS / len(labels)))
-    first_passes = range(min(published.passes, enough))
-    tried = []
+    enough = max(2, math.ceil(_CHECKED_VIEWS / len(published.sizes)))
+    tried, classes = [], published.dataset.num_classes
     for orders in published.derived_orders(seed) if published.derived else [published.orders]:
-        published.orders = orders
-        fits = [Fit.of(*published.read_pass(index, labels)[1:]) for index in first_passes]
-        tried.append((Fit.joined(fits), fits, orders))
-    fit, fits, published.orders = max(tried, key=lambda each: each[0].score)
-    late = any(each.falls_behind(fits[0]) for each in fits)
-    if (fit.convinces() and not late) or force:
-        return fit
-    if published.derived and fits[0].convinces():
+        published.orders, right = orders, []
+        for pass_index in range(min(published.passes, enough)):
+            _, logits, main = published.read_pass(pass_index)
+            right.append(logits.argmax(dim=1) == main)
+        tried.append((torch.cat(right), right, orders))
+    views, right, published.orders = max(tried, key=lambda each: share_of(each[0]))
+    share = share_of(views)
+    late = any(falls_behind(each, share_of(right[0])) for each in right)
+    if (convinces(views, classes) and not late) or force:
+        return share
+    reason = "probably other images, or another class order"
+    if published.derived and convinces(right[0], classes):
         reason = (
             "the image order derived for the first pass fits, those of later passes do not: they "
             "were not drawn one after the other by torch's sampler"
         )
-    elif names_other_classes(published, labels) or not published.derived:
-        reason = "probably other images, or another class order"
-    else:
-        reason = (
-            f"the image order is not that of --fkd-seed {seed}, or these are labels of other images"
-        )
+    elif published.derived and not names_other_classes(published):
+        reason = f"the image order is not that of --fkd-seed {seed}, or these are other images"
     raise UserError(
-        f"{published.folder}: teacher top-1 on the views is only {100 * fit.named:.1f} %: "
+        f"{published.folder}: teacher top-1 on the views is only {100 * share:.1f} %: "
         f"{reason}; --force goes on"
     )
 
 
-def names_other_classes(published: PublishedLabels, labels: torch.Tensor) -> bool:
+def names_other_classes(published: PublishedLabels) -> bool:
     """Whether views of one class are labelled alike: the image order fits, the classes do not."""
-    _, logits, mixture = published.read_pass(0, labels)
-    main = mixture.main_class()
-    order = main.argsort(stable=True)
-    main, named = main[order], logits.argmax(dim=1)[order]
+    _, logits, main = published.read_pass(0)
+    main, order = main.sort(stable=True)
     pairs = main[1:] == main[:-1]
-    alike = (named[1:] == named[:-1]) & pairs
-    count = int(pairs.sum())
-    return count > 0 and not near_chance(int(alike.sum()), count, published.num_classes)
+    alike = logits.argmax(dim=1)[order].diff()[pairs] == 0
+    return len(alike) > 0 and convinces(alike, published.dataset.num_classes)
 
 
 def origin_of(published: PublishedLabels, seed: int) -> dict:
     """What the manifest says of where the labels come from."""
-    digest = hashlib.sha256()
-    for order in published.orders:
-        digest.update(order.astype("<i4").tobytes())
+    orders = b"".join(order.astype("<i4").tobytes() for order in published.orders)
     imported = {
         "layout": published.layout,
         "labels": published.kind,
         "temperature": TEMPERATURE if published.kind == "probabilities" else None,
         "boxes": published.boxes,
         "order_seed": seed if published.derived else None,
-        "order_sha256": digest.hexdigest(),
+        "order_sha256": hashlib.sha256(orders).hexdigest(),
         "source_sha256": published.fingerprint(),
     }
     return {"teachers": [], "imported": imported}
@@ -183,9 +134,9 @@ def origin_of(published: PublishedLabels, seed: int) -> dict:
 def describe(published: PublishedLabels, seed: int) -> str:
     """What was found, in a line."""
     kind = f"the {published.topk} largest logits" if published.topk else published.kind
-    order = (
-        f"derived from seed {seed}" if published.derived else f"from {published.order_file.name}"
-    )
+    order = f"from {published.order_file.name}"
+    if published.derived:
+        order = f"derived from seed {seed}"
     text = (
         f"{published.folder}: layout of {published.layout}, {len(published.stored)} batches of "
         f"{published.batch_size} views, {kind}; image order {order}; boxes {published.boxes}"
@@ -197,32 +148,6 @@ def describe(published: PublishedLabels, seed: int) -> str:
     return text
 
 
-def write_labels(
-    published: PublishedLabels, writer: LabelWriter, hard_labels: torch.Tensor, least: Fit | None
-) -> None:
-    """Fits the codec where that is needed, and writes the missing passes, one in memory at a time.
-
-    Raises UserError where a pass fits the images far less than `least`.
-    """
-    if needed := writer.passes_to_fit():
-        print(f"fitting codec {writer.settings['codec']['name']}", flush=True)
-        writer.fit([published.read_pass(index, hard_labels)[1:] for index in range(needed)])
-    for pass_index in cli.progress(range(published.passes), desc="convert", unit="pass"):
-        if writer.verified(pass_index):
-            continue
-        views, logits, mixture = published.read_pass(pass_index, hard_labels)
-        fit = Fit.of(logits, mixture)
-        if least and fit.falls_behind(least):
-            raise UserError(
-                f"{published.folder}: teacher top-1 on the views of pass {pass_index} is only "
-                f"{100 * fit.named:.1f} %, on those of the first ones {100 * least.named:.1f} %: "
-                "its image order does not fit; --force goes on"
-            )
-        # A pass of a pruned folder has a few views more than there are images.
-        correct = round(fit.named * len(hard_labels))
-        writer.write_pass(pass_index, logits, views, hard_labels, correct)
-
-
 def main() -> None:
     args = parse_arguments()
     dataset = datasets.from_arguments(args, inferred=True)
@@ -231,21 +156,26 @@ def main() -> None:
     folder = folders.scan(args.data_dir, dataset.num_classes)
     sizes, fingerprint = images.inspect(folder)
     dataset = custom.complete(dataset, folder, sizes)
-    published = PublishedLabels(
-        args.fkd_dir,
-        sizes=sizes,
-        num_classes=dataset.num_classes,
-        input_size=dataset.input_size,
-        boxes=args.boxes,
-    )
+    published = PublishedLabels(args.fkd_dir, folder, sizes, dataset, args.boxes)
     if published.topk and args.codec in (None, "topk"):
         args.codec, args.topk = "topk", args.topk or published.topk
     args.codec = args.codec or "fp16"
-    fit = check_fit(published, folder.labels, args.fkd_seed, args.force)
+    share = check_fit(published, args.fkd_seed, args.force)
     print(describe(published, args.fkd_seed))
-    spec = ViewSpec(
-        dataset.input_size, published.batch_size, min_scale=args.min_scale, mix=published.mix
-    )
+
+    def read(pass_index: int) -> tuple[Views, torch.Tensor, int]:
+        views, logits, main = published.read_pass(pass_index)
+        right = logits.argmax(dim=1) == main
+        if falls_behind(right, share) and not args.force:
+            raise UserError(
+                f"{args.fkd_dir}: teacher top-1 on the views of pass {pass_index} is only "
+                f"{100 * share_of(right):.1f} %, on those of the first ones {100 * share:.1f} %: "
+                "its image order does not fit; --force goes on"
+            )
+        # A pass of a pruned folder has a few views more than there are images.
+        return views, logits, round(share_of(right) * len(folder.files))
+
+    spec = ViewSpec(dataset.input_size, published.batch_size, args.min_scale, mix=published.mix)
     settings = make_settings(
         dataset=dataset,
         folder=folder,
@@ -262,9 +192,7 @@ def main() -> None:
     if writer.complete():
         print(f"{args.out_dir} is complete and verified: nothing to do")
         return
-    with writer.begun():
-        write_labels(published, writer, folder.labels, None if args.force else fit)
-        manifest = writer.finish()
+    manifest = copy_labels(writer, read, folder.labels, "convert")
     print(
         f"{args.out_dir}: {published.passes} passes of {len(folder.files)} soft labels; teacher "
         f"top-1 on the views {manifest['teacher_top1']:.1f} %"

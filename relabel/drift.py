@@ -6,7 +6,6 @@ import numpy as np
 import torch
 
 from utils import cli
-from utils.data.views import Views
 from utils.labels import LabelSet
 
 
@@ -17,36 +16,23 @@ class Drift:
     A view drifts when the teacher's top-1 class is none of those in the view, so neither
     its own nor, in a mixed view, its partner's. It counts for the image that covers most of it.
     Probabilities are at temperature 1.
-
-    Attributes:
-        spread: float64 [images], an estimate of Tr(Sigma), the trace of the covariance of an
-            image's soft labels; NaN with one label per image.
-        image, label: int64 [views], the image that covers most of the view, and its class.
-        share: float32 [views], how much of the view it covers.
-        partner: int64 [views], the class of the other image; `label` in an unmixed view.
-        area: float64 [views], the crop's share of that image.
-        known: float32 [views], the probability of the view's classes together.
-        gap: float32 [views], by how much the top-1 class exceeds each of them.
-        drifts: bool [views], whether the view drifts.
     """
 
-    spread: np.ndarray
-    image: np.ndarray
-    label: np.ndarray
-    share: np.ndarray
-    partner: np.ndarray
-    area: np.ndarray
-    known: np.ndarray
-    gap: np.ndarray
-    drifts: np.ndarray
+    spread: np.ndarray  # float64 [images], estimates Tr(Sigma); NaN with one label per image
+    place: np.ndarray  # int64 [views, 2], the view's pass and its row there
+    image: np.ndarray  # int64 [views], the image that covers most of the view
+    label: np.ndarray  # int64 [views], its class
+    share: np.ndarray  # float32 [views], how much of the view it covers
+    partner: np.ndarray  # int64 [views], the class of the other image; `label` where unmixed
+    area: np.ndarray  # float64 [views], the crop's share of the image that covers most
+    known: np.ndarray  # float32 [views], the probability of the view's classes together
+    gap: np.ndarray  # float32 [views], by how much the top-1 class exceeds each of them
+    drifts: np.ndarray  # bool [views]
 
-    def by_image(self, values: np.ndarray | None = None) -> np.ndarray:
-        """[images]: how many views count for each image, or the sum of their values."""
-        return np.bincount(self.image, values, len(self.spread))
-
-    def by_area(self, values: np.ndarray | None = None) -> np.ndarray:
-        """[10]: how many views show 0 to 10 %, ... 90 to 100 % of their image, or the sums."""
-        return np.bincount((self.area * 10).astype(int).clip(0, 9), values, 10)
+    def counts(self, group: np.ndarray, groups: int) -> dict[str, np.ndarray]:
+        """int64 [groups]: "views", and of these "drifting", by the group that each counts for."""
+        drifting = np.bincount(group[self.drifts], minlength=groups)
+        return {"views": np.bincount(group, minlength=groups), "drifting": drifting}
 
     def worst(self, count: int) -> np.ndarray:
         """int64: the views that drift most, at most one of each image, the largest gap first."""
@@ -56,54 +42,47 @@ class Drift:
         return order[np.sort(firsts)][:count]
 
 
-def covering_most(labels: LabelSet, views: Views) -> dict[str, torch.Tensor]:
-    """The fields image, label, share, partner and area of `Drift`."""
-    mixture = labels.mixture(views)
-    sizes = torch.from_numpy(labels.sizes[views.index]).double()
-    area = views.box[:, 2:].double().prod(1) / sizes.prod(1)
-    own = mixture.own_covers_most()
-    other_row = views.partner()
-    if other_row is None:
-        other_row = torch.arange(len(own))
-    return {
-        "image": torch.where(own, views.index, views.index[other_row]),
-        "label": mixture.main_class(),
-        "share": torch.where(own, mixture.lam, 1 - mixture.lam),
-        "partner": torch.where(own, mixture.partner, mixture.own),
-        "area": torch.where(own, area, area[other_row]),
-    }
-
-
 def measure(labels: LabelSet) -> Drift:
     """Reads a label set once, two passes in memory.
 
-    Tr(Sigma) of an image is estimated by half the mean squared distance between its soft labels of
-    successive passes, which has the right expectation and needs no sums over the whole set. Passes
-    imported from pruned folders do not show every image once.
+    Tr(Sigma), the trace of the covariance of an image's soft labels, is estimated by half the mean
+    squared distance between those of successive passes, which has the right expectation and needs
+    no sums over the whole set. Passes imported from pruned folders do not show every image once.
     """
     images, classes = labels.manifest["images"]["count"], labels.manifest["num_classes"]
     spread, pairs = torch.zeros(2, images, dtype=torch.float64)
     passes, before = [], torch.full((images, classes), float("nan"))
     for pass_index in cli.progress(range(labels.passes), desc="report", unit="pass"):
-        whole = labels.whole_pass(pass_index)
-        soft = whole.logits.softmax(1)
-        shown = covering_most(labels, whole.views)
+        views, logits = labels.whole_pass(pass_index)
+        soft, mixture = logits.softmax(1), labels.mixture(views)
+        own, row = mixture.own_covers_most(), torch.arange(len(soft))
+        partner_row = row if views.mix_index is None else views.partner()
+        main, other = torch.where(own, row, partner_row), torch.where(own, partner_row, row)
+        image, share = views.index[main], torch.maximum(mixture.lam, 1 - mixture.lam)
+        label, partner = labels.hard_labels[image], labels.hard_labels[views.index[other]]
         # A cut-out may be empty: then the partner is not in the view.
-        other = torch.where(shown["share"] < 1, shown["partner"], shown["label"])
-        shown_classes = torch.stack([shown["label"], other], 1)
-        known = soft.gather(1, shown_classes)
+        shown = torch.stack([label, torch.where(share < 1, partner, label)], 1)
+        known = soft.gather(1, shown)
         largest, first = soft.max(1)
-        measured = {
-            "known": torch.where(other == shown["label"], known[:, 0], known.sum(1)),
-            "gap": largest - known.max(1).values,
-            "drifts": (first[:, None] != shown_classes).all(1),
-        }
-        passes.append({**shown, **measured})
-        for rows, now in zip(whole.views.index.split(1024), soft.split(1024), strict=True):
+        pixels = torch.from_numpy(labels.sizes[image]).double().prod(1)
+        passes.append(
+            {
+                "place": torch.stack([torch.full_like(row, pass_index), row], 1),
+                "image": image,
+                "label": label,
+                "share": share,
+                "partner": partner,
+                "area": views.box[main, 2:].double().prod(1) / pixels,
+                "known": torch.where(shown[:, 0] == shown[:, 1], known[:, 0], known.sum(1)),
+                "gap": largest - known.max(1).values,
+                "drifts": (first[:, None] != shown).all(1),
+            }
+        )
+        for rows, now in zip(views.index.split(1024), soft.split(1024), strict=True):
             distance = (now - before[rows]).double().square().sum(1)
             spread.index_add_(0, rows, distance.nan_to_num())
             pairs.index_add_(0, rows, distance.isfinite().double())
-        before[whole.views.index] = soft
+        before[views.index] = soft
     spread = spread / (2 * pairs)
     columns = {name: torch.cat([each[name] for each in passes]).numpy() for name in passes[0]}
     return Drift(spread=spread.numpy(), **columns)

@@ -14,7 +14,6 @@ from pathlib import Path
 if not __package__:  # run as a plain script: imports start at the repository root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import io
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from relabel.published import HALD_ORDER, TEMPERATURE
 from utils import cli
 from utils.cli import UserError
 from utils.data.views import Views
-from utils.files import atomic_write, read_json, sha256_file, to_json, whole_folder
+from utils.files import atomic_write, read_json, sha256_file, to_json, torch_save, whole_folder
 from utils.labels import LabelSet
 from utils.labels.manifest import MANIFEST
 
@@ -34,11 +33,8 @@ _RECORD = "export.json"
 def fractions(box: torch.Tensor, sizes: np.ndarray) -> torch.Tensor:
     """float16 [B, 4] crops as fractions that give the same pixels truncated as rounded.
 
-    Published code truncates, so that half precision must not round down.
-
-    Args:
-        box: int32 [B, 4], top, left, height and width in pixels.
-        sizes: int [B, 2], heights and widths of the images.
+    Published code truncates, so that half precision must not round down. Of int32 [B, 4] pixels
+    (top, left, height, width) of images whose heights and widths are int [B, 2].
     """
     pixels, scale = box.numpy().astype(np.float64), np.tile(sizes, 2).astype(np.float64)
     half = (pixels / scale).astype(np.float16)
@@ -48,24 +44,16 @@ def fractions(box: torch.Tensor, sizes: np.ndarray) -> torch.Tensor:
 
 def published_batch(views: Views, logits: torch.Tensor, sizes: np.ndarray, size: int) -> list[Any]:
     """A batch as published: `sizes` int [images, 2], `size` the side of a view in pixels."""
-    lam = bbox = None
+    partner = lam = bbox = None
+    # Clones, as torch.save writes the whole of what a tensor is a part of.
     if views.mix_index is not None:
-        lam = float(views.lam(size)[0])
+        partner, lam = views.mix_index.clone(), float(views.lam(size)[0])
     if views.mix_box is not None:
         top, left, height, width = views.mix_box[0].tolist()
         bbox = [top, left, top + height, left + width]
-    labels = (logits / TEMPERATURE).softmax(dim=1).half()
     coords = fractions(views.box, sizes[views.index.numpy()])
-    # Clones, as torch.save writes the whole of what a tensor is a part of.
-    flips, partner = views.flip.clone(), views.mix_index
-    return [coords, flips, None if partner is None else partner.clone(), lam, bbox, labels]
-
-
-def save(path: Path, content: Any) -> None:
-    """torch.save by way of memory: it hides a full disk behind an error of its own."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    atomic_write(path, buffer.getvalue())
+    labels = (logits / TEMPERATURE).softmax(dim=1).half()
+    return [coords, views.flip.clone(), partner, lam, bbox, labels]
 
 
 def main() -> None:
@@ -88,12 +76,12 @@ def main() -> None:
                 published_batch(one, part, labels.sizes, labels.spec.input_size)
                 for one, part in zip(views, parts, strict=True)
             ]
-            save(folder / f"epoch_{pass_index}.tar", batches)
+            torch_save(folder / f"epoch_{pass_index}.tar", batches)
             order[str(pass_index)] = views.index.tolist()
             scale = torch.from_numpy(labels.sizes[views.index.numpy()]).repeat(1, 2)
             read = torch.cat([batch[0] for batch in batches]).double() * scale
             moved += int((read.round().int() != views.box).any(dim=1).sum())
-        save(folder / HALD_ORDER, order)
+        torch_save(folder / HALD_ORDER, order)
         atomic_write(folder / _RECORD, to_json(record))
     count = labels.passes * len(labels.hard_labels)
     print(f"{args.out_dir}: {count} soft labels of {labels.passes} passes")

@@ -12,9 +12,9 @@ if not __package__:  # run as a plain script: imports start at the repository ro
 
 import argparse
 import collections
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -23,6 +23,7 @@ from relabel.recipe import choose_views
 from relabel.teacher import (
     Ensemble,
     SomeClasses,
+    label_views,
     load_teacher,
     training_facts,
     use_batch_statistics,
@@ -30,114 +31,73 @@ from relabel.teacher import (
 from utils import cli, recipe, runtime
 from utils.cli import UserError, bounded
 from utils.data import custom, datasets, folders, images
+from utils.data.datasets import Dataset
 from utils.data.views import MIXES, ORDER, Mixture, Views, ViewSpec, centre_views, shuffle
 from utils.labels import LabelSet, LabelWriter, codecs, make_settings
 from utils.labels.codecs.base import labels_to_fit
 from utils.metrics import near_chance
 
 _FEWEST_CHECKED, _MOST_CHECKED = 64, 1024  # images that tell whether the class order is right
-ImageSource = images.ResidentImages | images.StreamingImages
-
-
 _MANY_CLASSES = 100  # from which on a fitted codec saves much
+ImageSource = images.ResidentImages | images.StreamingImages
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, or other arguments."""
     parser = cli.Parser(description="Label random views of distilled images with a teacher.")
+    number = {"type": bounded(int, 1), "metavar": "N"}
+    optional = {"action": argparse.BooleanOptionalAction}
     parser.add_argument("--data-dir", type=Path, required=True, help="distilled images")
     parser.add_argument("--label-dir", type=Path, required=True, help="the label set to make")
     datasets.add_arguments(parser)
-    teacher = parser.add_argument_group("teacher")
-    teacher.add_argument(
-        "--teacher",
-        nargs="+",
-        required=True,
-        metavar="NAME",
-        help="a network of models/, a torchvision name, timm:NAME or package.module:factory; "
-        "several are averaged",
-    )
-    teacher.add_argument(
-        "--teacher-weights",
-        nargs="+",
-        type=Path,
-        metavar="FILE",
-        help="a state dict per teacher; default: $Main_Data_Path/<dataset>/NAME.pth, else "
-        "$Main_Data_Path/NAME.pth, else torchvision's",
-    )
-    teacher.add_argument(
-        "--teacher-ema",
-        action="store_true",
-        help="take the averaged weights of files that hold both (state_dict_ema, model_ema)",
-    )
-    teacher.add_argument(
-        "--teacher-classes",
-        type=Path,
-        metavar="FILE",
-        help="label by those of a teacher's classes that the class folders name: a text file of "
-        "all of them in the teacher's order, a line each that begins with the WordNet id "
-        "(default: all; of ImageNet's, those of imagenette and imagewoof)",
-    )
-    share = "weight of each teacher's logits in the mean (default: equal)"
-    teacher.add_argument(
-        "--teacher-shares", nargs="+", type=bounded(float, 0), metavar="W", help=share
-    )
-    teacher.add_argument(
-        "--bssl",
-        action=argparse.BooleanOptionalAction,
-        help="BatchNorm statistics from the batch itself (default: on, but off for images that "
-        "scripts/prepare_distilled.py selected)",
-    )
-    labels = parser.add_argument_group("labels")
-    amount = labels.add_mutually_exclusive_group(required=True)
-    amount.add_argument(
-        "--slc", type=bounded(int, 1), metavar="N", help="soft labels per class, a multiple of IPC"
-    )
-    of_image = "soft labels per image, for folders whose classes differ in size"
-    amount.add_argument("--passes", type=bounded(int, 1), metavar="N", help=of_image)
-    labels.add_argument(
-        "--batch-size",
-        type=bounded(int, 1),
-        default=16,
-        metavar="N",
-        help="views that are mixed with each other, and that BSSL takes its statistics from; the "
-        "student's batch size, too",
-    )
-    labels.add_argument(
-        "--recipe",
-        choices=recipe.RECIPES,
-        default="published",
-        help="gives --mix and --min-scale, each unless it is given; auto: by how often the teacher "
-        "is right on small crops",
-    )
-    mix = "how views of a batch are mixed (default: the recipe's, cutmix as published)"
-    labels.add_argument("--mix", choices=MIXES, help=mix)
-    crop = "smallest crop as a share of the image's area (default: the recipe's, 0.08 as published)"
-    labels.add_argument("--min-scale", type=bounded(float, 0.0001, 1), metavar="X", help=crop)
-    codecs.add_arguments(labels, default="fp16")
-    labels.add_argument(
-        "--seed", type=bounded(int, 0, 2**62), default=42, metavar="N", help="of the views"
-    )
-    labels.add_argument(
-        "--force", action="store_true", help="go on although the class order looks scrambled"
-    )
+
+    add = parser.add_argument_group("teacher").add_argument
+    about = "a network of models/, a torchvision name, timm:NAME or package.module:factory; "
+    about += "several are averaged"
+    add("--teacher", nargs="+", required=True, metavar="NAME", help=about)
+    about = "a state dict per teacher; default: $Main_Data_Path/<dataset>/NAME.pth, else "
+    about += "$Main_Data_Path/NAME.pth, else torchvision's"
+    add("--teacher-weights", nargs="+", type=Path, metavar="FILE", help=about)
+    about = "take the averaged weights of files that hold both (state_dict_ema, model_ema)"
+    add("--teacher-ema", action="store_true", help=about)
+    about = "label by those of a teacher's classes that the class folders name: a text file of "
+    about += "all of them in the teacher's order, a line each that begins with the WordNet id "
+    about += "(default: all; of ImageNet's, those of imagenette and imagewoof)"
+    add("--teacher-classes", type=Path, metavar="FILE", help=about)
+    about = "weight of each teacher's logits in the mean (default: equal)"
+    add("--teacher-shares", nargs="+", type=bounded(float, 0), metavar="W", help=about)
+    about = "BatchNorm statistics from the batch itself (default: on, but off for images that "
+    about += "scripts/prepare_distilled.py selected)"
+    add("--bssl", **optional, help=about)
+
+    group = parser.add_argument_group("labels")
+    add, amount = group.add_argument, group.add_mutually_exclusive_group(required=True)
+    amount.add_argument("--slc", **number, help="soft labels per class, a multiple of IPC")
+    amount.add_argument("--passes", **number, help="soft labels per image, for classes of any size")
+    about = "views that are mixed with each other, and that BSSL takes its statistics from; the "
+    about += "student's batch size, too"
+    add("--batch-size", **number, default=16, help=about)
+    about = "gives --mix and --min-scale, each unless it is given; auto: by how often the teacher "
+    about += "is right on small crops"
+    add("--recipe", choices=recipe.RECIPES, default="published", help=about)
+    about = "how views of a batch are mixed (default: the recipe's, cutmix as published)"
+    add("--mix", choices=MIXES, help=about)
+    about = "smallest crop as a share of the image's area (default: the recipe's, 0.08 as "
+    about += "published)"
+    add("--min-scale", type=bounded(float, 0.0001, 1), metavar="X", help=about)
+    codecs.add_arguments(group, default="fp16")
+    add("--seed", type=bounded(int, 0, 2**62), default=42, metavar="N", help="of the views")
+    add("--force", action="store_true", help="go on although the class order looks scrambled")
+
     runtime.add_arguments(parser)
-    parser.add_argument(
-        "--views-per-forward",
-        type=bounded(int, 1),
-        metavar="N",
-        help="views that the teacher labels in one forward pass, in whole batches; BSSL's "
-        "statistics stay those of single batches (default: 256 on a GPU, one batch on a CPU)",
-    )
-    parser.add_argument(
-        "--graph",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="on a GPU, label by CUDA graphs, which hold all kernels of a forward pass",
-    )
-    packing = "processes that pack labels, as many as keep up (default: up to 8 beside a GPU, "
-    packing += "as cores and memory allow; 0, the labelling process itself, on a CPU)"
-    parser.add_argument("--packers", type=bounded(int, 0), metavar="N", help=packing)
+    about = "views that the teacher labels in one forward pass, in whole batches; BSSL's "
+    about += "statistics stay those of single batches (default: 256 on a GPU, one batch on a CPU)"
+    parser.add_argument("--views-per-forward", **number, help=about)
+    about = "on a GPU, label by CUDA graphs, which hold all kernels of a forward pass"
+    parser.add_argument("--graph", **optional, default=True, help=about)
+    about = "processes that pack labels, as many as keep up (default: up to 8 beside a GPU, "
+    about += "as cores and memory allow; 0, the labelling process itself, on a CPU)"
+    parser.add_argument("--packers", type=bounded(int, 0), metavar="N", help=about)
     args = parser.parse_args(arguments)
     if args.bssl is None:
         args.bssl = not folders.are_selected(args.data_dir)
@@ -146,16 +106,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def count_passes(args: argparse.Namespace, folder: folders.ImageFolder) -> tuple[int, int | None]:
     """Number of passes, and IPC (None when --passes is given); checks SLC and the last batch."""
-    if args.passes is not None:
-        passes, ipc = args.passes, None
-    else:
+    passes, ipc, made_of = args.passes, None, "this folder"
+    if passes is None:
         ipc = folder.ipc()
-        if args.slc % ipc:
+        made_of = f"IPC {ipc} x {len(folder.classes)} classes"
+        passes, rest = divmod(args.slc, ipc)
+        if rest:
             raise UserError(f"--slc {args.slc} is not a multiple of IPC, which is {ipc} here")
-        passes = args.slc // ipc
     count = len(folder.files)
     if args.bssl and (count - 1) % args.batch_size == 0:
-        made_of = f"IPC {ipc} x {len(folder.classes)} classes" if ipc else "this folder"
         raise UserError(
             f"{made_of} = {count} images in batches of {args.batch_size} leave a last batch of "
             "one image, which BSSL cannot label; choose another --batch-size or --no-bssl"
@@ -175,64 +134,56 @@ def tell_of_bssl(args: argparse.Namespace) -> None:
 def views_per_forward(args: argparse.Namespace, device: torch.device) -> int:
     """Views of one forward pass of the teacher, a multiple of the batch size.
 
-    Part of a label set's settings: it decides how results are rounded, so it may not depend on
-    where an interrupted set was continued.
+    A setting, as it decides how results are rounded, wherever an interrupted set is continued.
     """
     wanted = args.views_per_forward or (256 if device.type == "cuda" else 1)
     return max(wanted // args.batch_size, 1) * args.batch_size
 
 
 def load_teachers(
-    args: argparse.Namespace,
-    dataset: datasets.Dataset,
-    classes: list[str],
-    machine: runtime.Runtime,
+    args: argparse.Namespace, dataset: Dataset, classes: list[str], machine: runtime.Runtime
 ) -> Ensemble:
     """The teachers that the flags name, for these class folders."""
+    count = len(args.teacher)
     for flag, values in (("weights", args.teacher_weights), ("shares", args.teacher_shares)):
-        if values is not None and len(values) != len(args.teacher):
+        if values is not None and len(values) != count:
             raise UserError(
-                f"--teacher-{flag}: {len(values)} given for {len(args.teacher)} teachers; "
-                "give one for each"
+                f"--teacher-{flag}: {len(values)} given for {count} teachers; give one for each"
             )
     if args.teacher_shares is not None and sum(args.teacher_shares) == 0:
         raise UserError("--teacher-shares: at least one must be above 0")
-    files = args.teacher_weights or [None] * len(args.teacher)
-    listing = args.teacher_classes
+    weights, listing = args.teacher_weights or [None] * count, args.teacher_classes
     teachers = [
         load_teacher(name, file, dataset, machine, args.teacher_ema, classes, listing)
-        for name, file in zip(args.teacher, files, strict=True)
+        for name, file in zip(args.teacher, weights, strict=True)
     ]
     return Ensemble(teachers, args.teacher_shares, machine, graph=args.graph)
 
 
 def check_class_order(
     args: argparse.Namespace,
+    writer: LabelWriter,
     teachers: Ensemble,
     source: ImageSource,
-    sizes: np.ndarray,
     labels: torch.Tensor,
-    passes: int,
 ) -> None:
     """Stops when the teacher hardly recognises the images: their classes are in another order.
 
     Looks at unmixed central views with running statistics: of random images, until a quarter of
     them are recognised and that is no chance, and of a tenth of the labels to be made at most.
     """
-    device = teachers.runtime.device
-    most = min(len(sizes), _MOST_CHECKED, max(passes * len(sizes) // 10, _FEWEST_CHECKED))
-    chosen = shuffle(0, ORDER, 0, len(sizes))[:most]
-    views = centre_views(sizes[chosen], views_per_forward(args, device))
+    settings, count = writer.settings, len(labels)
+    most = min(count, _MOST_CHECKED, max(settings["passes"] * count // 10, _FEWEST_CHECKED))
+    chosen = shuffle(0, ORDER, 0, count)[:most]
+    views = centre_views(writer.sizes[chosen], settings["views_per_forward"])
     views.index = torch.from_numpy(chosen)[views.index]
-    batches = list(views.to(device))
-    num_classes, labels = int(labels.max()) + 1, labels.to(device)
+    num_classes, labels = int(labels.max()) + 1, labels.to(teachers.runtime.device)
     hits = count = 0
-    bar = cli.progress(
-        source.render(batches), desc="class order", total=len(batches), leave=False, delay=2
-    )
-    for batch, pixels in zip(batches, bar, strict=True):
-        hits += int((teachers.logits(pixels).argmax(1) == labels[batch.index]).sum())
-        count += len(pixels)
+    labelled = label_views(teachers, source, [views])
+    bar = cli.progress(labelled, desc="class order", total=len(views), leave=False, delay=2)
+    for batch, logits in bar:
+        hits += int((logits.argmax(1) == labels[batch.index]).sum())
+        count += len(logits)
         doubtful = near_chance(hits, count, num_classes)
         if count >= _FEWEST_CHECKED and hits >= count / 4 and not doubtful:
             break
@@ -254,13 +205,9 @@ def label_passes(
 ) -> Iterator[tuple[int, Views, torch.Tensor]]:
     """Draws, renders and labels the views of passes, several batches in a forward pass.
 
-    A GPU is given the next pass before one is yielded, so that it labels while that one is packed.
-
-    Yields:
-        The index of each pass, its views, and float32 [images, C] logits in main memory.
-
-    Raises:
-        UserError: logits are not finite.
+    Yields the index of each pass, its views, and float32 [images, C] logits in main memory. A GPU
+    is given the next pass before, so that it labels while one is packed. Raises UserError for
+    logits that are not finite.
     """
     device, labelled = teachers.runtime.device, collections.deque()
     ahead = 1 if device.type == "cuda" else 0
@@ -298,9 +245,9 @@ def fit_codec(
         passes = label_passes(range(needed), writer, teachers, source, bar)
         for pass_index, views, logits in passes:
             labelled[pass_index] = logits
-            mixture = views.mixture(hard_labels, writer.spec.input_size)
             rows = slice(labels_to_fit(writer.settings["num_classes"]))  # the fit takes no more
-            shown = Mixture(*(part.to(device) for part in mixture.rows(rows)))
+            mixture = views.mixture(hard_labels, writer.spec.input_size).rows(rows)
+            shown = Mixture(*(part.to(device) for part in mixture))
             samples.append((logits[rows].to(device), shown))
     writer.fit(samples)
     return labelled
@@ -314,8 +261,7 @@ def make_passes(
     packers: int,
 ) -> None:
     """Fits the codec where that is needed, and makes the missing passes, shared among ranks."""
-    machine, count = teachers.runtime, len(hard_labels)
-    labelled, missing = {}, []
+    machine, labelled, missing = teachers.runtime, {}, []
     if machine.rank == 0:
         if writer.codec is None:
             labelled = fit_codec(writer, teachers, source, hard_labels)
@@ -326,18 +272,13 @@ def make_passes(
             print(f"{done} of {len(passes)} passes are there and verified: skipped")
     missing, fitted = machine.from_first((missing, list(labelled)))
     writer.open_codec()
-    unlabelled = [pass_index for pass_index in missing if pass_index not in fitted]
+    unlabelled = [each for each in missing if each not in fitted]
     mine = unlabelled[machine.rank :: machine.world]
-    total = len(mine) + sum(pass_index in labelled for pass_index in missing)
-    bar = cli.progress(total=total * count, desc="relabel", unit="view")
+    ready = (each for each in missing if each in labelled)  # for the fit, on rank 0
+    ready = ((each, writer.draw(each), labelled.pop(each)) for each in ready)
+    bar = cli.progress(total=len(mine) * len(hard_labels), desc="relabel", unit="view")
     with bar, pass_writer(writer, packers) as write_pass:
-        for pass_index in missing:
-            if pass_index in labelled:  # for the fit, on rank 0
-                write_pass(
-                    pass_index, labelled.pop(pass_index), writer.draw(pass_index), hard_labels
-                )
-                bar.update(count)
-        passes = label_passes(mine, writer, teachers, source, bar)
+        passes = itertools.chain(ready, label_passes(mine, writer, teachers, source, bar))
         for pass_index, views, logits in passes:
             write_pass(pass_index, logits, views, hard_labels)
             del logits  # before the next is there: a pass of a whole training set takes gigabytes
@@ -364,7 +305,7 @@ def main() -> None:
         images_sha256=fingerprint,
         ipc=ipc,
         passes=passes,
-        spec=ViewSpec(dataset.input_size, args.batch_size, min_scale=args.min_scale, mix=args.mix),
+        spec=ViewSpec(dataset.input_size, args.batch_size, args.min_scale, mix=args.mix),
         seed=args.seed,
         origin={
             "teachers": [
@@ -384,7 +325,7 @@ def main() -> None:
         return
     source = images.open_images(folder, sizes, dataset, machine.device, args.workers)
     if machine.rank == 0:
-        check_class_order(args, teachers, source, sizes, folder.labels, passes)
+        check_class_order(args, writer, teachers, source, folder.labels)
     if args.bssl and not sum(use_batch_statistics(one.model) for one in teachers.teachers):
         print("no teacher has BatchNorm: BSSL changes nothing")
     else:

@@ -27,9 +27,8 @@ _IN_FLIGHT = 4  # those of two passes in pinned memory, which is handed out in p
 def default_packers(device: torch.device, writer: LabelWriter) -> int:
     """How many processes pack beside a device: as many as cores and memory allow, none on a CPU.
 
-    There, labelling itself needs the cores, and its threads wait for each other at every layer: a
-    small network labelled half as fast beside a second thread (measured). Nor for few labels, which
-    are packed before a process has started.
+    There, a small network labelled half as fast beside a second thread (measured). Nor for few
+    labels, which are packed before a process has started.
     """
     if device.type != "cuda" or writer.settings["passes"] * len(writer.sizes) < _FEW:
         return 0
@@ -45,17 +44,10 @@ def default_packers(device: torch.device, writer: LabelWriter) -> int:
 def pass_writer(writer: LabelWriter, packers: int) -> Iterator[Callable[..., None]]:
     """Gives a function like `writer.write_pass`; on leaving, what it was given is on disk.
 
-    With packers, it returns when a process has taken the pass, so that the next can be labelled
-    meanwhile. Processes are started one by one, when all others are at work, and each holds one
-    pass. An error of theirs is raised by a later call, or on leaving; a pass is there whole or not
-    at all. Without packers, it is `writer.write_pass`.
-
-    Args:
-        writer: of views that `writer.draw` gives, its codec fitted.
-        packers: how many processes there may be.
-
-    Raises:
-        UserError: a process was ended from outside; or what writing a pass raises.
+    It returns when one of at most `packers` processes has taken the pass, so that the next can be
+    labelled meanwhile; with none it is `writer.write_pass`. Processes are started one by one, when
+    all others are at work, and each holds one pass, whose views `writer.draw` gives. An error of
+    theirs, or UserError where one was ended from outside, is raised by a later call, or on leaving.
     """
     if packers == 0:
         yield writer.write_pass
@@ -94,19 +86,19 @@ def pass_writer(writer: LabelWriter, packers: int) -> Iterator[Callable[..., Non
             connection.send_bytes(logits.contiguous().numpy())
 
     try:
+        yield write_pass
+    except SystemExit:  # a signal's, which has ended the processes, too
+        busy.clear()
+        raise
+    finally:
         try:
-            yield write_pass
-        except SystemExit:  # a signal's, which has ended the processes, too
-            busy.clear()
-            raise
-        finally:
             with _end_noticed():
                 while busy:
                     collect(seconds=None)
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
 
 
 @contextlib.contextmanager

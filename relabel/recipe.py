@@ -2,7 +2,9 @@
 
 import argparse
 
-from relabel.teacher import Ensemble
+import torch
+
+from relabel.teacher import Ensemble, label_views
 from utils import recipe
 from utils.data import images
 from utils.data.datasets import Dataset
@@ -23,17 +25,12 @@ def probe(
     few, device = folder.sample(_PROBED), teachers.runtime.device
     sizes, _ = images.inspect(few)
     source = images.open_images(few, sizes, dataset, device, args.workers)
-    spec = ViewSpec(
-        dataset.input_size,
-        args.batch_size,
-        min_scale=recipe.PUBLISHED_VIEWS["min_scale"],
-        mix="none",
-    )
-    labels, passes, hits = few.labels.to(device), -(-_PROBED // len(sizes)), 0
-    batches = [views for seed in range(passes) for views in draw(spec, sizes, seed).to(device)]
-    for views, pixels in zip(batches, source.render(batches), strict=True):
-        hits += (teachers.logits(pixels).argmax(1) == labels[views.index]).sum()
-    return round(100 * int(hits) / (passes * len(sizes)), 1)
+    scale = recipe.PUBLISHED_VIEWS["min_scale"]
+    spec = ViewSpec(dataset.input_size, args.batch_size, scale, mix="none")
+    passes = [draw(spec, sizes, seed) for seed in range(-(-_PROBED // len(sizes)))]
+    labels, labelled = few.labels.to(device), label_views(teachers, source, passes)
+    right = torch.cat([logits.argmax(1) == labels[views.index] for views, logits in labelled])
+    return round(100 * int(right.sum()) / len(right), 1)
 
 
 def choose_views(
@@ -41,10 +38,8 @@ def choose_views(
 ) -> dict[str, float]:
     """Sets --mix and --min-scale in `args` where they are not given; prints what auto chose.
 
-    A label set that is to be continued keeps what was measured when it was begun.
-
-    Returns:
-        What auto measured, for the manifest; nothing where the views are not its choice.
+    Returns what auto measured, for the manifest, or nothing where the views are not its choice. A
+    label set that is to be continued keeps what was measured when it was begun.
     """
     if args.recipe == "published":
         recipe.fill(args, recipe.PUBLISHED_VIEWS)

@@ -2,15 +2,13 @@
 
 import dataclasses
 import os
-import re
-import urllib.error
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -18,78 +16,53 @@ import models
 from utils.cli import UserError
 from utils.data.datasets import Dataset, folder_names
 from utils.data.folders import same_classes
+from utils.data.images import ResidentImages, StreamingImages
+from utils.data.views import Views
 from utils.files import load_tensors, sha256_state
 from utils.graphs import Graphs
 from utils.runtime import Runtime, check_outputs
 from utils.weights import load_state, own_facts, unwrap_state
 
-# Index of each class among ImageNet's 1000, which are in the order of their WordNet ids.
-_IMAGENETTE = {
-    **{"n01440764": 0, "n02102040": 217, "n02979186": 482, "n03000684": 491, "n03028079": 497},
-    **{"n03394916": 566, "n03417042": 569, "n03425413": 571, "n03445777": 574, "n03888257": 701},
-}
-_IMAGEWOOF = {
-    **{"n02086240": 155, "n02087394": 159, "n02088364": 162, "n02089973": 167, "n02093754": 182},
-    **{"n02096294": 193, "n02099601": 207, "n02105641": 229, "n02111889": 258, "n02115641": 273},
-}
-_SUBSETS = {"imagenette": _IMAGENETTE, "imagewoof": _IMAGEWOOF}
+_SUBSETS = yaml.safe_load(Path(__file__).with_name("imagenet_subsets.yaml").read_text())
 _IMAGENET_CLASSES = 1000
 
 
 @dataclasses.dataclass
 class Teacher:
-    """A pretrained network in evaluation mode.
+    """A pretrained network in evaluation mode, its parameters without gradients."""
 
-    Attributes:
-        name: as given to --teacher.
-        model: the network, its parameters without gradients.
-        sha256: of its state dict, for the manifest.
-    """
-
-    name: str
+    name: str  # as given to --teacher
     model: nn.Module
-    sha256: str
+    sha256: str  # of its state dict, for the manifest
 
 
 class Subset(NamedTuple):
-    """Classes of a data set among a teacher's.
+    """Classes of a data set among a teacher's."""
 
-    Attributes:
-        total: number of the teacher's classes.
-        rows: the position of each class of the data set among them.
-        names: what the teacher may call these classes: WordNet ids, or as listed.
-        listed: by the user, so that every teacher has all of them; else weights of either number
-            will do.
-    """
-
-    total: int
-    rows: list[int]
-    names: list[str]
-    listed: bool
+    total: int  # number of the teacher's classes
+    rows: list[int]  # the position of each class of the data set among them
+    names: list[str]  # what the teacher may call these classes: WordNet ids, or as listed
+    listed: bool  # whether every teacher has all of them; else weights of either number will do
 
 
 def find_subset(dataset: Dataset, classes: Sequence[str], listing: Path | None) -> Subset | None:
     """Where a data set's classes are among a teacher's, or None where they are all of them.
 
-    Args:
-        dataset: imagenette and imagewoof are parts of ImageNet.
-        classes: names of the class folders: WordNet ids, or numbers in the order of these.
-        listing: a text file, a class of the teacher per line, which begins with its WordNet id or
-            whatever else the class folder is called.
-
-    Raises:
-        UserError: a class that the list or the data set does not have, or has twice.
+    `classes` names the class folders: imagenette's and imagewoof's by WordNet ids, or numbers in
+    their order. `listing` has a line for each class of the teacher, which begins with the WordNet
+    id or whatever else the class folder is called. Raises UserError for a class that the list or
+    the data set does not have, or has twice.
     """
     if listing is not None:
         lines = listing.read_text(errors="replace").splitlines()
         names = [line.split()[0] for line in lines if line.strip()]
-        total, source = len(names), f"--teacher-classes {listing}"
-        if twice := [name for name, count in Counter(names).items() if count > 1]:
-            raise UserError(f"{source} lists {twice[0]} more than once, so its row is not known")
         row_of = {name: row for row, name in enumerate(names)}
+        total, source = len(names), f"--teacher-classes {listing}"
+        if twice := [name for row, name in enumerate(names) if row_of[name] != row]:
+            raise UserError(f"{source} lists {twice[0]} more than once, so its row is not known")
     elif dataset.name in _SUBSETS:
         total, source, row_of = _IMAGENET_CLASSES, dataset.name, _SUBSETS[dataset.name]
-        if all(re.fullmatch(r"(new)?\d+", name) for name in classes):
+        if all(name.removeprefix("new").isdecimal() for name in classes):
             return Subset(total, [*row_of.values()], [*row_of], listed=False)
     else:
         return None
@@ -122,37 +95,31 @@ def load_teacher(
 ) -> Teacher:
     """Builds a network and loads its weights, the averaged ones of a file where `ema` asks for it.
 
-    Weights come from `weights`; else from `default_weights`; else, for a `package.module:factory`,
+    They come from `weights`; else from `default_weights`; else, for a `package.module:factory`,
     from the factory itself; else, for ImageNet-1K and its subsets, from torchvision. Those of a
     file may have the published small networks' keys, and its name a suffix behind the network's
-    ("ResNet18_best"). Weights with an output for each of a subset's `total` classes label by its
-    rows, see `find_subset` for `classes` and `listing`. Says when a checkpoint of ours was trained
-    with another input size, mean or standard deviation than the data set's.
-
-    Raises:
-        UserError: unknown name, no weights to be had, weights that do not fit, or a checkpoint of
-            ours with another list of classes.
+    ("ResNet18_best"). Weights with an output for each of a teacher's classes label by the rows
+    that `find_subset` gives. Says when a checkpoint of ours was trained with other facts. Raises
+    UserError for an unknown name, no weights to be had or other ones, and another list of classes.
     """
     subset = find_subset(dataset, classes, listing)
-    listed = subset is not None and subset.listed
-    weights = weights or default_weights(name, dataset)
-    network = models.without_suffix(name) if weights else name
-    content = load_tensors(weights, "teacher weights") if weights else None
-    if facts := own_facts(content, weights):
-        _check_classes(content["classes"], classes, subset, weights)
+    path = weights or default_weights(name, dataset)
+    network = models.without_suffix(name) if path else name
+    content = load_tensors(path, "teacher weights") if path else None
+    if facts := own_facts(content, path):
+        _check_classes(content["classes"], classes, subset, path)
         if other := _differences(facts, dataset):
             print(f"teacher {name} was trained with {other}")
+    outputs = subset.total if subset and subset.listed else dataset.num_classes
     try:
-        outputs = subset.total if listed else dataset.num_classes
         model = models.build(network, outputs, dataset.input_size)
-        weights_found = _find_weights(name, content, weights, dataset, ema)
-        if weights_found:
-            state, source = weights_found
-            if subset and not listed and _needs_outputs(model, state, subset.total):
+        state = _find_state(name, content, path, dataset, ema)
+        if state is not None:
+            if subset and _needs_outputs(model, state, subset.total):
                 outputs = subset.total
                 model = models.build(network, outputs, dataset.input_size)
             state = models.under_our_names(model, state)
-            load_state(model, state, f"teacher weights {source}", network)
+            load_state(model, state, f"teacher weights {path or 'torchvision'}", network)
     except ValueError as error:
         raise UserError(f"--teacher: {error}") from None
     if subset and outputs == subset.total:
@@ -167,9 +134,7 @@ def load_teacher(
 def default_weights(name: str, dataset: Dataset) -> Path | None:
     """$Main_Data_Path/<dataset>/<name>.pth if it is there, else $Main_Data_Path/<name>.pth."""
     data_path = os.environ.get("Main_Data_Path")  # noqa: SIM112 - config.sh's published name
-    if not data_path:
-        return None
-    folders = [*folder_names(dataset.name), ""]
+    folders = [*folder_names(dataset.name), ""] if data_path else []
     files = [Path(data_path) / folder / f"{name}.pth" for folder in folders]
     return next((file for file in files if file.is_file()), None)
 
@@ -179,30 +144,22 @@ def training_facts(
 ) -> dict[str, Any] | None:
     """The facts that teachers were trained with, as a dict, where `dataset` leaves any open.
 
-    None where it does not, or where no teacher's weights are a checkpoint of validate/train.py.
-
-    Args:
-        names: of the teachers.
-        files: their weights; None: those that `default_weights` finds.
-        dataset: as the flags give it.
-
-    Raises:
-        UserError: teachers of different input sizes, means or standard deviations.
+    Those in `files`, or else where `default_weights` finds them by their names. None where
+    nothing is open, or none of them is a checkpoint of validate/train.py. Raises UserError for
+    teachers of different input sizes, means or standard deviations.
     """
-    first, first_path = None, None
     if None not in (dataset.input_size, dataset.mean, dataset.std):
         return None
-    for path in files or filter(None, [default_weights(name, dataset) for name in names]):
-        facts = own_facts(load_tensors(path, "teacher weights"), path)
-        if facts is None:
-            continue
-        first, first_path = first or facts, first_path or path
-        if other := _differences(first, facts):
+    paths = files or filter(None, [default_weights(name, dataset) for name in names])
+    facts = {path: own_facts(load_tensors(path, "teacher weights"), path) for path in paths}
+    known = [(path, each) for path, each in facts.items() if each]
+    for path, each in known[1:]:
+        if other := _differences(known[0][1], each):
             raise UserError(
-                f"the teachers were trained with different facts: {first_path} with {other} in "
+                f"the teachers were trained with different facts: {known[0][0]} with {other} in "
                 f"{path}; give --input-size, --mean and --std"
             )
-    return first and vars(first)
+    return vars(known[0][1]) if known else None
 
 
 def _differences(first: Dataset, second: Dataset) -> str:
@@ -211,13 +168,12 @@ def _differences(first: Dataset, second: Dataset) -> str:
     def text(value: int | Sequence[float]) -> str:
         return " ".join(map(str, value)) if isinstance(value, Sequence) else str(value)
 
-    sides = (
-        (name, *(text(getattr(side, name)) for side in (first, second)))
-        for name in ("input_size", "mean", "std")
-    )
-    return ", ".join(
-        f"{name.replace('_', ' ')} {one}, not {other}" for name, one, other in sides if one != other
-    )
+    found = []
+    for name in ("input_size", "mean", "std"):
+        one, other = (text(getattr(side, name)) for side in (first, second))
+        if one != other:
+            found.append(f"{name.replace('_', ' ')} {one}, not {other}")
+    return ", ".join(found)
 
 
 def _check_classes(
@@ -233,12 +189,8 @@ def _check_classes(
         return
     what = f"{len(theirs)} classes, not {len(ours)}"
     if len(theirs) == len(ours):
-        row, one, other = next(
-            (row, *names)
-            for row, names in enumerate(zip(theirs, ours, strict=True))
-            if names[0] != names[1]
-        )
-        what = f"class {row} is {one!r} there, {other!r} among the images"
+        row = next(row for row, name in enumerate(theirs) if name != ours[row])
+        what = f"class {row} is {theirs[row]!r} there, {ours[row]!r} among the images"
     raise UserError(
         f"teacher weights {path} are of another class list than the images ({what}): name the "
         "class folders as those it was trained on; if they are a part of these, list these in "
@@ -253,13 +205,12 @@ def _needs_outputs(model: nn.Module, state: dict[str, torch.Tensor], total: int)
     return any(mine != theirs and theirs[:1] == (total,) for mine, theirs in shapes)
 
 
-def _find_weights(
-    name: str, content: object, weights: Path | None, dataset: Dataset, ema: bool
-) -> tuple[dict[str, torch.Tensor], str] | None:
-    """The state dict and where it came from; None when the factory brings its own weights."""
-    if weights is not None:
-        hint = "--teacher-ema takes the averaged weights"
-        return unwrap_state(content, weights, ema, hint), str(weights)
+def _find_state(
+    name: str, content: object, path: Path | None, dataset: Dataset, ema: bool
+) -> dict[str, torch.Tensor] | None:
+    """A state dict, from the file or torchvision; None for a factory, which brings its own."""
+    if path is not None:
+        return unwrap_state(content, path, ema, "--teacher-ema takes the averaged weights")
     if ema:
         raise UserError(
             f"--teacher-ema takes the averaged weights of a file, and there is none for teacher "
@@ -270,10 +221,10 @@ def _find_weights(
     reason = f"there are no public weights for {dataset.name}"
     if dataset.name == "imagenet1k" or dataset.name in _SUBSETS:
         try:
-            return models.torchvision_weights(name), "torchvision"
+            return models.torchvision_weights(name)
         except ValueError as error:
             reason = str(error)
-        except (urllib.error.URLError, OSError) as error:
+        except OSError as error:
             reason = f"download failed ({error})"
     raise UserError(
         f"no weights for teacher {name}: {reason}; give a file with --teacher-weights, or put it "
@@ -305,16 +256,15 @@ class _PerBatchStatistics(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function in (F.batch_norm, torch.batch_norm):
-            rows = args[0] if args else kwargs.pop("input")
-            # The sixth argument of both functions says whether to use the batch's statistics.
-            if args[5] if len(args) > 5 else kwargs.get("training", False):
-                if len(rows) != self.views:
-                    raise _OtherRowsError
-                parts = rows.split(self.batch_size)
-                return torch.cat([function(part, *args[1:], **kwargs) for part in parts])
-            return function(rows, *args[1:], **kwargs)
-        return function(*args, **kwargs)
+        # The sixth argument of both functions says whether to use the batch's statistics.
+        training = args[5] if len(args) > 5 else kwargs.get("training", False)
+        if function not in (F.batch_norm, torch.batch_norm) or not training:
+            return function(*args, **kwargs)
+        rows = args[0] if args else kwargs.pop("input")
+        if len(rows) != self.views:
+            raise _OtherRowsError
+        parts = rows.split(self.batch_size)
+        return torch.cat([function(part, *args[1:], **kwargs) for part in parts])
 
 
 class _OtherRowsError(Exception):
@@ -341,16 +291,11 @@ class Ensemble:
 
     @torch.inference_mode()
     def logits(self, views: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
-        """Labels views in one forward pass.
+        """Labels rendered views, float32 [N, 3, S, S], in one forward pass: float32 [N, C].
 
-        Args:
-            views: rendered, float32 [N, 3, S, S], of one or several batches.
-            batch_size: the views per batch, of which each, under BSSL, has its own statistics, as
-                if it were labelled alone; on a GPU a CUDA graph labels them, so BSSL must have been
-                switched on before. None: all views are one batch, and no graph labels them.
-
-        Returns:
-            float32 [N, C] on the views' device.
+        Under BSSL every batch of `batch_size` has its own statistics, as if it were labelled
+        alone; on a GPU a CUDA graph labels them, so BSSL must have been switched on before. None:
+        all views are one batch, and no graph labels them.
         """
         size = batch_size or len(views)
         if self.graphs and batch_size:
@@ -375,3 +320,12 @@ def _forward(model: nn.Module, views: torch.Tensor, batch_size: int) -> torch.Te
             return model(views)
     except _OtherRowsError:
         return torch.cat([model(batch) for batch in views.split(batch_size)])
+
+
+def label_views(
+    teachers: Ensemble, source: ResidentImages | StreamingImages, parts: Sequence[Views]
+) -> Iterator[tuple[Views, torch.Tensor]]:
+    """Every batch of these views, on the teachers' device, with its logits, float32 [B, C]."""
+    batches = [batch for views in parts for batch in views.to(teachers.runtime.device)]
+    for batch, pixels in zip(batches, source.render(batches), strict=True):
+        yield batch, teachers.logits(pixels)

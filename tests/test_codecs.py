@@ -1,7 +1,5 @@
 """Codecs: hand-worked cases, error bounds, budgets, and equal bytes for equal labels."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -9,6 +7,7 @@ import torch
 from utils.cli import UserError
 from utils.data.views import Mixture
 from utils.labels import codecs
+from utils.labels.arrays import npz_bytes
 from utils.labels.codecs import base, klt
 from utils.labels.codecs.base import distortion
 from utils.labels.codecs.klt import Klt
@@ -147,7 +146,7 @@ def test_klt_codes_the_coefficients_that_its_prediction_leaves(logits, mixture):
     left = (logits - codec.mean) @ codec.projection - predicted
     assert torch.equal(numbers, quantise((left * codec.shrink / codec.step).T.contiguous()).T)
     # Normally distributed coefficients lose what a bit per ln 2 of their spread is worth.
-    assert torch.allclose(1 / codec.shrink, 1 + 0.2885 * codec.step**2 / left.var(0), rtol=0.02)
+    assert torch.allclose(1 / codec.shrink, 1 + 0.2885 * codec.step**2 / left.var(0), rtol=0.03)
     assert torch.allclose(codec.basis @ codec.projection, torch.eye(len(codec.basis)), atol=1e-4)
     lost = (logits - decoded(codec, logits, mixture)) @ codec.projection
     assert torch.allclose(lost, left - numbers * codec.step, atol=1e-3)
@@ -163,37 +162,33 @@ def test_klt_meets_a_distortion_target(logits, mixture):
         codec = fit(logits, mixture, distortion=target)
         found = distortion(logits, decoded(codec, logits, mixture))
         assert 0.9 * target < found <= target
-    assert codec.parameters() == {"name": "klt", "distortion": 0.1}
+    assert codec.options == {"distortion": 0.1}
 
 
 def test_klt_takes_a_step_to_half_a_percent_of_its_target(logits, mixture):
-    statistics = klt._Fit(logits, mixture, CLASSES, 1200, None)
+    statistics = klt._Fit(logits, mixture, CLASSES, 1200, 1200)
     for target in (0.002, 0.05, 0.3):
         found = statistics.distortion(statistics.search({"distortion": target}))
         assert 0.995 * target <= found <= target
 
 
-def test_the_dearest_is_found_where_cost_jumps_and_refused_where_all_is_too_dear():
-    def cost(position: float) -> float:
-        return math.exp(position) * (3 if position > 2 else 1)
-
-    found = klt._dearest(cost, math.exp(3), 0.0, (-5, 5), tolerance=0.01)
-    assert 1.99 < found <= 2
-    assert klt._dearest(cost, math.exp(1), 4.9, (-5, 5), tolerance=0.01) == pytest.approx(
-        1, abs=0.01
+def test_klt_takes_the_dearest_step_where_cost_jumps(monkeypatch, logits, mixture):
+    statistics = klt._Fit(logits, mixture, CLASSES, 1200, 1200)
+    monkeypatch.setattr(
+        statistics, "distortion", lambda codec: codec.step * (0.1 if codec.step <= 2 else 1)
     )
-    assert klt._dearest(cost, math.exp(-6), 0.0, (-5, 5), tolerance=0.01) is None
+    assert 1.99 < statistics.search({"distortion": 0.25}).step <= 2
 
 
 def test_klt_without_a_target_is_near_lossless(logits, mixture):
-    assert fit(logits, mixture).parameters()["distortion"] == klt.DEFAULT_DISTORTION
+    assert fit(logits, mixture).options["distortion"] == klt.DEFAULT_DISTORTION
 
 
 def test_klt_keeps_a_byte_budget_fitted_part_included(logits, mixture):
     found = []
     for budget in (6, 12, 24):
         codec = fit(logits, mixture, bytes_per_label=budget)
-        size = len(codec.pack(logits, mixture)) + klt.fitted_bytes(codec)
+        size = len(codec.pack(logits, mixture)) + codec.fitted_bytes() + klt.HEADERS
         assert 0.9 * budget < size / len(logits) <= budget
         found.append(distortion(logits, decoded(codec, logits, mixture)))
     assert found[0] > found[1] > found[2]
@@ -206,7 +201,7 @@ def test_klt_keeps_its_budget_on_labels_it_was_not_fitted_on(mixture):
         [(first, mixture)], CLASSES, labels * passes, pass_labels=labels, bytes_per_label=10
     )
     used = sum(len(codec.pack(make_logits(mixture, seed), mixture)) for seed in range(passes))
-    size = (used + klt.fitted_bytes(codec)) / (labels * passes)
+    size = (used + codec.fitted_bytes() + klt.HEADERS) / (labels * passes)
     assert 8.5 < size <= 10.2
 
 
@@ -223,13 +218,15 @@ def test_klt_of_labels_that_are_all_the_same(labels, scale):
     assert torch.allclose(decoded(codec, same, unmixed(labels)), same, atol=0.02)
 
 
-def test_equal_labels_give_equal_bytes(logits, mixture):
+def test_equal_labels_give_equal_bytes(logits, mixture, tmp_path):
     codec, again = (fit(logits, mixture, bytes_per_label=12) for _ in range(2))
     assert all(
         one.tobytes() == other.tobytes()
         for one, other in zip(codec.arrays().values(), again.arrays().values(), strict=True)
     )
-    read = codecs.from_manifest(codec.parameters(), CLASSES, codec.arrays())
+    (tmp_path / "codec.npz").write_bytes(npz_bytes(codec.arrays()))
+    manifest = {"num_classes": CLASSES, "codec": {"name": "klt", **codec.options}}
+    read = codecs.from_manifest(manifest, tmp_path / "codec.npz")
     payload = codec.pack(logits, mixture)
     assert payload == again.pack(logits, mixture) == read.pack(logits, mixture)
 
@@ -309,11 +306,9 @@ def test_distortion_is_a_share_of_the_information_in_the_label():
     assert distortion(two, decoded_two, 1.0) == pytest.approx(against_swapped / against_uniform)
 
 
-def test_unknown_codecs_and_missing_fitted_parts_are_named():
+def test_unknown_codecs_are_named():
     with pytest.raises(UserError, match="codec 'zip' is unknown"):
-        codecs.from_manifest({"name": "zip"}, 4, {})
-    with pytest.raises(UserError, match=r"codec\.npz.* is missing"):
-        codecs.from_manifest({"name": "klt", "distortion": 0.01}, 4, {})
+        codecs.find({"name": "zip"})
 
 
 @pytest.mark.gpu

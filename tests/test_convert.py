@@ -12,7 +12,7 @@ from conftest import CUSTOM, TINY, generate_arguments, train_arguments, tree, wr
 from torch.utils.data import DataLoader, RandomSampler
 from torchvision.transforms import functional as transforms
 
-from relabel import convert, export, generate
+from relabel import convert, drift, export, generate
 from utils.data import folders, images
 from utils.data.images import ResidentImages
 from utils.labels import LabelSet
@@ -287,11 +287,14 @@ def test_a_seed_that_torch_does_not_take_is_refused(world, tmp_path, command):
 
 REFUSED = {
     "no folder": (shutil.rmtree, "published label folder not found"),
-    "missing pass": (lambda fkd: (fkd / "epoch_1.tar").unlink(), "has 1 files epoch_*.tar, but"),
-    "missing order": (lambda f: shutil.copy(f / "epoch_1.tar", f / "epoch_2.tar"), "has 3 files"),
+    "missing pass": (
+        lambda fkd: (fkd / "epoch_1.tar").unlink(),
+        "has 1 passes or batches, sampler_indices_dict.pt the images of 2",
+    ),
+    "missing order": (lambda f: shutil.copy(f / "epoch_1.tar", f / "epoch_2.tar"), "has 3 passes"),
     "other images": (
         lambda fkd: torch.save({"0": list(range(13))}, fkd / "sampler_indices_dict.pt"),
-        "lists 13 images",
+        "entry 0 does not list images of the 12",
     ),
     "image twice": (
         lambda fkd: torch.save(
@@ -303,19 +306,19 @@ REFUSED = {
         lambda fkd: torch.save(
             {"0": [0, [1, 2]], "1": [*range(12)]}, fkd / "sampler_indices_dict.pt"
         ),
-        "has no list of image indices for 0",
+        "entry 0 does not list images of the 12",
     ),
     "fractional partner": (
         lambda fkd: change(fkd, lambda b: b[1].__setitem__(2, b[1][2] + 0.5)),
-        "batch 1: a flip, mix_index, box or class index is no whole number",
+        "batch 1 is no batch of [coords,",
     ),
     "fractional box": (
         lambda fkd: change(fkd, lambda b: b[1].__setitem__(4, [0, 0, 4.5, 4])),
-        "batch 1: a flip, mix_index, box or class index is no whole number",
+        "batch 1 is no batch of [coords,",
     ),
     "endless box": (
         lambda fkd: change(fkd, lambda b: b[1].__setitem__(4, [0, 0, 4, math.inf])),
-        "batch 1: a flip, mix_index, box or class index is no whole number",
+        "batch 1 is no batch of [coords,",
     ),
     "sparse crops": (
         lambda fkd: change(fkd, lambda b: b[1].__setitem__(0, b[1][0].to_sparse())),
@@ -327,11 +330,11 @@ REFUSED = {
     ),
     "logits instead of probabilities": (
         lambda fkd: change(fkd, lambda b: b[1].__setitem__(5, 20 * b[1][5].float().log())),
-        "batch 1: soft labels are no probabilities",
+        "batch 1: ('cutmix', 'logits', None) labels, in the first batch",
     ),
     "logits above zero": (
         lambda fkd: change(fkd, lambda b: b[0].__setitem__(5, 9 * b[0][5])),
-        "batch 0: soft labels are no probabilities",
+        "batch 0: ('cutmix', 'logits', None) labels, in the first batch",
     ),
     "another layout": (
         lambda fkd: [file.unlink() for file in fkd.iterdir()],
@@ -347,7 +350,7 @@ REFUSED = {
     ),
     "partner outside": (
         lambda fkd: change(fkd, lambda b: b[0][2].__setitem__(0, 7)),
-        "mix_index does not name views",
+        "batch 0 is no batch of [coords,",
     ),
     "CutMix box outside": (
         lambda fkd: change(fkd, lambda b: b[0].__setitem__(4, [0, 0, 40, 3])),
@@ -385,7 +388,7 @@ LAYOUTS_REFUSED = {
     "pass without batches": (
         "SRe2L",
         lambda f: [file.unlink() for file in (f / "epoch_1").iterdir()],
-        "batches are missing; there are [3]",
+        "batches are missing; there are [3, 0]",
     ),
     "cutout boxes": (
         "SRe2L",
@@ -402,18 +405,18 @@ LAYOUTS_REFUSED = {
     "order of other batches": (
         "LPQLD",
         lambda f: (f / "sampler_indices_batch.json").write_text('{"0": [1, 2, 3, 4, 5]}'),
-        "ends with entry 0, before that of",
+        "has 6 passes or batches, sampler_indices_batch.json the images of 1",
     ),
     "no order": ("LPQLD", lambda f: (f / "sampler_indices_batch.json").unlink(), "_batch.json"),
     "order of other images": (
         "LPLD",
         lambda f: (f / "sampler_indices_epoch.json").write_text('{"0": [1, 2, 12], "1": []}'),
-        "not those of the 12 in the image folder",
+        "entry 0 does not list images of the 12",
     ),
     "other number of logits": (
         "LPQLD k",
         lambda f: change_batch(f / "batch_2.tar", lambda b: [*b[:5], b[5][:, :1], b[6][:, :1]]),
-        "soft labels are no k logits, as in the first batch",
+        "('cutmix', 'k logits', 1) labels, in the first batch ('cutmix', 'k logits', 2)",
     ),
     "no logits at all": (
         "LPQLD k",
@@ -502,6 +505,8 @@ def test_a_pruned_set_comes_back_from_its_export(world, tmp_path, command):
     done = command(convert.main, *arguments(world, tmp_path / "exported", back))
     assert done.code == 0, done.err
     labels = LabelSet.open(pruned)
+    # Each pass has 15 views of 12 images.
+    assert drift.measure(labels).place[14:16].tolist() == [[0, 14], [1, 0]]
     for number, (views, logits) in enumerate(LabelSet.open(back)):
         assert views.checksum() == labels.views(number).checksum()
         assert torch.allclose(logits, labels[number].logits, atol=0.03)

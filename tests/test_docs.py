@@ -142,9 +142,9 @@ def test_the_sweep_and_the_plan_of_the_page_are_read(tmp_path, monkeypatch):
     plan = sweep.read_settings(["--plan", "plan.yaml"])
     tasks = sweep.run_tasks(plan)
     assert len(tasks) == 3 * 2 * (1 + 2 * 2 * 2)
-    assert sweep.images_dir(plan, 50) == Path("/data/generated_data/syn_data/cifar100/fadrm_ipc50")
+    assert plan.images_dir(50) == Path("/data/generated_data/syn_data/cifar100/fadrm_ipc50")
     assert [checks.parse(task).soft_epochs for task in tasks[:3]] == [None, 100, 100]
-    assert "runs: 54, 54 to do" in estimate.estimate(plan, 100, sweep.label_tasks(plan), tasks)
+    assert "runs: 54, 54 to do" in estimate.estimate(plan, sweep.label_tasks(plan), tasks)
 
 
 QUICK = {  # what makes a command of docs/own-images.md short

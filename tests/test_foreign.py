@@ -214,7 +214,7 @@ def test_the_first_of_several_frames_is_read(tmp_path, kind):
 @pytest.mark.parametrize(
     ("head", "told"),
     [
-        (b"\x00\x00\x00\x18ftypheic", "an HEIC image"),
+        (b"\x00\x00\x00\x18ftypheic", "an AVIF or HEIC image"),
         (b"<!DOCTYPE html><html>", "a web page"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
         (b"<svg xmlns=''/>", "an SVG drawing"),
@@ -314,7 +314,7 @@ def test_a_rank_that_is_none_of_the_processes_is_refused(monkeypatch, rank):
     for name, value in {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    with pytest.raises(UserError, match=f"RANK is {rank}, not a number below WORLD_SIZE"):
+    with pytest.raises(UserError, match=f"WORLD_SIZE is 2 but RANK is {rank}: start"):
         runtime.start(device="cpu", amp="off")
 
 

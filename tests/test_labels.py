@@ -253,11 +253,11 @@ def test_other_versions_and_incomplete_sets_are_refused(copied):
     ("field", "facts", "classes", "images_sha256"),
     [
         ("dataset", {"name": "cifar10"}, None, None),
-        ("number of classes", {"num_classes": 5}, None, None),
-        ("input size", {"input_size": 64}, None, None),
+        ("num_classes", {"num_classes": 5}, None, None),
+        ("input_size", {"input_size": 64}, None, None),
         ("mean", {"mean": (0.0, 0.0, 0.0)}, None, None),
         ("std", {"std": (1.0, 1.0, 1.0)}, None, None),
-        ("class list", {}, ["a", "b", "c", "d"], None),
+        ("classes", {}, ["a", "b", "c", "d"], None),
         ("images", {}, None, "0" * 64),
     ],
 )

@@ -10,6 +10,7 @@ import torch
 from conftest import CUSTOM, ROOT, open_run, tree
 
 from analysis import checks, estimate, sweep
+from analysis.plan import Method
 from utils import runlog
 from utils.cli import UserError
 from utils.data import datasets
@@ -33,13 +34,13 @@ def test_what_would_stop_a_run_is_said_before_the_first_starts(world, tmp_path):
     refused(r"hard_ipc3_ConvNetW32_seed0: unknown argument --smooth", "--", "--smooth", 1)
     refused(r"hard_ipc3_ConvNetW32_seed0: argument --lr: 'x' is not", "--", "--lr", "x")
     refused("soft_slc9_ipc3_ConvNetW32_seed0: --slc 9: .* holds 6", "--slc", 9)
-    refused("--students: unknown model 'ConvNetW23'", "--students", "ConvNetW23")
+    refused("hard_ipc3_ConvNetW23_seed0: unknown model 'ConvNetW23'", "--students", "ConvNetW23")
     refused("the labels in .* were made for something else: mean", "--mean", 0.1, 0.5, 0.5)
     refused("nowhere", "--val-dir", tmp_path / "nowhere")
     refused("--hard-share is for joint epochs", "--", "--hard-share", "0.3")
     plan = tiny_plan(world, tmp_path, "--methods", "hard")
-    plan.methods["hard"] = sweep.Method("--schedule soft", labels="")
-    with pytest.raises(UserError, match="has soft epochs: say `like: soft`"):
+    plan.methods["hard"] = Method("--schedule soft", labels="")
+    with pytest.raises(UserError, match="hard_ipc3_ConvNetW32_seed0: schedule soft has"):
         checks.check(sweep.run_tasks(plan))
     refused(
         "hard_ipc2_ConvNetW32_seed0: --ipc 2: .* has 3 images per class", "--ipc", 2, "--slc", 2
@@ -58,7 +59,7 @@ def test_what_would_stop_a_run_is_said_before_the_first_starts(world, tmp_path):
     with pytest.raises(UserError, match="labels_views_ipc3: --teacher-weights: no file W"):
         checks.check(sweep.label_tasks(plan))
     plan = tiny_plan(world, tmp_path, *unmade[:3], "--teacher ConvNetW23")
-    with pytest.raises(UserError, match="labels_views_ipc3: --teacher: unknown model 'ConvNetW23'"):
+    with pytest.raises(UserError, match="labels_views_ipc3: unknown model 'ConvNetW23'"):
         checks.check(sweep.label_tasks(plan))
 
 
@@ -70,11 +71,11 @@ def test_a_run_with_other_settings_in_the_folder_of_the_plan_is_refused_early(wo
     flags = ("--methods", "soft", "--", "--soft-epochs", 1, "--hard-epochs", 0, "--eval-every", 2)
     checks.check(sweep.run_tasks(tiny_plan(world, tmp_path, *flags)))
     flags += ("--label-smoothing", 0.1)
-    other = r"\(--label-smoothing: expected 0\.1, found 0\.8\): give the method another name"
+    other = r"\(--label-smoothing: expected 0\.1, found 0\.8\); choose another"
     with pytest.raises(UserError, match=other):
         checks.check(sweep.run_tasks(tiny_plan(world, tmp_path, *flags)))
     (folder / "args.yaml").write_text("damaged")
-    with pytest.raises(UserError, match=r"soft_slc3_.* damaged; choose another --out-dir"):
+    with pytest.raises(UserError, match=r"soft_slc3_.* damaged; choose another"):
         checks.check(sweep.run_tasks(tiny_plan(world, tmp_path)))
 
 
@@ -109,14 +110,14 @@ def test_data_set_flags_are_given_once(world, tmp_path):
         assert (facts.input_size, facts.mean) == (32, (0.5, 0.5, 0.5))
 
 
-def test_a_path_with_a_variable_that_is_not_set_is_refused(world, tmp_path, monkeypatch):
+def test_a_path_with_a_variable_that_is_not_set_is_refused(world, tmp_path, monkeypatch, command):
     monkeypatch.delenv("Main_Data_Path", raising=False)
-    plan = tiny_plan(world, tmp_path, "--data-dir", "$Main_Data_Path/d{ipc}")
-    with pytest.raises(UserError, match=r"--data-dir \$Main_Data_Path/d\{ipc\}: set the variable"):
-        checks.check_folders(plan, ("data_dir",))
+    flags = ["--plan", str(ROOT / "analysis/plans/paper/cifar100.yaml"), "--only", "list"]
+    refused = command(sweep.main, *flags)
+    assert refused.code == 2 and "fadrm_ipc{ipc}: set the variable in config.sh" in refused.err
     monkeypatch.setenv("Main_Data_Path", "/m")
     plan = tiny_plan(world, tmp_path, "--data-dir", "$Main_Data_Path/d{ipc}")
-    assert sweep.images_dir(plan, 3) == Path("/m/d3")
+    assert plan.images_dir(3) == Path("/m/d3")
     monkeypatch.setenv("HOME", "/home/me")
     assert tiny_plan(world, tmp_path, "--out-dir=~/o").out_dir == "/home/me/o"
 
@@ -157,7 +158,7 @@ def test_an_estimate_on_label_sets_that_are_there_needs_no_teacher(world, tmp_pa
     (tmp_path / "labels").symlink_to(world.labels)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     labels, runs = sweep.label_tasks(plan), sweep.run_tasks(plan)
-    text = estimate.estimate(plan, 4, labels, runs)
+    text = estimate.estimate(plan, labels, runs)
     assert "label sets: 1, 1 to make\ndisk: label sets 48.00 B and" in text
     views = sum(estimate.count_views(task, 4) for task in runs)
     days = (views / 0.01 + 3) / 86400

@@ -49,9 +49,9 @@ def labels_and_views(path) -> tuple[LabelSet, list]:
 
 def test_bytes_by_purpose_add_up(world, klt):
     for path in (world.labels, klt):
-        labels = LabelSet.open(path)
-        found = report.sizes(labels)
-        assert sum(found.values()) == sum(file.stat().st_size for file in path.iterdir())
+        found = report.report_sizes(LabelSet.open(path))["bytes"]
+        total = found.pop("total")
+        assert total == sum(found.values()) == sum(file.stat().st_size for file in path.iterdir())
         assert found["views"] == 0 and found["manifest"] == (path / "manifest.json").stat().st_size
         payload = [np.load(file)["payload"].nbytes for file in path.glob("pass_*.npz")]
         assert found["logits"] == sum(payload)
@@ -59,15 +59,12 @@ def test_bytes_by_purpose_add_up(world, klt):
 
 
 def test_the_factor_against_fp16_of_another_codec(world, klt):
-    _, same = report.size_table(
-        LabelSet.open(world.labels), report.sizes(LabelSet.open(world.labels))
-    )
+    same = report.report_sizes(LabelSet.open(world.labels))
     assert same["factor against fp16"] == 1
-    labels = LabelSet.open(klt)
-    parts = report.sizes(labels)
-    _, other = report.size_table(labels, parts)
+    other = report.report_sizes(LabelSet.open(klt))
+    parts = other["bytes"]
     rest = parts["views"] + parts["manifest"] + parts["checksums, headers"]
-    expected = (rest + 24 * 2 * CLASSES) / labels.bytes_on_disk()
+    expected = (rest + 24 * 2 * CLASSES) / parts["total"]
     assert other["factor against fp16"] == pytest.approx(expected, abs=1e-3)
 
 
@@ -97,10 +94,12 @@ def test_a_view_drifts_when_its_top1_class_is_none_of_its_classes(world):
         if wrong:
             gaps[main] = max(gaps.get(main, 0), soft.max() - soft[present].max())
     assert hits_of_partners > 0  # else this test says less than it should
-    assert found.by_image().tolist() == views.tolist()
-    assert found.by_image(found.drifts).tolist() == drifting.tolist()
-    assert found.by_area().tolist() == by_area[:, 0].tolist()
-    assert found.by_area(found.drifts).tolist() == by_area[:, 1].tolist()
+    for told, expected in (
+        (report.image_rows(labels, found, [""] * 12), zip(views, drifting, strict=True)),
+        (report.area_rows(found), by_area),
+    ):
+        counts = [(row["views"], row["drifting"]) for row in told]
+        assert counts == [tuple(each) for each in expected]
     expected = sorted(gaps.values(), reverse=True)[:3]
     assert found.gap[found.worst(3)].tolist() == pytest.approx(expected, abs=1e-5)
 
@@ -163,12 +162,12 @@ def test_tables_and_pictures(world, tmp_path, command):
     assert found["sizes"]["bytes"]["total"] == LabelSet.open(world.labels).bytes_on_disk()
 
 
-def test_the_share_of_drifting_views_is_the_same_in_every_table_and_picture(world):
+def test_the_share_of_drifting_views_is_the_same_in_every_table_and_picture(world, capsys):
     labels = LabelSet.open(world.labels)
     measured = drift.measure(labels)
     views, count = len(measured.drifts), int(measured.drifts.sum())
-    text, told = report.drift_table(measured)
-    assert f"views that drift: {100 * count / views:.1f} % of {views}" in text
+    told = report.report_drift(measured)
+    assert f"views that drift: {100 * count / views:.1f} % of {views}" in capsys.readouterr().out
     assert told["drifting"] == count / views
     files = [str(image) for image in range(12)]
     for rows in (report.area_rows(measured), report.image_rows(labels, measured, files)):

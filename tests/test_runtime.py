@@ -7,7 +7,6 @@ from torch import nn
 
 from utils import cli, runtime
 from utils.cli import UserError
-from utils.data import images
 
 
 @pytest.fixture
@@ -15,8 +14,6 @@ def device_file(tmp_path, monkeypatch):
     """An NVIDIA device, as far as a file tells, without a driver that works."""
     (tmp_path / "nvidia0").touch()
     monkeypatch.setattr(runtime, "_NVIDIA_DEVICES", (tmp_path, "nvidia[0-9]*"))
-    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.82.01\n")
-    monkeypatch.setattr(runtime, "_NVIDIA_DRIVER", tmp_path / "version")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return tmp_path / "nvidia0"
 
@@ -32,7 +29,7 @@ def test_a_gpu_whose_driver_does_not_start_is_no_reason_for_the_cpu(
     monkeypatch.setattr(torch.cuda, "init", too_old)
     with pytest.raises(UserError) as stopped:
         runtime.start(device=device, amp="auto")
-    for part in ("too old", "470.82.01", torch.__version__, "--device cpu"):
+    for part in ("too old", torch.__version__, "--device cpu"):
         assert part in str(stopped.value)
 
 
@@ -119,13 +116,13 @@ def test_other_errors_are_not_the_gpus():
 def test_a_containers_memory_is_what_it_may_take(
     tmp_path, monkeypatch, limit_file, use_file, statistics
 ):
-    monkeypatch.setattr(images, "_CGROUP", tmp_path)
-    free = images.available_memory()
+    monkeypatch.setattr(runtime, "_CGROUP", tmp_path)
+    free = runtime.available_memory()
     assert free > 1_000_000
     (tmp_path / "memory").mkdir()
     (tmp_path / limit_file).write_text("100000\n")
     (tmp_path / use_file).write_text("60000\n")
     (tmp_path / use_file).with_name("memory.stat").write_text(f"anon 9\n{statistics}\n")
-    assert images.available_memory() == 40_300
+    assert runtime.available_memory() == 40_300
     (tmp_path / limit_file).write_text("max\n" if limit_file == "memory.max" else f"{2**62}\n")
-    assert images.available_memory() > 1_000_000
+    assert runtime.available_memory() > 1_000_000

@@ -12,6 +12,7 @@ from conftest import ROOT, tree
 from PIL import Image
 
 from analysis import sweep
+from analysis.plan import known_methods
 from utils.files import read_json
 
 
@@ -124,7 +125,7 @@ def test_help_of_the_sweep_names_every_setting_and_method(command):
     shown = bash("run_sweep.sh", "--help").stdout
     flags = set(re.findall(r"--[a-z-]+", command(sweep.main, "--help").out)) - {"--help"}
     assert flags <= set(re.findall(r"--[a-z-]+", shown))
-    for method in sweep.known_methods():
+    for method in known_methods():
         assert re.search(rf"\b{method}\b", shown) or re.fullmatch("S[2-7]", method)
 
 

@@ -16,6 +16,7 @@ from conftest import ROOT, TINY, write_images
 from PIL import Image
 
 from analysis import checks, runner, sweep, tables
+from analysis.plan import known_methods
 from relabel import compress
 from scripts import prepare_split
 from utils.cli import UserError
@@ -58,7 +59,7 @@ def test_a_plan_is_the_grid_but_for_what_does_not_depend_on_the_slc(tmp_path):
 
 
 def test_every_command_is_one_that_the_training_script_understands(tmp_path):
-    every = {f"my {name}": {"like": name, "flags": "--lr 0.5"} for name in sweep.known_methods()}
+    every = {f"my {name}": {"like": name, "flags": "--lr 0.5"} for name in known_methods()}
     for task in sweep.run_tasks(settings(tmp_path, methods=every)):
         args = parse_arguments(task.command[1:])
         assert args.lr == 0.5 and str(args.output_dir).endswith(task.name)
@@ -66,7 +67,7 @@ def test_every_command_is_one_that_the_training_script_understands(tmp_path):
 
 def test_a_kind_of_epoch_added_elsewhere_can_be_swept(tmp_path, monkeypatch):
     monkeypatch.setattr(kinds, "KINDS", {**kinds.KINDS})
-    monkeypatch.setattr(sweep, "KINDS", kinds.KINDS)
+    monkeypatch.setattr("analysis.plan.KINDS", kinds.KINDS)
 
     class Extra(kinds.Kind):
         name, colour = "extra", "tab:red"
@@ -118,7 +119,7 @@ def test_methods_that_read_labels_of_views_are_trained_on_every_codec(tmp_path, 
     methods = ["hard", "soft", "lpqld"]
     codecs = {"fp16": "", "klt_01": "--codec klt --distortion 0.01"}
     plan = settings(tmp_path, methods=methods, codecs=codecs, seeds=[0], slc=[5, 10])
-    views, topk, klt = sweep.label_tasks(plan)
+    views, klt, topk = sweep.label_tasks(plan)
     folder = f"{tmp_path}/out/labels/ipc5"
     folders = f"--label-dir {folder} --out-dir {folder}_"
     assert shlex.join(views.command).endswith(f"--label-dir {folder} --slc 40")
@@ -145,13 +146,13 @@ def test_methods_that_read_labels_of_views_are_trained_on_every_codec(tmp_path, 
 
 def test_codecs_whose_folders_would_be_the_same_are_refused(tmp_path):
     codecs = {"klt_1": "--codec klt --distortion 0.1", "klt-1": "--codec klt --distortion 0.2"}
-    with pytest.raises(UserError, match="two label sets of the plan are both labels_klt-1_ipc5"):
+    with pytest.raises(UserError, match="two tasks would both be labels_klt-1_ipc5: rename"):
         sweep.label_tasks(settings(tmp_path, codecs=codecs))
 
 
 def test_the_plan_of_codecs_is_read():
     plan = sweep.read_settings(["--plan", str(ROOT / "analysis/plans/codecs.yaml")])
-    assert plan.codecs["fp16"] == "" and plan.codecs["klt_01"] == "--codec klt --distortion 0.01"
+    assert plan.codecs["fp16"] is None and plan.codecs["klt_01"] == "--codec klt --distortion 0.01"
 
 
 def test_tables_and_plots_show_the_codec(tmp_path):
@@ -174,7 +175,8 @@ def test_a_plan_file_is_overridden_by_flags_and_checked(tmp_path):
     plan = tmp_path / "plan.yaml"
     text = (
         "dataset: digits\ndata_dir: D\nval_dir: V\nout_dir: O\nslc: [5]\nipc: [5]\n"
-        "students: [ConvNetW32]\nmethods: {mine: {like: balanced, flags: --lr 1}, lpld: }\n"
+        "students: [ConvNetW32]\nrelabel: --teacher T\n"
+        "methods: {mine: {like: balanced, flags: --lr 1}, lpld: }\n"
     )
 
     def read(text, *flags):
@@ -183,11 +185,10 @@ def test_a_plan_file_is_overridden_by_flags_and_checked(tmp_path):
 
     assert read(text, "--labels-per-image", "3").slc is None
     given = read(text, "--slc", "10", "--", "--lr", "2")
-    assert given.slc == [10] and given.flags == "--lr 2" and sweep.stored_slc(given, 5) == 40
+    assert given.slc == [10] and given.flags == "--lr 2" and given.stored_slc(5) == 40
     assert given.methods["mine"].flags == "--schedule hald --soft-loss-scale T2 --lr 1"
     assert read(text + "flags: --eta 1\nrelabel:\n").flags == "--eta 1"
     for wrong, message in (
-        (text + "sic: 3\n", "unknown 'sic'; did you mean slc"),
         (text + "codecs: [klt]\n", "codecs must be names, each with flags"),
         (text.replace("like: balanced", "like: balance"), "unknown method 'balance'"),
         (text.replace("slc: [5]", "slc: [7]"), "--slc 7 is not a multiple of IPC 5"),
@@ -195,39 +196,43 @@ def test_a_plan_file_is_overridden_by_flags_and_checked(tmp_path):
         (text.replace("ipc: [5]", "ipc: [1, 5]"), "must contain {ipc}"),
         (text + "labels_per_image: [1]\n", "give one of them"),
         (text + "cells: [{ipc: 5}]\n", "cells must be a list of"),
-        (text + "table: {rows: [ipc]}\n", "table must have rows and columns"),
-        (text + "table: {rows: [ipc], columns: [sudent]}\n", "table must have rows and columns"),
+        (text + "table: {rows: [ipc]}\n", "table must be rows and columns"),
+        (text + "table: {rows: [ipc], columns: [sudent]}\n", "table must be rows and columns"),
         (text + "input_size: 32\n", "goes with --dataset custom"),
         (text.replace("digits", "custom"), "custom also needs --input-size, --mean, --std"),
         (text + "flags: [--lr, 1]\n", "flags must be text"),
         (text + "codecs: {klt: [--codec, klt]}\n", "codecs must be names, each with flags"),
         (text + "cells: 5\n", "cells must be a list of"),
         (text + "cells: [{ipc: 5, flags: 1}]\n", "cells must be a list of"),
-        (text + "table: {rows: [[ipc]], columns: []}\n", "table must have rows and columns"),
-        (text.replace("lpld: ", "lpld: --lr 1"), "method 'lpld' must be empty or {like"),
-        (text.replace("lpld: ", "lpld: 0"), "method 'lpld' must be empty or {like"),
-        (text.replace("flags:", "flag:"), "method 'mine' .*unknown 'flag'; did you mean flags"),
-        (text.replace("like: balanced", "like: [hald]"), "method 'mine' must be empty or {like"),
+        (text + "table: {rows: [[ipc]], columns: []}\n", "table must be rows and columns"),
+        (text.replace("lpld: ", "lpld: --lr 1"), "methods must be names, each empty or with {like"),
+        (text.replace("lpld: ", "lpld: 0"), "methods must be names, each empty or with {like"),
+        (text.replace("flags:", "flag:"), "methods must be names, .* flags: FLAGS"),
+        (text.replace("like: balanced", "like: [hald]"), "methods must be names, each empty"),
         (text.replace("like: balanced, ", ""), "unknown method 'mine' .* mine: {like: hald, flags"),
-        (text + "flags: --lr '1\n", "flags: --lr '1: no closing quotation"),
-        (text + 'relabel: --teacher T"\n', '--relabel: --teacher T": no closing quotation'),
-        (text.replace("--lr 1", "--lr \\"), r"method 'mine': --lr \\: no escaped character"),
-        (text + "codecs: {klt: --codec 'klt}\n", "codec 'klt': --codec 'klt: no closing quotation"),
-        (text + 'cells: [{ipc: 5, flags: "\'"}]\n', "cell 1: ': no closing quotation"),
+        (text + "flags: --lr '1\n", "--lr '1: no closing quotation"),
+        (text + 'relabel: --teacher T"\n', '--teacher T": no closing quotation'),
+        (text.replace("--lr 1", "--lr \\"), r" --lr \\: no escaped character"),
+        (text + "codecs: {klt: --codec 'klt}\n", "--codec 'klt: no closing quotation"),
+        (text + 'cells: [{ipc: 5, flags: "\'"}]\n', "': no closing quotation"),
         (
             text.replace("ipc: [5]", "ipc: [5, 10]").replace("D", "D{ipc}") + "label_dir: L\n",
-            "--label-dir must contain {ipc}",
+            "L must contain {ipc}",
         ),
     ):
         with pytest.raises(UserError, match=message):
-            read(wrong)
+            wrong_plan = read(wrong)
+            sweep.label_tasks(wrong_plan), sweep.run_tasks(wrong_plan)
 
 
 def test_values_of_a_plan_are_checked_as_those_of_flags(tmp_path, capsys):
     plan = settings(tmp_path, students="ConvNetW32", ipc="5", seeds=3, methods="hard", slc=["5"])
     assert [task.name for task in sweep.run_tasks(plan)] == ["hard_ipc5_ConvNetW32_seed3"]
     assert plan.relabel == "--teacher T"
-    for wrong in ({"ipc": ["ten"]}, {"seeds": [[0]]}, {"slc": [5.5]}, {"label_slc": [1, 2]}):
+    for wrong in (
+        *({"ipc": ["ten"]}, {"seeds": [[0]]}, {"slc": [5.5]}, {"label_slc": [1, 2]}),
+        *({"sic": 3}, {"task": 0}),
+    ):
         with pytest.raises(SystemExit):
             settings(tmp_path, **wrong)
         assert capsys.readouterr().err.startswith(f"{tmp_path}/plan.yaml: ")
@@ -235,8 +240,9 @@ def test_values_of_a_plan_are_checked_as_those_of_flags(tmp_path, capsys):
 
 def test_only_ipc_is_filled_in_where_a_path_has_braces(tmp_path):
     plan = settings(tmp_path, data_dir="D{x}{ipc}{", label_dir="{}/L")
-    assert str(sweep.images_dir(plan, 5)) == "D{x}5{"
-    assert str(sweep.label_dir(plan, 5, "_static")) == "{}/L_static"
+    assert str(plan.images_dir(5)) == "D{x}5{"
+    (static,) = sweep.label_sets(plan, 5, "static")[""]
+    assert str(static.done.parent) == "{}/L_static"
 
 
 def test_a_plan_that_is_no_text_is_refused(tmp_path):
@@ -282,7 +288,7 @@ def test_methods_whose_folders_would_be_the_same_are_refused(tmp_path):
         "soft 1/4": {"like": "soft", "flags": "--temperature 4"},
         "soft 1-4": {"like": "soft", "flags": ""},
     }
-    with pytest.raises(UserError, match="'soft 1-4' and 'soft 1/4' are both soft-1-4"):
+    with pytest.raises(UserError, match="two tasks would both be soft-1-4_slc5_"):
         sweep.run_tasks(settings(tmp_path, methods=both))
 
 

@@ -25,20 +25,15 @@ from tqdm import tqdm
 from utils import extensions
 
 _REPEAT_SECONDS = 1.0
-_at_once = False  # see ending_at_once
 _told = False  # whether end_by_signal has said its line
 # From a scheduler, a user, SLURM before the time limit, a terminal that is closed.
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # What gloo and NCCL say when another process is gone.
-_PEER_GONE = re.compile(
-    "closed by peer|reset by peer|remote process exited|Broken pipe|[Tt]imed out"
-)
+_PEER_GONE = re.compile("(closed|reset) by peer|remote process exited|Broken pipe|[Tt]imed out")
 _OUT_OF_MEMORY = (
     "out of GPU memory; relabel with a smaller --views-per-forward, train with --no-graph or a "
     "smaller --model, or free the GPU of other jobs"
 )
-
-
 _OF_THE_GPU = re.compile(r"(CUDA|CUDA driver|cuDNN) error|Triton Error \[CUDA\]")
 # What CUDA and its libraries say, and what to do; the first that fits is told.
 _GPU_FAILURES = {
@@ -60,17 +55,15 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, except where there is none."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False:
-            return action.help
-        return super()._get_help_string(action)
+        without = action.default is None or action.default is False
+        return action.help if without else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser without abbreviations, whose errors are one line each, and ~ a folder."""
 
     def __init__(self, **kwargs):
-        kwargs.setdefault("formatter_class", _HelpFormatter)
-        super().__init__(allow_abbrev=False, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None):
         parsed, unknown = self.parse_known_args(args, namespace)
@@ -78,19 +71,20 @@ class Parser(argparse.ArgumentParser):
             flags = [flag for action in self._actions for flag in action.option_strings]
             self.error(f"unknown argument {unknown[0]}{did_you_mean(unknown[0], flags)}")
         for name, value in vars(parsed).items():
-            if isinstance(value, Path):
-                setattr(parsed, name, _at_home(value))
-            elif isinstance(value, list) and all(isinstance(each, Path) for each in value):
-                setattr(parsed, name, [_at_home(each) for each in value])
+            setattr(parsed, name, _at_home(value))
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        _fail(self.prog, f"{message} (--help lists the flags)")
+        _fail(f"{message} (--help lists the flags)")
 
 
-def _at_home(path: Path) -> Path:
-    """The path with ~ expanded, which no shell does in --flag=~/folder or within quotes."""
-    return Path(os.path.expanduser(path))  # noqa: PTH111 - Path's own fails for unknown users
+def _at_home(value):
+    """Paths with ~ expanded, which no shell does in --flag=~/folder or within quotes."""
+    if isinstance(value, list):
+        return [_at_home(each) for each in value]
+    if isinstance(value, Path):
+        return Path(os.path.expanduser(value))  # noqa: PTH111 - Path's own fails for unknown users
+    return value
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
@@ -100,18 +94,16 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     return f"; did you mean {', '.join(lower[name] for name in close)}?" if close else ""
 
 
-def bounded(kind: type, low: float | None = None, high: float | None = None) -> Callable:
-    """Returns an argparse type: a number of type `kind` in [low, high]."""
+def bounded(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable:
+    """Returns an argparse type: a finite number of type `kind` in [low, high]."""
 
     def parse(text: str):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        above = math.isfinite(value) and (low is None or value >= low)
-        below = high is None or value <= high
-        if not (above and below):
-            bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+        if not (math.isfinite(value) and low <= value <= high):
+            bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
             raise argparse.ArgumentTypeError(f"{text} is out of range: must be {bounds}")
         return value
 
@@ -131,10 +123,7 @@ def named(form: str) -> Callable[[str], tuple[str, str]]:
 
 
 def progress(iterable=None, **options) -> tqdm:
-    """A progress bar with rate and remaining time; in a log file, a line every ten seconds.
-
-    Of torchrun's processes only the first shows one.
-    """
+    """A progress bar of the first process; in a log file, a line every ten seconds."""
     interval = 0.1 if sys.stderr.isatty() else 10
     silent = {"disable": True} if _rank() > 0 else {}
     options = {"mininterval": interval, "dynamic_ncols": True, **options, **silent}
@@ -154,34 +143,35 @@ def _rank() -> int:
     return int(text) if world_size() > 1 and text.isdecimal() else 0
 
 
-def _fail(program: str, message: str) -> NoReturn:
+def _tell(message: str) -> None:
+    """Prints a line below the progress bar; only the first of several processes does."""
+    if _rank() == 0:
+        with contextlib.suppress(OSError):  # of a terminal that is closed
+            print(f"\n{message}", file=sys.stderr)
+
+
+def _fail(message: str) -> NoReturn:
     """Prints the one line of an error and exits with code 2."""
+    program = Path(sys.argv[0]).name
     if _rank() > 0:
         # What every process meets, the first one says, and torchrun ends the others meanwhile.
         time.sleep(5)
         program = f"{program} (process {_rank()})"
     line = message.replace("\n", "\\n").replace("\r", "\\r")  # of the names of files
     print(f"{program}: {line}", file=sys.stderr)
-    kill_children()
     sys.exit(2)
 
 
 def end_by_signal(number: int, where: str = "") -> NoReturn:
-    """Ends the program with 128 + the signal's number, and says once that it can be continued.
-
-    Args:
-        number: the signal.
-        where: what the same command continues with, such as "from epoch 4 of 300".
-    """
+    """Exits with 128 + the signal's number; says once what the command continues with: `where`."""
     global _told
-    what = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}.get(
+    how = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}.get(
         number, f"ended by {signal.Signals(number).name}"
     )
-    if _rank() == 0 and not _told:
+    if not _told:
         _told = True
-        with contextlib.suppress(OSError):  # of a terminal that is closed
-            message = f"{what}; the same command again continues {where}".rstrip()
-            print(f"\n{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        program = Path(sys.argv[0]).name
+        _tell(f"{program}: {how}; the same command again continues {where}".rstrip())
     kill_children()
     sys.exit(128 + number)
 
@@ -195,11 +185,42 @@ def kill_children() -> None:
 
 def gpu_failure(error: Exception) -> str | None:
     """What a failure of the GPU or its libraries is, in one line; None for all other errors."""
-    text = str(error)
-    if not isinstance(error, RuntimeError) or not _OF_THE_GPU.search(text):
+    if isinstance(error, torch.OutOfMemoryError):
+        return _OUT_OF_MEMORY
+    if not isinstance(error, RuntimeError) or not _OF_THE_GPU.search(str(error)):
         return None
-    advice = next(advice for words, advice in _GPU_FAILURES.items() if words in text)
-    return f"the GPU failed ({text.splitlines()[0]}): {advice}"
+    advice = next(advice for words, advice in _GPU_FAILURES.items() if words in str(error))
+    what = str(error).splitlines()[0]
+    return f"the GPU failed ({what}): {advice}; the same command continues after that"
+
+
+def _in_one_line(error: Exception) -> str | None:
+    """What is to be said of an error that the user can mend; None for a mistake of ours."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" at {error.filename}" if error.filename else ""
+            return f"the disk is full{where}; free some space, then run the same command again"
+        known = error.filename is not None and error.strerror
+        return f"{error.filename}: {error.strerror}" if known else None
+    if not isinstance(error, RuntimeError):
+        return None
+    cause = getattr(error, "inner_exception", None)  # of torch.compile's
+    if failure := gpu_failure(cause or error):
+        return failure
+    if cause:
+        return (
+            f"--compile failed ({' '.join(str(cause).split())[:300]}); it needs a C++ compiler and "
+            "Python's header files (Debian: apt-get install g++ python3-dev); without --compile "
+            "the run goes on"
+        )
+    if dist.is_initialized() and _PEER_GONE.search(str(error)):
+        return (
+            "another process of this job ended or hangs: see its message; the same command "
+            f"continues ({str(error).splitlines()[0]})"
+        )
+    return None
 
 
 def _heeded() -> list[signal.Signals]:
@@ -208,35 +229,18 @@ def _heeded() -> list[signal.Signals]:
 
 
 @contextlib.contextmanager
-def ending_at_once() -> Iterator[None]:
-    """Lets signals end the program at once, also within `delayed_signals`: for waits."""
-    global _at_once
-    _at_once = True
-    try:
-        yield
-    finally:
-        _at_once = False
-
-
-@contextlib.contextmanager
 def delayed_signals() -> Iterator[Callable[[], int | None]]:
-    """Notes signals instead of ending the program; the same one again later ends it at once.
+    """Notes signals, which the function that it yields returns; the same one again ends at once.
 
     Not within a second: launchers and shells pass on what a terminal has already sent to all.
-
-    Yields a function that returns the signal noted so far, or None; see `end_by_signal`.
     """
     noted: dict[int, float] = {}
 
     def note(number: int, frame) -> None:
-        if _at_once:
-            end_by_signal(number)
-        first = not noted
+        if not noted:
+            _tell("finishing the step; again: ending at once")
         if time.monotonic() - noted.setdefault(number, time.monotonic()) > _REPEAT_SECONDS:
             earlier[number](number, frame)
-        elif _rank() == 0 and first:
-            with contextlib.suppress(OSError):
-                print("\nfinishing the step; again: ending at once", file=sys.stderr)
 
     earlier = {number: signal.signal(number, note) for number in _heeded()}
     try:
@@ -253,8 +257,30 @@ def run(main: Callable[[], None]) -> NoReturn:
     traceback. Under torchrun only the first process speaks, unless another one alone has met an
     error.
     """
+    global _told
+    _told = False
+    if _rank() > 0:
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - stays open to the end
+    for number in {*_heeded()} - {signal.SIGINT}:  # which raises KeyboardInterrupt
+        signal.signal(number, lambda number, frame: end_by_signal(number))
     try:
-        _run(main)
+        try:
+            extensions.load()
+            main()
+            sys.exit(0)
+        except KeyboardInterrupt:
+            end_by_signal(signal.SIGINT)
+        except BrokenPipeError:  # as any program behind which head has ended
+            sys.exit(128 + signal.SIGPIPE)
+        except Exception as error:
+            if (message := _in_one_line(error)) is not None:
+                _fail(message)
+            if not dist.is_initialized():
+                raise
+            traceback.print_exc()
+            sys.exit(1)
+        finally:
+            kill_children()
     except SystemExit as stopped:
         try:
             sys.stdout.flush()
@@ -264,12 +290,6 @@ def run(main: Callable[[], None]) -> NoReturn:
             if stopped.code == 0:  # else other processes may be waiting for this one, or gone
                 dist.destroy_process_group()
             _exit_beside_threads(stopped.code)
-        raise
-    except Exception:
-        kill_children()
-        if dist.is_initialized():
-            traceback.print_exc()
-            _exit_beside_threads(1)
         raise
 
 
@@ -284,53 +304,3 @@ def _exit_beside_threads(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _run(main: Callable[[], None]) -> NoReturn:
-    global _told
-    program, _told = Path(sys.argv[0]).name, False
-    if _rank() > 0:
-        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - stays open to the end
-    for number in {*_heeded()} - {signal.SIGINT}:  # which raises KeyboardInterrupt
-        signal.signal(number, lambda number, frame: end_by_signal(number))
-    try:
-        extensions.load()
-        main()
-    except UserError as error:
-        message = str(error)
-    except KeyboardInterrupt:
-        end_by_signal(signal.SIGINT)
-    except RuntimeError as error:
-        cause = getattr(error, "inner_exception", None)  # of torch.compile's
-        failure = gpu_failure(cause or error)
-        if isinstance(cause or error, torch.OutOfMemoryError):
-            message = _OUT_OF_MEMORY
-        elif failure:
-            message = f"{failure}; the same command continues after that"
-        elif cause:
-            message = (
-                f"--compile failed ({' '.join(str(cause).split())[:300]}); "
-                "it needs a C++ compiler and Python's header files (Debian: apt-get install g++ "
-                "python3-dev); without --compile the run goes on"
-            )
-        elif dist.is_initialized() and _PEER_GONE.search(str(error)):
-            message = (
-                "another process of this job ended or hangs: see its message; the same command "
-                f"continues ({str(error).splitlines()[0]})"
-            )
-        else:
-            raise
-    except BrokenPipeError:  # as any program behind which head has ended
-        kill_children()
-        sys.exit(128 + signal.SIGPIPE)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = f" at {error.filename}" if error.filename else ""
-            message = f"the disk is full{where}; free some space, then run the same command again"
-        elif error.filename is not None and error.strerror:
-            message = f"{error.filename}: {error.strerror}"
-        else:
-            raise
-    else:
-        sys.exit(0)
-    _fail(program, message)

@@ -23,18 +23,20 @@ import torch
 
 from utils.cli import UserError
 
+# First bytes of a file in lower case, without blanks before them.
 _FIRST_BYTES = {
-    b"GIF8": "a GIF image",
+    b"version https://git-lfs": "a Git LFS pointer (git lfs pull gets the file)",
+    b"gif8": "a GIF image",
     b"<svg": "an SVG drawing",
     b"<?xml": "an XML document",
-    b"%PDF": "a PDF document",
-    b"%!PS": "a PostScript document",
+    b"%pdf": "a PDF document",
+    b"%!ps": "a PostScript document",
     b"\xff\x0a": "a JPEG XL image",
     b"\x1f\x8b": "a gzip archive",
     b"7z\xbc\xaf": "a 7z archive",
-    b"Rar!": "a RAR archive",
-    b"\x93NUMPY": "a NumPy array",
-    b"\x89HDF": "an HDF5 file",
+    b"rar!": "a RAR archive",
+    b"\x93numpy": "a NumPy array",
+    b"\x89hdf": "an HDF5 file",
     b"#!": "a script",
 }
 _NUMPY_SCALAR = np.float64(0).__reduce__()[0]
@@ -52,12 +54,7 @@ LOCK, _TEMPORARY, _SEAL = ".lock", ".hald-temporary", "content_sha256"
 
 
 def atomic_write(path: Path, write: bytes | Callable[[BinaryIO], None]) -> None:
-    """Writes `path` through a temporary name in its folder, fsync and rename.
-
-    Args:
-        path: the file to make or replace.
-        write: its content, or a function that writes the content to an open binary file.
-    """
+    """Makes or replaces a file by a temporary name, fsync and rename; `write` has its content."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_TEMPORARY}")
     try:
         with temporary.open("xb") as file:
@@ -91,14 +88,8 @@ def lock(folder: Path, doing: str) -> Iterator[None]:
 
     The lock is the operating system's and ends with its process, so none is ever left behind; its
     file names host and process. Temporary files of killed processes are removed on entry, and on
-    exit a folder in which nothing was made.
-
-    Args:
-        folder: what is written to.
-        doing: completes "another process is ..." in the message.
-
-    Raises:
-        LockedError: another process has the lock.
+    exit a folder in which nothing was made. Raises LockedError, "another process is <doing>
+    <folder>", where it is taken.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = _acquire(folder / LOCK, f"is {doing} {folder}")
@@ -114,6 +105,7 @@ def lock(folder: Path, doing: str) -> Iterator[None]:
 
 
 def _acquire(path: Path, doing: str) -> BinaryIO:
+    """The locked file, which names its owner."""
     while True:
         file = path.open("a+b")
         try:
@@ -143,10 +135,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """A folder that appears at `path` only when everything in it has been written.
 
     Yields `<path>.partial`, emptied of what an interrupted attempt left, and renames it on success.
-
-    Raises:
-        UserError: `path` exists already, another process is making it, or the partial folder is
-            not one of ours.
+    Raises UserError where `path` exists already, another process is making it, or the partial
+    folder is not one of ours.
     """
     if path.exists():
         raise UserError(f"{path} exists already and is left as it is; choose another folder")
@@ -172,16 +162,10 @@ def content_name(path: Path) -> str | None:
     """What a file is that should be something else, by its first bytes: "a web page", ..."""
     with path.open("rb") as file:
         head = file.read(512)
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not head:
         return "an empty file"
-    if text.startswith((b"<!doctype html", b"<html", b"<head")):
-        return "a web page, perhaps of a download that wants to be confirmed"
-    if text.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer (git lfs pull gets the file)"
     if head[4:8] == b"ftyp":
-        brand = head[8:12].decode("latin-1")
-        return {"avif": "an AVIF image"}.get(brand, f"an HEIC image or a film ({brand})")
+        return f"an AVIF or HEIC image, or a film ({head[8:12].decode('latin-1')})"
     if head[257:262] == b"ustar":
         return "a tar archive (tar -xf unpacks it)"
     if zipfile.is_zipfile(path):
@@ -190,27 +174,19 @@ def content_name(path: Path) -> str | None:
         if "constants.pkl" in names:
             return "a TorchScript program, not weights"
         return None if "data.pkl" in names else "a zip archive (unzip unpacks it)"
-    return next((name for start, name in _FIRST_BYTES.items() if head.startswith(start)), None)
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype html", b"<html", b"<head")):
+        return "a web page, perhaps of a download that wants to be confirmed"
+    return next((name for start, name in _FIRST_BYTES.items() if text.startswith(start)), None)
 
 
 def save_figure(figure, path: Path) -> None:
-    """Writes a matplotlib Figure as PNG, 120 dots per inch, and beside it as PDF.
-
-    Args:
-        figure: matplotlib's.
-        path: of the PNG.
-
-    Raises:
-        UserError: it ends in .pdf.
-    """
+    """Writes a matplotlib Figure as PNG (`path`), 120 dots per inch, and beside it as PDF."""
     name = path.name.removesuffix(".png")
     if name.lower().endswith(".pdf"):
         raise UserError(f"{path}: name the PNG; the PDF is written beside it")
-    undated = {"CreationDate": None}
-    atomic_write(
-        path.with_name(f"{name}.pdf"),
-        lambda file: figure.savefig(file, format="pdf", metadata=undated),
-    )
+    pdf = {"format": "pdf", "metadata": {"CreationDate": None}}
+    atomic_write(path.with_name(f"{name}.pdf"), lambda file: figure.savefig(file, **pdf))
     atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
@@ -237,8 +213,8 @@ def seal(value: dict) -> bytes:
 def read_sealed(path: Path) -> dict:
     """What `seal` was given; raises UserError when the file's content is not what was written."""
     value = read_json(path)
-    seal = value.pop(_SEAL, None) if isinstance(value, dict) else None
-    if seal != hashlib.sha256(to_json(value)).hexdigest():
+    checksum = value.pop(_SEAL, None) if isinstance(value, dict) else None
+    if checksum != hashlib.sha256(to_json(value)).hexdigest():
         raise UserError(f"{path} is damaged: its content does not agree with its checksum")
     return value
 
@@ -253,10 +229,7 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_state(state: Any) -> str:
-    """Returns the hex SHA-256 over nested dicts and lists of tensors and plain values.
-
-    Of tensors dtype, shape and bytes count, not the device.
-    """
+    """Hex SHA-256 over nested dicts and lists; of tensors dtype, shape and bytes count."""
     digest = hashlib.sha256()
 
     def add(value: Any) -> None:
@@ -265,10 +238,9 @@ def sha256_state(state: Any) -> str:
             digest.update(f"{array.dtype} {tuple(array.shape)}\n".encode())
             digest.update(array.flatten().view(torch.uint8).numpy())
         elif isinstance(value, dict | list | tuple):
-            digest.update(
-                f"{len(value)} in {'dict' if isinstance(value, dict) else 'list'}\n".encode()
-            )
-            for item in value.items() if isinstance(value, dict) else value:
+            kind, items = ("dict", value.items()) if isinstance(value, dict) else ("list", value)
+            digest.update(f"{len(value)} in {kind}\n".encode())
+            for item in items:
                 add(item)
         else:
             digest.update(f"{value!r}\n".encode())
@@ -277,36 +249,40 @@ def sha256_state(state: Any) -> str:
     return digest.hexdigest()
 
 
+def torch_save(path: Path, content: Any) -> None:
+    """torch.save by way of memory: it hides a full disk behind an error of its own."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    atomic_write(path, buffer.getvalue())
+
+
 def save_tensors(path: Path, state: dict) -> None:
     """Writes a dict of tensors and plain values for `load_tensors`, sealed with a checksum."""
-    # Through memory: torch.save hides a full disk behind an error of its own.
-    buffer = io.BytesIO()
-    torch.save({**state, _SEAL: sha256_state(state)}, buffer)
-    atomic_write(path, buffer.getvalue())
+    torch_save(path, {**state, _SEAL: sha256_state(state)})
 
 
 def load_tensors(path: Path, what: str) -> Any:
     """Loads a file of tensors, plain types and `_HARMLESS` objects, executing nothing, to the CPU.
 
-    What `save_tensors` wrote is verified; .safetensors files need the package of that name.
-
-    Args:
-        path: the file.
-        what: what it should be, for the message ("teacher weights", "checkpoint").
-
-    Raises:
-        UserError: the file is missing, damaged, or holds anything that would have to be executed.
+    What `save_tensors` wrote is verified; .safetensors files need the package of that name. Raises
+    UserError, calling the file `what` ("teacher weights"), where it is missing, damaged, or holds
+    anything that would have to be executed.
     """
     if not path.is_file():
         state = "is a folder, not a file" if path.is_dir() else "not found"
         raise UserError(f"{what} {state}: {path}")
-    if path.suffix == ".safetensors":
-        return _load_safetensors(path, what)
-    if name := content_name(path):
+    safetensors = path.suffix == ".safetensors"
+    if not safetensors and (name := content_name(path)):
         raise UserError(f"{what} {path} is {name}; get the file itself")
     try:
+        if safetensors:
+            from safetensors.torch import load_file
+
+            return load_file(path)
         with torch.serialization.safe_globals(_HARMLESS):
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise UserError(f"{what} {path}: pip install safetensors reads such files") from None
     except Exception as error:  # whatever the reader stumbles over in somebody else's file
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which cut-off files give
             raise
@@ -318,7 +294,7 @@ def load_tensors(path: Path, what: str) -> Any:
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:
-    """Completes "FILE ..." for a file that torch.load refuses."""
+    """Completes "FILE ..." for a file that is refused by its reader."""
     try:
         blocked = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # no archive of torch's
@@ -330,15 +306,3 @@ def _why_unreadable(path: Path, error: Exception) -> str:
             "was executed (save the model's state_dict() alone, where the file comes from)"
         )
     return f"is damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-
-
-def _load_safetensors(path: Path, what: str) -> dict[str, torch.Tensor]:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError:
-        raise UserError(f"{what} {path}: pip install safetensors reads such files") from None
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{what} {path} is damaged: {error}") from None

@@ -1,4 +1,4 @@
-"""Device, mixed precision, and the processes that torchrun starts."""
+"""Device, mixed precision, what of the machine may be used, and the processes of torchrun."""
 
 import argparse
 import contextlib
@@ -27,9 +27,8 @@ from utils.data.datasets import Dataset
 
 _CGROUP = Path("/sys/fs/cgroup")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt(3)
-AMP_CHOICES = ("auto", "fp16", "bf16", "off")
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}
 _NVIDIA_DEVICES = Path("/dev"), "nvidia[0-9]*"
-_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 # Of a step for the others'. Where rank 0 alone decodes, fits or writes, the others wait for long.
 _PATIENCE = datetime.timedelta(minutes=30)
 _PATIENCE_FOR_FIRST = datetime.timedelta(days=7)
@@ -38,26 +37,18 @@ _MEETING = datetime.timedelta(minutes=5)  # for all processes to have come and f
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """Where and in which precision networks run, and as which of torchrun's processes.
-
-    Attributes:
-        device: the torch device.
-        dtype: autocast's dtype; None runs in fp32.
-        rank: number of this process, from 0.
-        world: number of processes; 1 without torchrun, and then the collectives below do nothing.
-        patient: of several processes, those that wait for what rank 0 does alone.
-    """
+    """Where and in which precision networks run, and as which of torchrun's processes."""
 
     device: torch.device
-    dtype: torch.dtype | None
+    dtype: torch.dtype | None  # autocast's; None runs in fp32
     rank: int = 0
-    world: int = 1
-    patient: dist.ProcessGroup | None = None
+    world: int = 1  # with one process the collectives below do nothing
+    patient: dist.ProcessGroup | None = None  # of those that wait for what rank 0 does alone
 
     @property
     def precision(self) -> str:
         """ "fp16", "bf16" or "off": a value of --amp that gives the same precision again."""
-        return {torch.float16: "fp16", torch.bfloat16: "bf16", None: "off"}[self.dtype]
+        return next(name for name, dtype in _DTYPES.items() if dtype is self.dtype)
 
     def autocast(self) -> torch.autocast:
         """A context in which the forward pass runs in mixed precision."""
@@ -123,17 +114,13 @@ class Runtime:
             self.barrier()
 
     def shared(self, model: nn.Module) -> nn.Module:
-        """The model, its gradients averaged over the ranks; each has running statistics of its own.
-
-        See `average_buffers`.
-        """
+        """The model, its gradients averaged over the ranks, its buffers not: see below."""
         if self.world == 1:
             return model
         kind = nn.parallel.DistributedDataParallel
         # Newer versions of torch call the argument by its second name, and warn about the first.
-        names = [*inspect.signature(kind).parameters]
-        name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-        return kind(model, **{name: False})
+        newer = "forward_sync_buffers" in inspect.signature(kind).parameters
+        return kind(model, **{"forward_sync_buffers" if newer else "broadcast_buffers": False})
 
     def average_buffers(self, model: nn.Module) -> None:
         """Gives every rank the mean of the ranks' floating-point buffers (running statistics)."""
@@ -169,18 +156,12 @@ def check_trains(
 ) -> None:
     """Raises UserError unless a training pass takes a batch of so many views, as BatchNorm may not.
 
-    A copy of the network is tried, and the random numbers it draws are given back.
-
-    Args:
-        model: on `device`.
-        dataset: gives the input size.
-        views: in the smallest batch of an epoch, its last.
-        what: names the network in the message.
+    `views` are those of an epoch's last batch, the smallest. A copy of the network is tried, and
+    the random numbers it draws are given back.
     """
     pixels = torch.zeros(views, 3, dataset.input_size, dataset.input_size, device=device)
-    devices = [device] if device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices), torch.no_grad():
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
             copy.deepcopy(model).train()(pixels)
     except ValueError as error:
         raise UserError(
@@ -190,51 +171,33 @@ def check_trains(
 
 
 def check_outputs(model: nn.Module, dataset: Dataset, device: torch.device, what: str) -> None:
-    """Raises UserError unless the network maps one input to one logit per class.
-
-    Args:
-        model: on `device`; evaluated without gradients, left in the mode it was in.
-        dataset: gives input size and number of classes.
-        device: where the network is.
-        what: names it in the message.
-    """
+    """Raises UserError, naming `what`, unless the network maps one image to one logit per class."""
     training, size = model.training, dataset.input_size
     try:
         with torch.inference_mode():
             logits = model.eval()(torch.zeros(1, 3, size, size, device=device))
     except Exception as error:  # whatever somebody else's network raises
-        if isinstance(error, torch.OutOfMemoryError) or gpu_failure(error):
+        if gpu_failure(error):
             raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{what} does not take {size}-pixel images: {reason}") from None
     model.train(training)
     shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-    if shape != (1, dataset.num_classes):
-        raise UserError(
-            f"{what} gives {shape} for one image, expected (1, {dataset.num_classes}), the number "
-            f"of classes of {dataset.name}"
-        )
+    expected = (1, dataset.num_classes)
+    if shape != expected:
+        raise UserError(f"{what} gives {shape} for one image, {dataset.name} needs {expected}")
 
 
 def add_arguments(parser: argparse.ArgumentParser, decodes: bool = True) -> None:
     """Adds --device, --amp and --workers."""
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    group.add_argument(
-        "--amp",
-        choices=AMP_CHOICES,
-        default="auto",
-        help="mixed precision; auto: fp16 on CUDA, off (exact) on a CPU, where bf16 is faster on "
-        "some processors",
-    )
+    precision = "mixed precision; auto: fp16 on CUDA, off (exact) on a CPU, where bf16 is faster "
+    precision += "on some processors"
+    group.add_argument("--amp", choices=("auto", *_DTYPES), default="auto", help=precision)
     if decodes:
-        group.add_argument(
-            "--workers",
-            type=bounded(int, 0),
-            default=4,
-            metavar="N",
-            help="processes that decode images which are not kept in memory",
-        )
+        decoders = "processes that decode images which are not kept in memory"
+        group.add_argument("--workers", type=bounded(int, 0), default=4, metavar="N", help=decoders)
 
 
 def usable_cores() -> int:
@@ -247,6 +210,25 @@ def usable_cores() -> int:
             if int(quota) > 0:
                 cores = min(cores, -(-int(quota) // int(period)))
     return cores
+
+
+def available_memory() -> int:
+    """Bytes of memory that can be taken without swapping, nor above a container's limit."""
+    line = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    available = int(line[1]) * 1024
+    # Version 2 says "max" and version 1 a huge number where there is no limit.
+    for limit, used in (("max", "current"), ("limit_in_bytes", "usage_in_bytes")):
+        folder = _CGROUP if limit == "max" else _CGROUP / "memory"
+        with contextlib.suppress(OSError, ValueError):
+            room = int((folder / f"memory.{limit}").read_text())
+            room -= int((folder / f"memory.{used}").read_text())
+            statistics = (folder / "memory.stat").read_text()
+            # Cached pages of files count as used, and are given up when memory is wanted. With
+            # the groups below this one, where version 1 counts those apart.
+            total = "total_" if "total_inactive_file" in statistics else ""
+            cached = re.findall(rf"^{total}(?:in)?active_file (\d+)", statistics, re.MULTILINE)
+            available = min(available, room + sum(map(int, cached)))
+    return max(available, 0)
 
 
 def describe(machine: Runtime) -> str:
@@ -266,45 +248,45 @@ def from_arguments(args: argparse.Namespace) -> Runtime:
 
 
 def start(device: str, amp: str) -> Runtime:
-    """Prepares this process to compute.
+    """Prepares this process to compute, on a device and in a precision as the flags name them.
 
-    Args:
-        device: "auto", "cpu", "cuda" or "cuda:N".
-        amp: one of AMP_CHOICES.
-
-    Raises:
-        UserError: no such device here, or none that has this precision.
+    One of torchrun's processes gets a GPU of its own, and waits until all have come. Raises
+    UserError where there is no such device, or none that has this precision.
     """
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > usable_cores():
         torch.set_num_threads(usable_cores())  # more than a container's quota wait for each other
     # On a GPU, too, fp32 is fp32: TF32 would move pixels and labels. Some containers switch it on.
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
-    name = device
-    if not name.startswith("cpu"):
+    world, rank, local = _place()
+    if not device.startswith("cpu"):
         _check_driver()
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        chosen = torch.device(name)
+        chosen = torch.device(device)
     except RuntimeError:
-        raise UserError(f"--device {name}: not a device; use auto, cpu, cuda or cuda:N") from None
-    if chosen.type == "cuda":
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {device}: not a device; use auto, cpu, cuda or cuda:N")
+    if chosen.type == "cpu":
+        if amp == "fp16":
+            raise UserError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
+        keep_freed_memory()
+    else:
+        if world > 1:
+            if chosen.index is not None:
+                raise UserError("--device cuda:N is for one process; leave it out under torchrun")
+            chosen = torch.device("cuda", local)
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (chosen.index or 0) >= count:
-            seen = f"only {count} CUDA devices" if count else "no CUDA device"
-            raise UserError(f"--device {name}: there is {seen} here; --device cpu runs without one")
-    elif chosen.type != "cpu":
-        raise UserError(f"--device {name}: only cpu and cuda are supported")
-    if amp == "fp16" and chosen.type == "cpu":
-        raise UserError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
-    if chosen.type == "cuda":
+            hint = f"--nproc_per_node={count}" if world > 1 and count else "--device cpu"
+            raise UserError(f"--device {chosen}: there are {count} CUDA devices here; use {hint}")
         torch.cuda.set_device(chosen.index or 0)  # where memory is pinned, too
-    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}
-    dtypes["auto"] = torch.float16 if chosen.type == "cuda" else None
-    if chosen.type == "cpu":
-        keep_freed_memory()
-    return _join(Runtime(chosen, dtypes[amp]))
+    if amp == "auto":
+        amp = "off" if chosen.type == "cpu" else "fp16"
+    patient = _meet(chosen, rank, world) if world > 1 else None
+    return Runtime(chosen, _DTYPES[amp], rank, world, patient)
 
 
 def _check_driver() -> None:
@@ -312,23 +294,19 @@ def _check_driver() -> None:
 
     Unsaid, a driver that is older than torch's CUDA would mean days on the CPU.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-    hidden = not re.match(r"\d|GPU-|MIG-", visible)
+    hidden = not re.match(r"\d|GPU-|MIG-", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
     folder, names = _NVIDIA_DEVICES
     if torch.cuda.is_available() or hidden or not any(map(_opens, folder.glob(names))):
         return
+    reason = "no device answers"
     try:
         torch.cuda.init()
-        reason = "no device answers"
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-    driver = "unknown"
-    with contextlib.suppress(OSError):
-        driver = _NVIDIA_DRIVER.read_text().splitlines()[0]
     raise UserError(
-        f"there is an NVIDIA device, but CUDA does not start ({reason}); driver: {driver}; torch "
-        f"{torch.__version__} is built for CUDA {torch.version.cuda or '(none)'}: install the "
-        "build of torch that fits the driver, or run with --device cpu"
+        f"there is an NVIDIA device, but CUDA does not start ({reason}): install a build of torch "
+        f"that fits the driver (here: {torch.__version__}, CUDA {torch.version.cuda}; nvidia-smi "
+        "names the driver), or run with --device cpu"
     )
 
 
@@ -353,59 +331,40 @@ def keep_freed_memory() -> None:
         set_option(_M_TRIM_THRESHOLD, -1)
 
 
-def _join(machine: Runtime) -> Runtime:
-    """The runtime as one of torchrun's processes, with a device of its own; without it, as is."""
+def _place() -> tuple[int, int, int]:
+    """How many processes torchrun started, which of them this is, and which on this machine."""
     world = world_size()
     if world == 1:
-        return machine
-    if missing := [
-        name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR") if not os.environ.get(name)
-    ]:
-        raise UserError(
-            f"WORLD_SIZE is {world} but {missing[0]} is not set: start several processes with "
-            "torchrun, or unset WORLD_SIZE"
-        )
-    ranks = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK")}
-    if wrong := [
-        name for name, text in ranks.items() if not text.isdecimal() or int(text) >= world
-    ]:
-        raise UserError(f"{wrong[0]} is {ranks[wrong[0]]}, not a number below WORLD_SIZE ({world})")
-    rank, device, backend = int(ranks["RANK"]), machine.device, "gloo"
-    if device.type == "cuda":
-        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if device.index is not None:
-            raise UserError("--device cuda:N is for one process; under torchrun leave it at auto")
-        if local >= count:
+        return 1, 0, 0
+    for name in ("RANK", "LOCAL_RANK"):
+        text = os.environ.get(name) or "not set"
+        if not text.isdecimal() or int(text) >= world:
             raise UserError(
-                f"torchrun started more processes here than there are GPUs ({count}); use "
-                f"--nproc_per_node={count}"
+                f"WORLD_SIZE is {world} but {name} is {text}: start several processes with "
+                "torchrun, or unset WORLD_SIZE"
             )
-        device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(device)
+    return world, int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+
+
+def _meet(device: torch.device, rank: int, world: int) -> dist.ProcessGroup:
+    """Waits for all of torchrun's processes; returns the group of those that wait for long."""
     if not dist.is_initialized():
+        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         try:
             store, _, _ = next(rendezvous("env://", timeout=_MEETING))
-            dist.init_process_group(
-                backend, store=store, rank=rank, world_size=world, timeout=_PATIENCE
-            )
+            job = {"store": store, "rank": rank, "world_size": world, "timeout": _PATIENCE}
+            dist.init_process_group(backend, **job)
         except (dist.DistError, ValueError) as error:
-            port, reason = os.environ.get("MASTER_PORT"), str(error).splitlines()[0][:200]
             raise UserError(
-                f"the {world} processes of this job did not meet at {os.environ['MASTER_ADDR']}, "
-                f"port {port} ({reason}): start all of them, with torchrun, and let them reach "
-                "each other"
+                f"the {world} processes of this job did not meet ({str(error).splitlines()[0]:.200}"
+                "): start all of them, with torchrun, and let them reach each other"
             ) from None
-    patient = dist.new_group(backend="gloo", timeout=_PATIENCE_FOR_FIRST)
-    return dataclasses.replace(machine, device=device, rank=rank, world=world, patient=patient)
+    return dist.new_group(backend="gloo", timeout=_PATIENCE_FOR_FIRST)
 
 
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers, for manifests and run folders."""
-    packages = {
-        "torch": str(torch.__version__),
-        "torchvision": torchvision.__version__,
-        "numpy": numpy.__version__,
-    }
+    packages = {each.__name__: str(each.__version__) for each in (torch, torchvision, numpy)}
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # codec klt alone needs it
         packages["pcodec"] = importlib.metadata.version("pcodec")
     return packages

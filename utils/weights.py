@@ -20,43 +20,37 @@ _AVERAGED = re.compile("(?<![a-z])ema(?![a-z])", re.IGNORECASE)
 def own_facts(content: object, path: Path) -> Dataset | None:
     """The data set of a checkpoint that validate/train.py wrote; None for other code's.
 
-    Args:
-        content: of the file.
-        path: of the file, for messages.
-
-    Raises:
-        UserError: a checkpoint of ours without one of the fields that describe its network, or
-            with another kind of value in it.
+    Raises UserError where a field that describes its network is missing, or of another kind.
     """
     if not isinstance(content, dict) or content.get("format") != "hald-student":
         return None
-    facts = content.get("dataset")
-    names = {field.name for field in dataclasses.fields(Dataset)}
-    described = isinstance(facts, dict) and {*facts} == names
-    count = facts["num_classes"] if described else None
+    facts, classes, state = (content.get(field) for field in ("dataset", "classes", "model"))
+    described = isinstance(facts, dict) and {*facts} == {
+        f.name for f in dataclasses.fields(Dataset)
+    }
     fits = {
         "dataset": described
         and isinstance(facts["name"], str)
-        and all(isinstance(facts[name], int) for name in ("num_classes", "input_size"))
-        and all(_is_list(facts[name], float) and len(facts[name]) == 3 for name in ("mean", "std")),
+        and _are([facts["num_classes"], facts["input_size"]], int, 2)
+        and all(_are(facts[name], float, 3) for name in ("mean", "std")),
         "network": isinstance(content.get("network"), str),
-        "classes": _is_list(content.get("classes"), str) and len(content["classes"]) == count,
+        "classes": described and _are(classes, str, facts["num_classes"]),
         "precision": content.get("precision") in ("fp16", "bf16", "off"),
-        "model": isinstance(state := content.get("model"), dict)
-        and all(isinstance(key, str) for key in state)
+        "model": isinstance(state, dict)
+        and _are([*state], str, len(state))
         and any(isinstance(value, torch.Tensor) for value in state.values()),
     }
-    if wrong := [field for field, right in fits.items() if not right]:
-        state = "not what that writes" if wrong[0] in content else "missing"
-        raise UserError(
-            f"{path} is no whole checkpoint of validate/train.py: {wrong[0]} is {state}"
-        )
+    for field, right in fits.items():
+        if not right:
+            how = "not what that writes" if field in content else "missing"
+            raise UserError(f"{path} is no checkpoint of validate/train.py: {field} is {how}")
     return Dataset(**facts)
 
 
-def _is_list(value: object, kind: type) -> bool:
-    """Whether it is a list or tuple of values of a type."""
-    return isinstance(value, list | tuple) and all(isinstance(each, kind) for each in value)
+def _are(values: object, kind: type, count: int) -> bool:
+    """Whether it is a list or tuple of so many values of a type."""
+    listed = isinstance(values, list | tuple) and len(values) == count
+    return listed and all(isinstance(value, kind) for value in values)
 
 
 def unwrap_state(
@@ -64,18 +58,10 @@ def unwrap_state(
 ) -> dict[str, torch.Tensor]:
     """The network in a checkpoint: the one dict of tensors in it, wherever training scripts put it.
 
-    Args:
-        content: of the file.
-        path: of the file, for messages.
-        ema: take the averaged weights, those under a key with the word "ema", not the others.
-        hint: what to do where a file holds averaged weights that were not asked for.
-
-    Returns:
-        The state dict, without the prefixes of DistributedDataParallel and torch.compile, nor
-        the counter of torch's AveragedModel.
-
-    Raises:
-        UserError: no such dict, or several.
+    Without the prefixes of DistributedDataParallel and torch.compile, nor the counter of torch's
+    AveragedModel. With `ema` the averaged weights are taken, those under a key with the word "ema",
+    else the others; `hint` says what to do where averaged ones were not asked for. Raises UserError
+    where there is no such dict, or several.
     """
     states = dict(_find_states(content, ""))
     averaged = {key for key in states if _AVERAGED.search(key)}
@@ -109,16 +95,13 @@ def _find_states(content: object, key: str) -> Iterator[tuple[str, dict[str, tor
 
 def load_state(model: nn.Module, state: dict[str, torch.Tensor], what: str, name: str) -> None:
     """Loads a state dict; raises UserError with one line that names the first misfit."""
-    own = model.state_dict()
-    for key, value in own.items():
+    for key, value in model.state_dict().items():
         if key in state and state[key].shape != value.shape:
-            raise UserError(
-                f"{what} do not fit {name} for this data set: {key} is {tuple(state[key].shape)}, "
-                f"expected {tuple(value.shape)} (other number of classes or input size?)"
-            )
-    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in state if key not in own]
+            misfit = f"{key} is {tuple(state[key].shape)}, expected {tuple(value.shape)}"
+            hint = "(other number of classes or input size?)"
+            raise UserError(f"{what} do not fit {name} for this data set: {misfit} {hint}")
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    missing = [key for key in missing if not key.endswith("num_batches_tracked")]
     if missing or unexpected:
         counts = f"{len(missing)} tensors missing, {len(unexpected)} unexpected"
         raise UserError(f"{what} do not fit {name}: {counts} (first: {(missing + unexpected)[0]})")
-    model.load_state_dict(state, strict=False)

@@ -22,17 +22,10 @@ def complete(
 ) -> Dataset:
     """A data set with nothing left open; says what was taken for facts that no flag gives.
 
-    Args:
-        dataset: as the flags give it.
-        folder: its images.
-        sizes: int [images, 2], their heights and widths; None: read where they are needed.
-        recorded: facts that count more than the images': those of their label set, or those that
-            the teacher was trained with.
-        recorded_by: what holds these, for the message.
-
-    Raises:
-        UserError: no input size, and images that are no squares of one size; a channel that is
-            the same in all pixels.
+    Facts `recorded` by its label set, or by what the teacher was trained with, count more than
+    those of its images, whose heights and widths are `sizes`, int [images, 2] (None: read where
+    they are needed). Raises UserError where the images are no squares of one size and no input
+    size is given, or a channel is the same in all pixels.
     """
     dataset = dataclasses.replace(dataset, num_classes=len(folder.classes))
     missing = [name for name in ("input_size", "mean", "std") if getattr(dataset, name) is None]
@@ -41,9 +34,9 @@ def complete(
     if not recorded:
         recorded, recorded_by = {}, f"the images in {folder.root}"
         if "input_size" in missing:
-            recorded["input_size"] = common_size(folder, sizes)
+            recorded["input_size"] = _common_size(folder, sizes)
         if {"mean", "std"} & {*missing}:
-            recorded["mean"], recorded["std"] = mean_and_std(folder)
+            recorded["mean"], recorded["std"] = _mean_and_std(folder)
     facts = {name: recorded[name] for name in missing}
     facts |= {name: tuple(facts[name]) for name in ("mean", "std") if name in facts}
     dataset = dataclasses.replace(dataset, **facts)
@@ -55,24 +48,21 @@ def complete(
     return dataset
 
 
-def common_size(folder: ImageFolder, sizes: np.ndarray | None) -> int:
-    """The side of all images; raises UserError where they are no squares of one size."""
+def _common_size(folder: ImageFolder, sizes: np.ndarray | None) -> int:
+    """The side of all images."""
     if sizes is None:
         sizes, _ = inspect(folder)
     if sizes.min() != sizes.max():
-        (low, narrow), (high, wide) = sizes.min(axis=0), sizes.max(axis=0)
+        heights, widths = (f"{each.min()} to {each.max()}" for each in sizes.T)
         raise UserError(
             f"--dataset custom also needs --input-size: the images in {folder.root} are not all "
-            f"squares of one size (heights {low} to {high}, widths {narrow} to {wide})"
+            f"squares of one size (heights {heights}, widths {widths})"
         )
     return int(sizes.max())
 
 
-def mean_and_std(folder: ImageFolder) -> tuple[list[float], list[float]]:
-    """Exact mean and standard deviation of each channel over all pixels, of values in 0..1.
-
-    Raises UserError where a channel is the same everywhere.
-    """
+def _mean_and_std(folder: ImageFolder) -> tuple[list[float], list[float]]:
+    """Exact mean and standard deviation of each channel over all pixels, of values in 0..1."""
     counts = np.zeros(3 * _GREY_LEVELS, dtype=np.int64)
     for histogram in map_files(lambda path: decode(path).histogram(), folder.files, "mean and std"):
         counts += histogram

@@ -29,18 +29,13 @@ from utils.files import LockedError, atomic_write, lock
 
 _SMALLEST = 1 << 26  # bytes of pixels; fewer are decoded in a second or two
 _POLL = 1.0  # seconds between looks at another process's lock
-_SHARE_OF_GPU = 1 / 2  # of its free memory; training needs the rest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --val-cache."""
-    parser.add_argument(
-        "--val-cache",
-        default="auto",
-        metavar="DIR",
-        help="where decoded validation images are kept; auto: $Main_Data_Path/cache or, without "
-        "that, the user's cache folder, for 64 MiB and more; off: nowhere",
-    )
+    meant = "where decoded validation images are kept; auto: $Main_Data_Path/cache or, without "
+    meant += "that, the user's cache folder, for 64 MiB and more; off: nowhere"
+    parser.add_argument("--val-cache", default="auto", metavar="DIR", help=meant)
 
 
 def load(
@@ -48,17 +43,9 @@ def load(
 ) -> torch.Tensor:
     """Decoded validation images: uint8 [images, 3, S, S], not to be written to.
 
-    They come from the cache, which is made where it lacks them. Where it cannot be used, one line
-    says why, and the images are decoded into memory. A GPU with room for them gets the pixels.
-
-    Args:
-        folder: the images.
-        dataset: gives the input size S.
-        device: of the evaluation.
-        cache: a folder, "auto" or "off", see `add_arguments`.
-
-    Raises:
-        UserError: see utils.data.images.load_evaluation.
+    They come from the cache (a folder, "auto" or "off"), which is made where it lacks them. Where
+    it cannot be used, one line says why, and `load_evaluation` decodes them into memory. A GPU with
+    room for them gets the pixels.
     """
     shape = (len(folder.files), 3, dataset.input_size, dataset.input_size)
     if cache == "auto":
@@ -66,7 +53,7 @@ def load(
     pixels = None if cache == "off" else _cached(Path(cache).expanduser(), shape, folder, dataset)
     if pixels is None:
         pixels = load_evaluation(folder, dataset)
-    return pixels.to(device) if fits(pixels, device, _SHARE_OF_GPU) else pixels
+    return pixels.to(device) if fits(pixels, device) else pixels
 
 
 def _default_folder() -> str:
@@ -87,6 +74,14 @@ def _cached(
         facts, name = file.stat(), file.relative_to(folder.root).as_posix()
         digest.update(f"{name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
     path = cache / f"{dataset.name}_{digest.hexdigest()[:32]}.npy"
+
+    def write(output: BinaryIO) -> None:
+        # Not through a writable map: on a full disk that would kill the process.
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(output, header)
+        for image in decode_evaluation(folder, dataset):
+            output.write(image.contiguous().numpy())
+
     waiting = False
     while True:
         try:
@@ -95,7 +90,11 @@ def _cached(
                 return torch.from_numpy(np.lib.format.open_memmap(path, mode="c").reshape(shape))
             # Renaming keeps the file whole; the lock spares other processes the decoding.
             with lock(cache, "decoding images to"):
-                _make(path, shape, folder, dataset)
+                free = shutil.disk_usage(cache).free
+                if free < 1.1 * math.prod(shape):
+                    raise OSError(f"only {free / 1e9:.1f} GB are left")
+                atomic_write(path, write)
+                print(f"{folder.root}: the decoded images are kept in {path}")
         except LockedError as error:
             if not waiting:
                 print(f"waiting: {error}", flush=True)
@@ -105,19 +104,3 @@ def _cached(
             reason = f"{error.filename or cache}: {error.strerror or error}"
             print(f"decoded validation images are not cached: {reason}")
             return None
-
-
-def _make(path: Path, shape: tuple[int, ...], folder: ImageFolder, dataset: Dataset) -> None:
-    free = shutil.disk_usage(path.parent).free
-    if free < 1.1 * math.prod(shape):
-        raise OSError(f"only {free / 1e9:.1f} GB are left")
-
-    def write(output: BinaryIO) -> None:
-        # Not through a writable map: on a full disk that would kill the process.
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(output, header)
-        for image in decode_evaluation(folder, dataset):
-            output.write(image.contiguous().numpy())
-
-    atomic_write(path, write)
-    print(f"{folder.root}: the decoded images are kept in {path}")

@@ -18,19 +18,8 @@ from utils.cli import UserError
 from utils.data.views import ORDER, shuffle
 from utils.files import read_json
 
-IMAGE_ENDINGS = {
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".pgm",
-    ".gif",
-    ".avif",
-}
+IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".avif"}
+IMAGE_ENDINGS |= {".tif", ".tiff", ".ppm", ".pgm"}
 # Beside class folders whose images are selected ones, not synthesised; a field of it says of which.
 SELECTION, SOURCE = "selection.json", "source_listing_sha256"
 # What macOS, network storage, archives and notebooks leave beside images; names with a dot, too.
@@ -39,19 +28,12 @@ _LEFT_BEHIND = {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume
 
 @dataclasses.dataclass(frozen=True)
 class ImageFolder:
-    """The images below a folder with one sub-folder per class, in text order.
-
-    Attributes:
-        root: the folder.
-        classes: names of the class folders, sorted as text; the position is the class index.
-        files: all image files, class by class, sorted by name within a class.
-        labels: int64 [images], the class index of every file.
-    """
+    """The images below a folder with one sub-folder per class."""
 
     root: Path
-    classes: list[str]
-    files: list[Path]
-    labels: torch.Tensor
+    classes: list[str]  # names of the class folders, sorted as text: a class is its position
+    files: list[Path]  # all image files, class by class, sorted by name within a class
+    labels: torch.Tensor  # int64 [images], the class of every file
 
     def counts(self) -> list[int]:
         """Images per class."""
@@ -60,9 +42,8 @@ class ImageFolder:
     def sample(self, count: int) -> "ImageFolder":
         """The folder with at most `count` of its images, chosen at random but always the same."""
         rows = np.sort(shuffle(0, ORDER, 0, len(self.files))[:count])
-        return dataclasses.replace(
-            self, files=[self.files[row] for row in rows], labels=self.labels[rows]
-        )
+        files = [self.files[row] for row in rows]
+        return dataclasses.replace(self, files=files, labels=self.labels[rows])
 
     def listing_sha256(self) -> str:
         """Hex SHA-256 over names and sizes of all files: cheap, and other images differ in it."""
@@ -88,20 +69,14 @@ class ImageFolder:
 def scan(root: Path, num_classes: int | None = None) -> ImageFolder:
     """Lists an image folder; links to files and folders count as what they lead to.
 
-    Args:
-        root: a folder with one sub-folder per class.
-        num_classes: how many classes there must be; None accepts any number.
-
-    Raises:
-        UserError: missing or empty folder, a broken link, a pipe or socket, a name that is no text,
-            wrong number of classes, a class without images, or class folders whose numbers are
-            not in text order.
+    Raises UserError for whatever would give other images or classes than are meant: no folder, a
+    broken link, a pipe or socket, a name that is no text, other than `num_classes` classes (None:
+    any number), a class without images, or class folders whose numbers are not in text order.
     """
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"image folder not found: {root}")
-    entries = [entry for entry in os.scandir(root) if _is_data(entry)]
-    classes = sorted(entry.name for entry in entries if entry.is_dir())
+    classes = sorted(entry.name for entry in _entries(root) if entry.is_dir())
     if not classes or classes == ["images"]:
         raise UserError(
             f"{root} has no class folders: it must hold one sub-folder per class "
@@ -110,17 +85,18 @@ def scan(root: Path, num_classes: int | None = None) -> ImageFolder:
     _check_order(root, classes)
     if num_classes is not None and len(classes) != num_classes:
         raise UserError(f"{root} has {len(classes)} class folders, the data set {num_classes}")
-    files, labels = [], []
-    ignored: collections.Counter[str] = collections.Counter()
+    files, labels, ignored = [], [], collections.Counter()
     for label, name in enumerate(classes):
-        images, others = [], []
+        images, others = [], collections.Counter()
         for path in sorted(_files_below(root / name, ancestors=())):
-            (images if path.suffix.lower() in IMAGE_ENDINGS else others).append(path)
-        endings = collections.Counter(path.suffix.lower() or "without ending" for path in others)
+            if (ending := path.suffix.lower()) in IMAGE_ENDINGS:
+                images.append(path)
+            else:
+                others[ending or "without ending"] += 1
         if not images:
-            only = f", only files that are not read ({', '.join(endings)})" if endings else ""
+            only = f", only files that are not read ({', '.join(others)})" if others else ""
             raise UserError(f"class folder {root / name} has no images{only}")
-        ignored += endings
+        ignored += others
         files += images
         labels += [label] * len(images)
     if ignored:
@@ -129,24 +105,21 @@ def scan(root: Path, num_classes: int | None = None) -> ImageFolder:
     return ImageFolder(root, classes, files, torch.tensor(labels))
 
 
-def _is_data(entry: os.DirEntry) -> bool:
-    """Whether an entry is one of the data's: neither hidden nor left behind by other programs.
-
-    Raises:
-        UserError: a name that is no valid text, or a link that leads nowhere.
-    """
-    if entry.name.startswith(".") or entry.name in _LEFT_BEHIND:
-        return False
-    try:
-        entry.name.encode()
-    except UnicodeEncodeError:
-        raise UserError(
-            f"the name {os.fsencode(entry.path)!r} is no valid text; rename it (convmv renames "
-            "whole folders)"
-        ) from None
-    if entry.is_symlink() and not os.path.exists(entry):  # noqa: PTH110 - as for loops, False
-        raise UserError(f"{entry.path} is a broken link; mend or remove it")
-    return True
+def _entries(folder: Path) -> Iterator[os.DirEntry]:
+    """What in a folder is data: neither hidden nor left behind by other programs, nor unusable."""
+    for entry in os.scandir(folder):
+        if entry.name.startswith(".") or entry.name in _LEFT_BEHIND:
+            continue
+        try:
+            entry.name.encode()
+        except UnicodeEncodeError:
+            name = repr(os.fsencode(entry.path))
+            raise UserError(
+                f"the name {name} is no valid text; rename it (as convmv does)"
+            ) from None
+        if entry.is_symlink() and not os.path.exists(entry):  # noqa: PTH110 - as for loops, False
+            raise UserError(f"{entry.path} is a broken link; mend or remove it")
+        yield entry
 
 
 def _files_below(folder: Path, ancestors: tuple[tuple[int, int], ...]) -> Iterator[Path]:
@@ -155,15 +128,14 @@ def _files_below(folder: Path, ancestors: tuple[tuple[int, int], ...]) -> Iterat
     here = (facts.st_dev, facts.st_ino)
     if here in ancestors:
         return
-    for entry in os.scandir(folder):
-        if _is_data(entry):
-            path = folder / entry.name
-            if entry.is_dir():
-                yield from _files_below(path, (*ancestors, here))
-            elif entry.is_file():
-                yield path
-            else:  # a named pipe would keep its reader waiting for ever
-                raise UserError(f"{path} is neither a file nor a folder; remove it")
+    for entry in _entries(folder):
+        path = folder / entry.name
+        if entry.is_dir():
+            yield from _files_below(path, (*ancestors, here))
+        elif entry.is_file():
+            yield path
+        else:  # a named pipe would keep its reader waiting for ever
+            raise UserError(f"{path} is neither a file nor a folder; remove it")
 
 
 def _check_order(root: Path, classes: list[str]) -> None:
@@ -188,40 +160,30 @@ def same_classes(first: list[str], second: list[str]) -> bool:
     Index folders (00000 ..., 0 ... or new000 ...) and WordNet ids (n01440764 ...) do; any other
     difference in names is a difference of class lists.
     """
-    sides = (first, second)
-    if len(first) != len(second):
-        return False
-    kinds = {_kind(side) for side in sides}
-    if kinds == {"index"}:
-        first, second = ([int(name.removeprefix("new")) for name in side] for side in sides)
-    return first == second or kinds == {"index", "WordNet"}
+    kinds = {_kind(first), _kind(second)}
+    if kinds == {"index", "WordNet"}:
+        return len(first) == len(second)
+    as_named = (lambda name: int(name.removeprefix("new"))) if kinds == {"index"} else str
+    return [*map(as_named, first)] == [*map(as_named, second)]
 
 
 def check_same_classes(folder: ImageFolder, classes: list[str], owner: str) -> None:
     """Raises UserError unless the folder's classes can be those of `owner`, see same_classes."""
     if same_classes(folder.classes, classes):
         return
-    only = [
-        f"only in {where}: {textwrap.shorten(', '.join(names), 100, placeholder=' ...')}"
-        for where, names in (
-            (folder.root, [name for name in folder.classes if name not in classes]),
-            (owner, [name for name in classes if name not in folder.classes]),
-        )
-        if names
-    ]
+    names = ", ".join(sorted({*folder.classes} ^ {*classes}))
+    differ = textwrap.shorten(names, 100, placeholder=" ...")
+    how = f"in one of them alone: {differ}" if differ else "they differ in order"
     inside = {"train", "val", "test"} & {*folder.classes}
     hint = f"; give {folder.root / min(inside)}?" if inside else ""
     raise UserError(
         f"{folder.root} has {len(folder.classes)} class folders, {owner} has {len(classes)}; the "
-        f"class lists must be the same ({'; '.join(only) or 'they differ in order'}){hint}"
+        f"class lists must be the same ({how}){hint}"
     )
 
 
 def _kind(classes: list[str]) -> str:
-    """ "index" for numbers, "WordNet" for ids like n01440764, else "names".
-
-    SRe2L calls the folders of its distilled images new000, new001, ...
-    """
+    """ "index" for numbers (SRe2L has new000, ...), "WordNet" for n01440764, ..., else "names"."""
     for kind, pattern in (("index", r"(new)?\d+"), ("WordNet", r"n\d{8}")):
         if all(re.fullmatch(pattern, name) for name in classes):
             return kind

@@ -1,9 +1,6 @@
 """The label set on disk: a manifest, and one file of soft labels per pass.
 
-`LabelWriter` makes a set pass by pass, in any order and from several processes; `LabelSet` reads
-one and refuses whatever is incomplete, damaged, of another version or made for something else.
-The folder is described in docs/label-format.md; views are drawn again from the seed, see
-utils/data/views.py.
+docs/label-format.md describes the folder. `LabelWriter` makes a set, `LabelSet` reads one.
 """
 
 from utils.labels.manifest import first_difference, make_settings

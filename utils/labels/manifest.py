@@ -41,13 +41,9 @@ def make_settings(
 ) -> dict[str, Any]:
     """A manifest without results, for a `LabelWriter`.
 
-    Args:
-        dataset: its facts, the number of classes counted.
-        sizes: int [images, 2], heights and widths of the folder's images in pixels.
-        ipc: images per class, or None where labels are not counted by class.
-        passes: soft labels per image.
-        seed: what views are drawn with, or None where they are stored.
-        origin: where the labels come from, "teachers" first.
+    `sizes`, int [images, 2], are heights and widths of the images in pixels; `ipc` is None where
+    labels are not counted by class, and `seed` where views are stored. `origin` says where the
+    labels come from, "teachers" first.
     """
     return {
         "dataset": dataset.name,
@@ -78,15 +74,8 @@ def make_settings(
 
 def view_spec(manifest: dict) -> ViewSpec:
     """What the views of a manifest's label set are drawn from."""
-    min_scale, max_scale = manifest["crop_scale"]
-    return ViewSpec(
-        input_size=manifest["input_size"],
-        batch_size=manifest["batch_size"],
-        min_scale=min_scale,
-        max_scale=max_scale,
-        ratio=tuple(manifest["crop_ratio"]),
-        mix=manifest["mix"],
-    )
+    size, ratio = manifest["input_size"], tuple(manifest["crop_ratio"])
+    return ViewSpec(size, manifest["batch_size"], *manifest["crop_scale"], ratio, manifest["mix"])
 
 
 def read_manifest(path: Path) -> dict:
@@ -94,12 +83,12 @@ def read_manifest(path: Path) -> dict:
     raw = read_json(path)
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise UserError(f"{path} is not the manifest of a label set")
-    if raw.get("version") != VERSION:
-        made_by = "compress" if "recoded_from" in raw else "generate"
-        made_by = "convert" if "imported" in raw else made_by
+    if (found := raw.get("version")) != VERSION:
+        made_by = {"recoded_from": "compress", "imported": "convert"}
+        script = next((made_by[field] for field in made_by if field in raw), "generate")
         raise UserError(
-            f"{path.parent} has label format version {raw.get('version')}; this code reads version "
-            f"{VERSION}: make the set again, in another folder, with relabel/{made_by}.py"
+            f"{path.parent} has label format version {found}; this code reads version {VERSION}: "
+            f"make the set again, in another folder, with relabel/{script}.py"
         )
     return read_sealed(path)
 
@@ -110,23 +99,25 @@ def begun(folder: Path) -> dict | None:
     return read_manifest(paths[0]) if paths else None
 
 
-def why_not_complete(folder: Path) -> str:
-    """What is wrong with a folder that has no manifest."""
+def finished(folder: Path) -> dict:
+    """The manifest of a finished label set; raises UserError, saying what there is instead."""
     if not folder.is_dir():
-        return f"label folder not found: {folder}"
-    if (folder / PARTIAL).exists():
-        passes = read_manifest(folder / PARTIAL)["passes"]
-        done = sum((folder / pass_name(pass_index)).exists() for pass_index in range(passes))
-        return (
-            f"the label set {folder} is incomplete: {done} of {passes} passes; run the "
+        raise UserError(f"label folder not found: {folder}")
+    if (manifest := begun(folder)) is None:
+        raise UserError(f"{folder} holds no label set (no {MANIFEST})")
+    if not (folder / MANIFEST).exists():
+        names = map(pass_name, range(manifest["passes"]))
+        done = sum((folder / name).exists() for name in names)
+        raise UserError(
+            f"the label set {folder} is incomplete: {done} of {manifest['passes']} passes; run the "
             "relabel/generate.py command that started it again"
         )
-    return f"{folder} holds no label set (no {MANIFEST})"
+    return manifest
 
 
 def first_difference(expected: dict, stored: dict, skip: frozenset | set = frozenset()) -> str:
     """ "field: expected X, found Y" of the first field in which two manifests differ, or ""."""
-    for key in [*expected, *(key for key in stored if key not in expected)]:
+    for key in {**expected, **stored}:
         if key not in skip and expected.get(key) != stored.get(key):
             return f"{key}: expected {_short(expected.get(key))}, found {_short(stored.get(key))}"
     return ""

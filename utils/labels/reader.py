@@ -14,7 +14,7 @@ from utils.files import sha256_file
 from utils.labels import codecs
 from utils.labels import manifest as layout
 from utils.labels.arrays import read_npz, views_from_arrays
-from utils.labels.codecs.base import Codec, Codes
+from utils.labels.codecs.base import Codes
 from utils.runtime import send
 
 _ROWS = 1024  # labels expanded at once where a whole pass is read, as codecs need room meanwhile
@@ -34,47 +34,41 @@ class LabelSet:
     i // batches_per_pass. Codes are loaded pass by pass when first used and then kept.
     """
 
-    def __init__(self, path: Path, manifest: dict, sizes: np.ndarray, codec: Codec):
-        self.path, self.manifest, self.sizes, self.codec = path, manifest, sizes, codec
+    def __init__(self, path: Path, manifest: dict):
+        self.path, self.manifest = path, manifest
         self.spec = layout.view_spec(manifest)
+        self.codec = codecs.from_manifest(manifest, path / layout.CODEC)
         self.device = torch.device("cpu")
-        self.passes = manifest["passes"]
-        self.batches_per_pass = -(-manifest["images"]["count"] // manifest["batch_size"])
-        self.hard_labels = torch.repeat_interleave(
-            torch.arange(manifest["num_classes"]), torch.tensor(manifest["images"]["per_class"])
-        )
+        self.passes, images = manifest["passes"], manifest["images"]
+        self.batches_per_pass = -(-images["count"] // manifest["batch_size"])
+        hard_labels = np.repeat(np.arange(manifest["num_classes"]), images["per_class"])
+        self.hard_labels = torch.from_numpy(hard_labels)
+        if manifest["image_size"] is None:
+            self.sizes = read_npz(path / layout.SIZES)["sizes"].astype(np.int32)
+        else:
+            self.sizes = np.tile(np.array(manifest["image_size"]), (images["count"], 1))
         self._loaded: dict[int, tuple[Views, Codes]] = {}
 
     @classmethod
     def open(cls, path: Path) -> "LabelSet":
         """Opens a label set after verifying its version and the checksum of every file.
 
-        Raises:
-            UserError: no label set there, or an incomplete, damaged or newer one.
+        Raises UserError where there is none, or an incomplete, damaged or newer one.
         """
         path = Path(path)
-        if not (path / layout.MANIFEST).exists():
-            raise UserError(layout.why_not_complete(path))
-        manifest = layout.read_manifest(path / layout.MANIFEST)
-        if missing := layout.RESULTS - {*manifest}:
-            raise UserError(f"{path / layout.MANIFEST} is not that of a finished set: no {missing}")
-        expected = {layout.pass_name(pass_index) for pass_index in range(manifest["passes"])}
-        if missing := sorted(expected - set(manifest["files"])):
+        manifest = layout.finished(path)
+        files = manifest.get("files", {})
+        passes = {*map(layout.pass_name, range(manifest["passes"]))}
+        if missing := sorted(passes - files.keys()):
             raise UserError(f"{path / layout.MANIFEST} is damaged: it does not list {missing[0]}")
-        for name, checksum in manifest["files"].items():
+        for name, checksum in files.items():
             if not (path / name).is_file():
                 raise UserError(f"{path / name} is missing from the label set")
             if sha256_file(path / name) != checksum:
                 raise UserError(f"{path / name} is damaged: its checksum is not the manifest's")
-        if unknown := sorted({file.name for file in path.glob("pass_*")} - expected):
+        if unknown := sorted({file.name for file in path.glob("pass_*")} - passes):
             raise UserError(f"{path / unknown[0]} does not belong to this label set; move it away")
-        if manifest["image_size"] is None:
-            sizes = read_npz(path / layout.SIZES)["sizes"].astype(np.int32)
-        else:
-            sizes = np.tile(np.array(manifest["image_size"]), (manifest["images"]["count"], 1))
-        fitted = read_npz(path / layout.CODEC) if layout.CODEC in manifest["files"] else {}
-        codec = codecs.from_manifest(manifest["codec"], manifest["num_classes"], fitted)
-        return cls(path, manifest, sizes, codec)
+        return cls(path, manifest)
 
     def __len__(self) -> int:
         """Number of stored batches: passes x batches per pass."""
@@ -111,8 +105,7 @@ class LabelSet:
 
     def image_logits(self, passes: int) -> torch.Tensor:
         """float32 [images, C]: the mean of each image's logits over the first passes."""
-        images, classes = self.manifest["images"]["count"], self.manifest["num_classes"]
-        total = torch.zeros(images, classes, device=self.device)
+        total = torch.zeros(len(self.sizes), self.manifest["num_classes"], device=self.device)
         for batch in range(passes * self.batches_per_pass):
             views, logits = self[batch]
             total.index_add_(0, views.index, logits)
@@ -140,72 +133,56 @@ class LabelSet:
     def bytes_on_disk(self, passes: int | None = None) -> int:
         """Bytes of the manifest, the fitted codec and so many passes (None: all)."""
         names = [layout.pass_name(pass_index) for pass_index in range(passes or self.passes)]
-        extra = [name for name in (layout.CODEC, layout.SIZES) if name in self.manifest["files"]]
-        return sum((self.path / name).stat().st_size for name in [layout.MANIFEST, *extra, *names])
+        paths = [self.path / name for name in (layout.MANIFEST, layout.CODEC, layout.SIZES, *names)]
+        return sum(path.stat().st_size for path in paths if path.exists())
 
     def budgeted_bytes(self) -> int:
         """Bytes of the packed labels and the fitted codec, which --bytes-per-label counts."""
-        names = [layout.pass_name(pass_index) for pass_index in range(self.passes)]
-        packed = sum(len(read_npz(self.path / name)["payload"]) for name in names)
-        return packed + sum(array.nbytes for array in self.codec.arrays().values())
+        packed = sum(len(self._stored(index)["payload"]) for index in range(self.passes))
+        return packed + self.codec.fitted_bytes()
 
     def check(self, dataset: Dataset, classes: Sequence[str], images: str) -> None:
         """Raises UserError, naming the field, unless the labels were made for exactly this.
 
-        Args:
-            dataset: its facts, the number of classes counted.
-            classes: class names in order.
-            images: fingerprint of the image folder.
+        `classes` are class names in order; `images` is the fingerprint of the image folder.
         """
-        manifest = self.manifest
-        for what, expected, stored in (
-            ("dataset", dataset.name, manifest["dataset"]),
-            ("number of classes", dataset.num_classes, manifest["num_classes"]),
-            ("input size", dataset.input_size, manifest["input_size"]),
-            ("mean", list(dataset.mean), manifest["mean"]),
-            ("std", list(dataset.std), manifest["std"]),
-            ("class list", list(classes), manifest["classes"]),
-        ):
-            if difference := layout.first_difference({what: expected}, {what: stored}):
-                hint = " (left out, it is that of the labels)" if what in ("mean", "std") else ""
-                raise UserError(
-                    f"the labels in {self.path} were made for something else: {difference}{hint}"
-                )
-        if images != manifest["images"]["sha256"]:
+        expected = {
+            "dataset": dataset.name,
+            "num_classes": dataset.num_classes,
+            "input_size": dataset.input_size,
+            "mean": list(dataset.mean),
+            "std": list(dataset.std),
+            "classes": list(classes),
+        }
+        stored = {field: self.manifest[field] for field in expected}
+        if difference := layout.first_difference(expected, stored):
+            inferred = difference.startswith(("mean", "std"))
+            hint = " (left out, it is that of the labels)" if inferred else ""
             raise UserError(
-                f"the labels in {self.path} are those of {manifest['images']['count']} other "
-                "images: names or contents of files differ from the ones that were labelled"
+                f"the labels in {self.path} were made for something else: {difference}{hint}"
             )
-
-    def _pass(self, pass_index: int) -> tuple[Views, Codes]:
-        if pass_index not in self._loaded:
-            views, codes = self.load_pass(pass_index)
-            codes = tuple(send(code, self.device) for code in codes)
-            self._loaded[pass_index] = views.to(self.device), codes
-        return self._loaded[pass_index]
+        if images != self.manifest["images"]["sha256"]:
+            raise UserError(
+                f"the labels in {self.path} are those of {len(self.sizes)} other images: names or "
+                "contents of files differ from the ones that were labelled"
+            )
 
     def teacher_correct(self, pass_index: int) -> int:
         """Views of a pass whose main class the teacher named."""
-        return int(read_npz(self.path / layout.pass_name(pass_index))["teacher_correct"])
+        return int(self._stored(pass_index)["teacher_correct"])
 
     def load_pass(self, pass_index: int) -> tuple[Views, Codes]:
         """Views and codes of one pass, read from disk, the views drawn again and verified."""
-        path = self.path / layout.pass_name(pass_index)
-        stored = read_npz(path)
+        path, stored = self.path / layout.pass_name(pass_index), self._stored(pass_index)
         if self.manifest["seed"] is None:
             views = views_from_arrays(stored, self.spec.batch_size)
         else:
             views = draw(self.spec, self.sizes, self.manifest["seed"] + pass_index)
         if views.checksum() != stored["views_sha256"].tobytes():
-            raise UserError(
-                f"{path}: the views are not those that were labelled; the set was made by an "
-                "incompatible version"
-            )
-        codes = self.codec.unpack(stored["payload"].tobytes())
-        if len(codes[0]) != len(views.index):
-            raise UserError(
-                f"{path} is damaged: {len(codes[0])} labels of {len(views.index)} views"
-            )
+            raise UserError(f"{path} was made by an incompatible version: its views are others")
+        codes, count = self.codec.unpack(stored["payload"].tobytes()), len(views.index)
+        if len(codes[0]) != count:
+            raise UserError(f"{path} is damaged: {len(codes[0])} labels of {count} views")
         return views, codes
 
     def whole_pass(self, pass_index: int) -> LabelBatch:
@@ -216,3 +193,13 @@ class LabelSet:
             rows = slice(start, start + _ROWS)
             parts.append(self.codec.expand(tuple(code[rows] for code in codes), mixture.rows(rows)))
         return LabelBatch(views, torch.cat(parts))
+
+    def _stored(self, pass_index: int) -> dict[str, np.ndarray]:
+        return read_npz(self.path / layout.pass_name(pass_index))
+
+    def _pass(self, pass_index: int) -> tuple[Views, Codes]:
+        if pass_index not in self._loaded:
+            views, codes = self.load_pass(pass_index)
+            moved = tuple(send(code, self.device) for code in codes)
+            self._loaded[pass_index] = views.to(self.device), moved
+        return self._loaded[pass_index]

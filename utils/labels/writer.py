@@ -31,22 +31,16 @@ class LabelWriter:
     """
 
     def __init__(self, path: Path, settings: dict, sizes: np.ndarray, flag: str = "--label-dir"):
-        """Prepares to start a label set, or to continue one with the same settings.
+        """Prepares to start a label set, or to continue one; nothing is written before `begun`.
 
-        Args:
-            path: its folder; nothing is written before `begun`.
-            settings: from `make_settings`, or a manifest, whose results are left out.
-            sizes: int [images, 2], height and width of every image.
-            flag: the flag that names the folder, for messages.
-
-        Raises:
-            UserError: the folder holds something else, or a label set with other settings.
+        `settings` are from `make_settings`, or a manifest, whose results are left out; `sizes`, int
+        [images, 2], are heights and widths of the images; `flag` names the folder in messages.
+        Raises UserError where the folder holds something else, or labels with other settings.
         """
-        self.path = Path(path)
+        self.path, self.sizes = Path(path), sizes
         settings = {key: value for key, value in settings.items() if key not in layout.RESULTS}
         self.settings = {"format": layout.FORMAT, "version": layout.VERSION, **settings}
         self.spec = layout.view_spec(self.settings)
-        self.sizes = sizes
         if existing := layout.begun(self.path):
             if difference := layout.first_difference(self.settings, existing, layout.NOT_COMPARED):
                 raise UserError(
@@ -62,31 +56,25 @@ class LabelWriter:
 
     def open_codec(self) -> None:
         """Sets `codec`, which stays None while its fitted part has yet to be fitted."""
-        parameters, fitted = self.settings["codec"], {}
-        if codecs.find(parameters)[0].fitted:
-            if not (self.path / layout.CODEC).exists():
-                return
-            fitted = read_npz(self.path / layout.CODEC)
-        self.codec = codecs.from_manifest(parameters, self.settings["num_classes"], fitted)
+        kind, _ = codecs.find(self.settings["codec"])
+        fitted = self.path / layout.CODEC
+        if not kind.fitted or fitted.exists():
+            self.codec = codecs.from_manifest(self.settings, fitted)
 
     def passes_to_fit(self) -> int:
         """How many first passes `fit` needs; 0 where the codec is there."""
         if self.codec is not None:
             return 0
-        needed = -(-labels_to_fit(self.settings["num_classes"]) // self.settings["images"]["count"])
+        needed = -(-labels_to_fit(self.settings["num_classes"]) // len(self.sizes))
         return min(needed, self.settings["passes"])
 
     def fit(self, samples: list[tuple[torch.Tensor, Mixture]]) -> None:
         """Fits the codec to logits float32 [images, C] and mixture of each of the first passes."""
-        count = self.settings["images"]["count"]
         kind, options = codecs.find(self.settings["codec"])
-        self.codec = kind.fit(
-            [(centre(logits), mixture) for logits, mixture in samples],
-            self.settings["num_classes"],
-            labels=count * self.settings["passes"],
-            pass_labels=count,
-            **options,
-        )
+        centred = [(centre(logits), mixture) for logits, mixture in samples]
+        count, classes = len(self.sizes), self.settings["num_classes"]
+        labels = count * self.settings["passes"]
+        self.codec = kind.fit(centred, classes, labels, pass_labels=count, **options)
         atomic_write(self.path / layout.CODEC, npz_bytes(self.codec.arrays()))
 
     @contextlib.contextmanager
@@ -123,10 +111,8 @@ class LabelWriter:
         stored = read_npz(path)
         checksum = stored.pop("sha256", np.empty(0)).tobytes()
         if checksum != self._checksum(pass_index, stored):
-            raise UserError(
-                f"{path} is damaged, or another label set's: delete it and run the same command "
-                "again"
-            )
+            hint = "delete it and run the same command again"
+            raise UserError(f"{path} is damaged, or another label set's: {hint}")
         return True
 
     def _checksum(self, pass_index: int, arrays: dict[str, np.ndarray]) -> bytes:
@@ -151,11 +137,9 @@ class LabelWriter:
     ) -> None:
         """Packs and writes one pass.
 
-        Args:
-            logits: float32 [images, C], the teacher's, in the order of the views.
-            views: stored only where `draw(pass_index)` does not give them again.
-            hard_labels: int64 [images], the class of every image.
-            teacher_correct: views whose main class the teacher names; counted when None.
+        `logits` float32 [images, C] are the teacher's, in the order of the views, which are stored
+        only where `draw(pass_index)` does not give them again; `hard_labels` int64 [images] are the
+        images' classes. Views whose main class the teacher names are counted when None.
         """
         mixture = views.mixture(hard_labels, self.spec.input_size)
         if teacher_correct is None:
@@ -176,10 +160,9 @@ class LabelWriter:
         names = [layout.pass_name(pass_index) for pass_index in range(self.settings["passes"])]
         correct = sum(int(read_npz(self.path / name)["teacher_correct"]) for name in names)
         extra = [name for name in (layout.CODEC, layout.SIZES) if (self.path / name).exists()]
-        labels = self.settings["images"]["count"] * self.settings["passes"]
         manifest = {
             **self.settings,
-            "teacher_top1": round(100 * correct / labels, 4),
+            "teacher_top1": round(100 * correct / (len(self.sizes) * len(names)), 4),
             "files": {name: sha256_file(self.path / name) for name in extra + names},
         }
         atomic_write(self.path / layout.MANIFEST, seal(manifest))

@@ -6,11 +6,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from utils.cli import UserError
 from utils.data.views import Mixture
 
-Codes = tuple[torch.Tensor, ...]
+Codes = tuple[Tensor, ...]
 
 TEMPERATURE = 20.0  # at which distortion is measured
 BLOCK = 4096  # labels encoded at once
@@ -23,9 +24,7 @@ def labels_to_fit(num_classes: int) -> int:
     return min(_FIT_LABELS, _FIT_VALUES // num_classes)
 
 
-def distortion(
-    teacher: torch.Tensor, decoded: torch.Tensor, temperature: float = TEMPERATURE
-) -> float:
+def distortion(teacher: Tensor, decoded: Tensor, temperature: float = TEMPERATURE) -> float:
     """KL(teacher || decoded) / KL(teacher || uniform) of logits [N, C] at a temperature.
 
     0: the labels are intact; 1: decoded labels say as much as none.
@@ -34,9 +33,7 @@ def distortion(
     return lost / told if told > 0 else 0.0
 
 
-def information(
-    teacher: torch.Tensor, decoded: torch.Tensor, temperature: float
-) -> tuple[float, float]:
+def information(teacher: Tensor, decoded: Tensor, temperature: float) -> tuple[float, float]:
     """KL(teacher || decoded) and KL(teacher || uniform) of logits [N, C], summed over labels."""
     expected = (teacher.double() / temperature).log_softmax(1)
     stored = (decoded.double() / temperature).log_softmax(1)
@@ -56,12 +53,15 @@ class Codec(abc.ABC):
         flags: the options by name, each with the keywords of argparse's add_argument. The flag of
             `bytes_per_label` is --bytes-per-label; the manifest holds the values by name, and the
             constructor takes them as keywords.
+        default: None where all flags are needed; else one at most is given, and these are the
+            options without any.
         fitted: whether codec.npz holds a part fitted to the labels: then there is a class method
             `fit` (see Klt), and the constructor takes the keyword `arrays`, too.
     """
 
     name: ClassVar[str]
     flags: ClassVar[dict[str, dict[str, Any]]] = {}
+    default: ClassVar[dict[str, Any] | None] = None
     fitted: ClassVar[bool] = False
 
     def __init_subclass__(cls, **keywords: Any):
@@ -74,56 +74,40 @@ class Codec(abc.ABC):
         """A codec of labels with so many classes; `options` are what the manifest holds by name."""
         self.num_classes, self.options = num_classes, options
 
-    @classmethod
-    def options_from(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """The options that the given flags ask for; raises UserError when one is missing."""
-        for option in cls.flags:
-            if option not in given:
-                raise UserError(f"--codec {cls.name} needs {flag(option)}")
-        return given
-
-    def parameters(self) -> dict[str, Any]:
-        """What the manifest says of this codec."""
-        return {"name": self.name, **self.options}
-
     def arrays(self) -> dict[str, np.ndarray]:
         """The fitted part, for codec.npz; empty when nothing is fitted."""
         return {}
 
-    @abc.abstractmethod
-    def encode(self, logits: torch.Tensor, mixture: Mixture) -> Codes:
-        """Codes of float32 [N, C] centred logits, each tensor with one row per label."""
+    def fitted_bytes(self) -> int:
+        """Bytes of the fitted part."""
+        return sum(array.nbytes for array in self.arrays().values())
 
     @abc.abstractmethod
+    def encode(self, logits: Tensor, mixture: Mixture) -> Codes:
+        """Codes of float32 [N, C] centred logits, each tensor with one row per label."""
+
     def pack_codes(self, codes: Codes) -> bytes:
-        """Bytes of the codes of one pass; the same codes give the same bytes."""
+        """Bytes of the codes of one pass: the tensors one after the other, unless overridden."""
+        arrays = [code.cpu().numpy() for code in codes]
+        return b"".join(a.astype(a.dtype.newbyteorder("<"), copy=False).tobytes() for a in arrays)
 
     @abc.abstractmethod
     def unpack(self, payload: bytes) -> Codes:
         """Codes of all labels of a payload, on the CPU; raises UserError when it is damaged."""
 
     @abc.abstractmethod
-    def expand(self, codes: Codes, mixture: Mixture) -> torch.Tensor:
+    def expand(self, codes: Codes, mixture: Mixture) -> Tensor:
         """float32 [B, C] centred logits from the codes of B labels, on the codes' device."""
 
-    def pack(self, logits: torch.Tensor, mixture: Mixture) -> bytes:
+    def pack(self, logits: Tensor, mixture: Mixture) -> bytes:
         """Bytes of float32 [N, C] centred logits."""
         # In blocks of a fixed size, whatever the whole: the same labels then always go through the
         # same matrix products, and become the same bytes.
-        codes = []
-        for start in range(0, len(logits), BLOCK):
-            rows = slice(start, start + BLOCK)
-            codes.append(self.encode(logits[rows], mixture.rows(rows)))
-        return self.pack_codes(tuple(torch.cat(parts) for parts in zip(*codes, strict=True)))
+        blocks = [slice(start, start + BLOCK) for start in range(0, len(logits), BLOCK)]
+        codes = [self.encode(logits[rows], mixture.rows(rows)) for rows in blocks]
+        return self.pack_codes(tuple(map(torch.cat, zip(*codes, strict=True))))
 
 
 def flag(option: str) -> str:
     """The flag of an option."""
     return "--" + option.replace("_", "-")
-
-
-def half(values: torch.Tensor, name: str) -> torch.Tensor:
-    """float16 values; raises UserError when one is too large for it."""
-    if values.abs().max() > torch.finfo(torch.float16).max:
-        raise UserError(f"a teacher's logit exceeds the range of codec {name} (65504)")
-    return values.half()

@@ -1,20 +1,21 @@
 """The codec klt: a basis and class means fitted to the labels, one quantiser step."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from utils.cli import UserError, bounded
 from utils.data.views import Mixture
 from utils.labels.codecs.base import BLOCK, Codec, Codes, distortion, flag, labels_to_fit
-from utils.labels.codecs.packing import DAMAGED, pack_integers, unpack_integers
+from utils.labels.codecs.packing import pack_integers, unpack_integers
 from utils.labels.codecs.trellis import pack_numbers, quantise, unpack_numbers
 
 # What klt aims at without a target: near-lossless. Settled by the study of accuracy per byte.
 DEFAULT_DISTORTION = 0.002
+HEADERS = 3 * 256  # bytes of codec.npz beside those of its arrays, nearly
 LARGEST = (1 << 15) - 1  # of the absolute values of numbers of 16 bits
 # The step of a trellis whose squared error is that of rounding to multiples of 1.
 _TRELLIS_STEP = 0.58
@@ -22,7 +23,7 @@ _TRELLIS_STEP = 0.58
 _BIT_WORTH = 0.4
 
 
-def _entropy_bits(values: torch.Tensor) -> torch.Tensor:
+def _entropy_bits(values: Tensor) -> Tensor:
     """float64 [K]: bits that each column of whole numbers [N, K] needs at its own frequencies."""
     clipped = values.clamp(-2048, 2047).long()
     low = clipped.min()
@@ -34,7 +35,7 @@ def _entropy_bits(values: torch.Tensor) -> torch.Tensor:
     return nats / math.log(2)
 
 
-def _principal(centred: torch.Tensor, rank: int = 1024) -> torch.Tensor:
+def _principal(centred: Tensor, rank: int = 1024) -> Tensor:
     """float32 [K, C]: orthonormal directions of [N, C], the largest variance first.
 
     All of them up to 4096 classes, by the eigenvectors of the covariance; above that the `rank`
@@ -52,13 +53,13 @@ def _principal(centred: torch.Tensor, rank: int = 1024) -> torch.Tensor:
     return directions.T.contiguous()
 
 
-def _blend(class_means: torch.Tensor, mixture: Mixture) -> torch.Tensor:
+def _blend(class_means: Tensor, mixture: Mixture) -> Tensor:
     """[N, K]: lambda-weighted rows of class_means [classes, K]."""
     lam = mixture.lam[:, None]
     return lam * class_means[mixture.own] + (1 - lam) * class_means[mixture.partner]
 
 
-def _class_means(values: torch.Tensor, mixture: Mixture, num_classes: int) -> torch.Tensor:
+def _class_means(values: Tensor, mixture: Mixture, num_classes: int) -> Tensor:
     """float32 [num_classes, K]: class means whose blends fit values [N, K] best.
 
     Least squares by the normal equations, shrunk as if every class had one label more, a label of
@@ -83,17 +84,12 @@ class Klt(Codec):
     high temperature is KL. What is coded of a coefficient is (coefficient - prediction) / step, as
     a number of a trellis (`trellis.quantise`) and scaled down a little before, which saves more
     bits than it adds error; the prediction is the lambda-weighted mean of the classes in the view,
-    in the components where that pays. Payload: uint32 N, then `pack_numbers` of [K, N].
-
-    codec.npz holds `scales`, float32 [1 + C + 2 K]: the step, the mean label, a scale for each
-    component, and what each is scaled down by; `basis`, uint8, pack_integers of [K, C], whose rows
-    times their scales are the directions; `class_means`, uint8, pack_integers of [K, C], times
-    step / 2 the coefficients of the class means. Three arrays, because each takes some 250 bytes
-    more in an archive.
+    in the components where that pays. docs/label-format.md describes payload and codec.npz.
     """
 
     name = "klt"
     fitted = True
+    default: ClassVar = {"distortion": DEFAULT_DISTORTION}
     flags: ClassVar = {
         "bytes_per_label": {
             "type": bounded(float, 0.1),
@@ -109,37 +105,27 @@ class Klt(Codec):
     }
 
     def __init__(self, num_classes: int, arrays: dict[str, np.ndarray], **target: float):
-        """A codec from the content of codec.npz; `target` is what it was fitted to."""
+        """From the content of codec.npz; `target` is what it was fitted to."""
         super().__init__(num_classes, **target)
         self._arrays = arrays
         scales = torch.from_numpy(arrays["scales"].astype(np.float32))
         components = (len(scales) - 1 - num_classes) // 2
-        parts = scales.split([1, num_classes, components, components])
-        step, mean, scale, self.shrink = parts
-        self.step = step.item()
-
-        def matrix(name: str) -> torch.Tensor:
-            values = unpack_integers(arrays[name].tobytes(), components * num_classes)
-            if len(values) < components * num_classes:
-                raise UserError(DAMAGED)
-            return torch.from_numpy(values).view(components, num_classes).float()
-
-        basis = matrix("basis") * scale[:, None]
+        step, mean, scale, self.shrink = scales.split([1, num_classes, components, components])
+        streams = (arrays[name].tobytes() for name in ("basis", "class_means"))
+        basis, class_means = (
+            torch.from_numpy(unpack_integers(stream, components * num_classes).astype(np.float32))
+            for stream in streams
+        )
+        basis = basis.view(components, num_classes) * scale[:, None]
+        self.step, self.mean = step.item(), mean - mean.mean()
         self.basis = basis - basis.mean(1, keepdim=True)
-        self.mean = mean - mean.mean()
-        self.class_means = matrix("class_means").T.contiguous() * (self.step / 2)
+        self.class_means = class_means.view(components, num_classes).T.contiguous() * (step / 2)
         # The rounded basis is not quite orthonormal: least squares, not the transpose, inverts it.
         rows = self.basis.double()
         gram = rows @ rows.T
         gram += 1e-9 * gram.trace() * torch.eye(components)
         inverse = torch.cholesky_solve(rows, torch.linalg.cholesky(gram))
         self.projection = inverse.T.float().contiguous()
-
-    @classmethod
-    def options_from(cls, given: dict[str, Any]) -> dict[str, Any]:
-        if len(given) > 1:
-            raise UserError("--distortion is not allowed with --bytes-per-label")
-        return given or {"distortion": DEFAULT_DISTORTION}
 
     def arrays(self) -> dict[str, np.ndarray]:
         return self._arrays
@@ -150,15 +136,13 @@ class Klt(Codec):
             setattr(self, name, getattr(self, name).to(device))
         return self
 
-    def encode(self, logits: torch.Tensor, mixture: Mixture) -> Codes:
+    def encode(self, logits: Tensor, mixture: Mixture) -> Codes:
         self.to(logits.device)
         coefficients = (logits - self.mean) @ self.projection
         coefficients = (coefficients - _blend(self.class_means, mixture)) * self.shrink / self.step
         if coefficients.numel() and coefficients.abs().max() > LARGEST - 4:
-            raise UserError(
-                "a teacher's logits are thousands of times larger than those that codec klt was "
-                "fitted on; a coarser --distortion or --codec fp16 can store them"
-            )
+            reason = "a teacher's logits are thousands of times those that codec klt was fitted on"
+            raise UserError(f"{reason}; a coarser --distortion or --codec fp16 can store them")
         return (quantise(coefficients.T.contiguous()).T,)
 
     def pack_codes(self, codes: Codes) -> bytes:
@@ -170,7 +154,7 @@ class Klt(Codec):
         numbers = unpack_numbers(payload[4:], len(self.basis), labels)
         return (torch.from_numpy(numbers).T.contiguous(),)
 
-    def expand(self, codes: Codes, mixture: Mixture) -> torch.Tensor:
+    def expand(self, codes: Codes, mixture: Mixture) -> Tensor:
         self.to(codes[0].device)
         coefficients = codes[0].float() * self.step
         return torch.addmm(self.mean, coefficients + _blend(self.class_means, mixture), self.basis)
@@ -178,7 +162,7 @@ class Klt(Codec):
     @classmethod
     def fit(
         cls,
-        samples: list[tuple[torch.Tensor, Mixture]],
+        samples: list[tuple[Tensor, Mixture]],
         num_classes: int,
         labels: int,
         pass_labels: int | None = None,
@@ -186,59 +170,21 @@ class Klt(Codec):
     ) -> "Klt":
         """Fits basis, class means and step to the first labels of a set, on their device.
 
+        `samples` are centred logits float32 [n, C] and their mixtures; `labels` is how many the
+        fitted part will serve, as its bytes count pro rata, `pass_labels` how many are packed
+        together (default: all). `target` is one of the options. Raises UserError when no step is
+        coarse enough for the budget.
+
         Of a sample of at most 20,000 labels, four fifths give the basis and the means and the
         fifth label each is held back, to find the step that meets the target on labels that were
         not fitted. Where the sample is the whole set, all of it serves both ends.
-
-        Args:
-            samples: centred logits float32 [n, C] and their mixtures.
-            num_classes: C.
-            labels: how many labels the fitted part will serve; its bytes count pro rata.
-            pass_labels: labels packed together (default: as many as there are).
-            target: bytes_per_label, a budget, the fitted part included; or distortion, at
-                temperature 20. By default DEFAULT_DISTORTION.
-
-        Raises:
-            UserError: no step is coarse enough for the budget.
         """
         count = min(labels, labels_to_fit(num_classes))
         logits = torch.cat([logits for logits, _ in samples])[:count]
         parts = zip(*(mixture for _, mixture in samples), strict=True)
         mixture = Mixture(*(torch.cat(part)[:count] for part in parts))
-        return _Fit(logits, mixture, num_classes, labels, pass_labels).search(
-            target or {"distortion": DEFAULT_DISTORTION}
-        )
-
-
-def _dearest(
-    cost: Callable[[float], float],
-    wanted: float,
-    position: float,
-    bounds: Sequence[float],
-    tolerance: float,
-) -> float | None:
-    """Where within bounds a rising cost is what is wanted, or less by a share of `tolerance`.
-
-    By secants from a position to start at, and by halves where these lead astray. The dearest of
-    the positions tried that cost less, where cost jumps; None where all cost more.
-    """
-    (cheap, dear), best, last, slope = bounds, None, None, 2.0
-    position = min(max(position, cheap), dear)
-    for _ in range(24):
-        excess = math.log(max(cost(position), 1e-12) / wanted)
-        if excess <= 0:
-            cheap = best = position
-        else:
-            dear = position
-        if -tolerance <= excess <= 0 or dear - cheap < tolerance / 10:
-            break
-        if last is not None:
-            slope = min(max((excess - last[1]) / (position - last[0]), 0.3), 5)
-        last = position, excess
-        position -= (excess + tolerance / 2) / slope
-        if not cheap < position < dear:
-            position = (cheap + dear) / 2
-    return best
+        fit = _Fit(logits, mixture, num_classes, labels, pass_labels or labels)
+        return fit.search(target or cls.default)
 
 
 class _Fit:
@@ -246,11 +192,11 @@ class _Fit:
 
     def __init__(self, logits, mixture, num_classes, labels, pass_labels):
         self.num_classes, self.labels = num_classes, labels
+        self.pass_labels = min(pass_labels, 8192)
         rows = torch.arange(len(logits), device=logits.device)
         train, probe = rows, rows[:: -(-len(rows) // 8192)]
         if len(logits) < labels and len(logits) >= 5:
             train, probe = rows[rows % 5 != 4], rows[rows % 5 == 4]
-        self.pass_labels = min(pass_labels or labels, 8192)
         self.probe, self.probe_mixture = logits[probe], mixture.rows(probe)
         self.mean = logits[train].mean(0)
         centred = logits[train] - self.mean
@@ -258,46 +204,63 @@ class _Fit:
         # Of all the labels, but few multiplications: means of projections are projected means.
         class_means = _class_means(centred, mixture.rows(train), num_classes)
         self.class_means = class_means @ self.directions.T
-        centred = self.probe - self.mean
-        self.values = centred @ self.directions.T
+        self.values = (self.probe - self.mean) @ self.directions.T
         self.energy = self.values.double().square().sum(0)
         self.deviation = (self.energy / len(probe)).sqrt().float().clamp(min=1e-6)
         self.unpredicted = self.values - _blend(self.class_means, self.probe_mixture)
         self.unpredicted_energy = self.unpredicted.double().square().sum(0)
-        self.outside = float(centred.double().square().sum() - self.energy.sum())
 
     def search(self, target: dict[str, float]) -> Klt:
         """The codec of the coarsest step of a distortion, or of the finest of a budget.
 
-        What steps cost is estimated first; from where the estimates lead, it is measured.
+        By secants of what steps cost, and by halves where these lead astray, until it is what is
+        wanted or half a percent less. Where cost jumps, the dearest step tried that costs less.
         """
-        (name, wanted), *_ = target.items()
-        measure = {"bytes_per_label": self.bytes_per_label, "distortion": self.distortion}[name]
-        rising = -1 if name == "bytes_per_label" else 1  # of cost, as steps become coarser
+        ((name, wanted),) = target.items()
+        # How cost goes with the step, and about by which power of it.
+        rising, slope = (-1, 1.0) if name == "bytes_per_label" else (1, 1.6)
         # Labels that are all the same need no components: any step will do.
         finest = max(float(self.values.abs().max()), 1e-3) * 8 / LARGEST
         coarsest = max(float(self.deviation.max()) * 16, 2 * finest)
-        bounds = sorted(rising * math.log(step) for step in (finest, coarsest))
-        codecs = {}
+        cheap, dear = sorted(rising * math.log(step) for step in (finest, coarsest))
+        position = rising * math.log(self.likely_step(name, wanted) + finest)
+        best, last = None, None
+        for _ in range(24):
+            codec = self.codec(math.exp(rising * position), target)
+            excess = math.log(max(getattr(self, name)(codec), 1e-12) / wanted)
+            if excess <= 0:
+                cheap, best = position, codec
+            else:
+                dear = position
+            if -0.005 <= excess <= 0 or dear - cheap < 0.0005:
+                break
+            if last is not None:
+                slope = min(max((excess - last[1]) / (position - last[0]), 0.3), 5)
+            last = position, excess
+            position -= (excess + 0.0025) / slope
+            if not cheap < position < dear:
+                position = (cheap + dear) / 2
+        if best is None:
+            raise UserError(f"{flag(name)} {wanted:g} cannot be met for {self.labels} labels")
+        return best
 
-        def estimated(position: float) -> float:
-            return self.plan(math.exp(rising * position))[1][name]
+    def likely_step(self, name: str, wanted: float) -> float:
+        """A step that costs about what is wanted, by reverse water-filling.
 
-        def measured(position: float) -> float:
-            codecs[position] = self.codec(math.exp(rising * position), target)
-            return measure(codecs[position])
-
-        # Where rounding's error, step^2 / 12, is the default's share of the labels' energy.
-        energy = float(self.probe.square().mean())
-        start = rising * math.log(math.sqrt(12 * DEFAULT_DISTORTION * energy) + finest)
-        position = _dearest(estimated, wanted, start, bounds, tolerance=0.03)
-        if position is not None:
-            position = _dearest(measured, wanted, position, bounds, tolerance=0.005)
-        if position is None:
-            raise UserError(
-                f"{flag(name)} {wanted:g} cannot be met by codec klt for {self.labels} labels"
-            )
-        return codecs[position]
+        For independent normally distributed components, the best code has the same squared error in
+        all of them, but for those that are smaller (Cover and Thomas, Elements of Information
+        Theory, section 10.3.3). Takes the error to be one of the variances.
+        """
+        energy, _ = torch.minimum(self.energy, self.unpredicted_energy).clamp(min=1e-30).sort()
+        larger = torch.arange(len(energy) - 1, -1, -1, device=energy.device)
+        if name == "distortion":
+            lost = energy.cumsum(0) + larger * energy
+            below = lost < wanted * self.probe.double().square().sum()
+        else:
+            logs = energy.log2()
+            below = (logs.sum() - logs.cumsum(0) - larger * logs) / 2 > 8 * wanted
+        error = energy[min(int(below.sum()), len(energy) - 1)] / len(self.probe)
+        return _TRELLIS_STEP * math.sqrt(12 * error)
 
     def bytes_per_label(self, codec: Klt) -> float:
         """Bytes per label of the held-back labels, the fitted part included pro rata."""
@@ -305,25 +268,23 @@ class _Fit:
         # Passes may be longer than what was held back, and a stream has a fixed part.
         rows = torch.arange(max(len(codes), self.pass_labels), device=codes.device) % len(codes)
         used = sum(len(codec.pack_codes((codes[part],))) for part in rows.split(self.pass_labels))
-        return used / len(rows) + fitted_bytes(codec) / self.labels
+        return used / len(rows) + (codec.fitted_bytes() + HEADERS) / self.labels
 
     def distortion(self, codec: Klt) -> float:
         """Distortion of the held-back labels."""
         decoded = codec.expand(codec.encode(self.probe, self.probe_mixture), self.probe_mixture)
         return distortion(self.probe, decoded)
 
-    def plan(self, step: float) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-        """The arrays of the codec of one step, as numbers, and what it is expected to cost.
+    def codec(self, step: float, target: dict[str, float]) -> Klt:
+        """The codec of one step.
 
-        Components are kept only where they pay, and so are class means in them.
-
-        Error and bits are estimated by rounding to multiples of the step that has the trellis's
+        Components are kept only where they pay, and so are class means in them. Error, and bits as
+        the entropy, are estimated by rounding to multiples of the step that has the trellis's
         error. Squared error is weighed against bits at the slope of such a quantiser at high rate,
         d(error) / d(bit) = 2 ln 2 step^2 / 12. The same slope gives the precision of the basis,
         whose bits serve all labels: with rows scaled to a label's deviation, step / sqrt(labels).
-        Bits are those of the entropy, and distortion that of a high temperature: the share of the
-        squared logits that is lost.
         """
+        step = float(np.float32(step))
         rounding = step / _TRELLIS_STEP
         price = 2 * math.log(2) * rounding**2 / 12
         share = self.labels / len(self.probe)
@@ -332,7 +293,7 @@ class _Fit:
         basis = (scaled / basis_step).round()
         means = (self.class_means / (step / 2)).round().clamp(-LARGEST, LARGEST)
 
-        def coded(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def coded(values: Tensor) -> tuple[Tensor, Tensor]:
             """Squared error and bits of each component, in the whole set."""
             codes = (values / rounding).round()
             error = (values - codes * rounding).double().square().sum(0)
@@ -346,35 +307,11 @@ class _Fit:
         bits = torch.where(helped, helped_bits, bits) + _entropy_bits(basis.T)
         energy = torch.where(helped, self.unpredicted_energy, self.energy)
         kept = (error + price * bits < share * self.energy) & basis.any(1)
-        lost = torch.where(kept, error / share, self.energy).sum() + self.outside
-        plain_bytes = 4 * (1 + self.num_classes + 2 * int(kept.sum())) + 256 * 3
-        expected = {
-            "bytes_per_label": (float(bits[kept].sum()) / 8 + plain_bytes) / self.labels,
-            "distortion": float(lost / self.probe.double().square().sum().clamp(min=1e-30)),
-        }
         # Of normally distributed coefficients, d(bits) / d(coefficient^2) = 1 / (2 ln 2 variance).
         worth = _BIT_WORTH * step**2 / (2 * math.log(2)) * len(self.probe)
-        scale, shrink = basis_step / self.deviation, energy / (energy + worth)
-        parts = {
-            "scale": scale[kept],
-            "shrink": shrink[kept].float(),
-            "basis": basis[kept],
-            "class_means": (means * helped).T[kept],
-        }
-        return parts, expected
-
-    def codec(self, step: float, target: dict[str, float]) -> Klt:
-        """The codec of one step."""
-        step = float(np.float32(step))
-        parts, _ = self.plan(step)
-        scales = [parts["scale"].new_tensor([step]), self.mean, parts["scale"], parts["shrink"]]
-        arrays = {"scales": torch.cat(scales).cpu().numpy().astype("<f4")}
-        for name in ("basis", "class_means"):
-            packed = pack_integers(parts[name].cpu().numpy())
-            arrays[name] = np.frombuffer(packed, np.uint8)
+        scale, shrink = (basis_step / self.deviation)[kept], (energy / (energy + worth))[kept]
+        scales = torch.cat([scale.new_tensor([step]), self.mean, scale, shrink.float()])
+        arrays = {"scales": scales.cpu().numpy().astype("<f4")}
+        for name, values in (("basis", basis[kept]), ("class_means", (means * helped).T[kept])):
+            arrays[name] = np.frombuffer(pack_integers(values.cpu().numpy()), np.uint8)
         return Klt(self.num_classes, arrays, **target)
-
-
-def fitted_bytes(codec: Codec) -> int:
-    """Bytes of codec.npz: its arrays and some 256 bytes of naming for each."""
-    return sum(array.nbytes + 256 for array in codec.arrays().values())

@@ -5,8 +5,6 @@ import numpy as np
 from utils.cli import UserError
 
 DAMAGED = "the packed numbers of a label set are damaged"
-# Of a stream, where its numbers are neither too few nor too many for pages of such a size.
-_PAGES, _SMALLEST_PAGE, _LARGEST_PAGE = 12, 1 << 12, 1 << 16
 
 
 def _pcodec():
@@ -24,7 +22,7 @@ def pack_integers(values: np.ndarray) -> bytes:
     pcodec, standalone = _pcodec()
     # Neighbours have nothing in common that a difference or a common factor would show, but rows
     # differ in spread: each page has frequencies of its own, which it begins with.
-    page = min(max(values.size // _PAGES, _SMALLEST_PAGE), _LARGEST_PAGE)
+    page = min(max(values.size // 12, 1 << 12), 1 << 16)
     packing = pcodec.ChunkConfig(
         compression_level=12,
         mode_spec=pcodec.ModeSpec.classic(),
@@ -40,9 +38,8 @@ def unpack_integers(stream: bytes, most: int) -> np.ndarray:
     try:
         values = np.empty(most, dtype=np.int16)  # touched only as far as it is filled
         progress = standalone.simple_decompress_into(stream, values)
-        complete = progress.finished
     except (RuntimeError, MemoryError, ValueError):
-        complete = False
-    if not complete:
+        raise UserError(DAMAGED) from None
+    if not progress.finished:
         raise UserError(DAMAGED)
     return values[: progress.n_processed]

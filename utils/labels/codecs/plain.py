@@ -7,17 +7,29 @@ import torch
 
 from utils.cli import UserError, bounded
 from utils.data.views import Mixture
-from utils.labels.codecs.base import Codec, Codes, half
+from utils.labels.codecs.base import Codec, Codes
 
 
-def _bytes(tensor: torch.Tensor) -> bytes:
-    array = tensor.cpu().contiguous().numpy()
-    return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+def _half(values: torch.Tensor, name: str) -> torch.Tensor:
+    """float16 values; raises UserError when one is too large for it."""
+    if values.abs().max() > torch.finfo(torch.float16).max:
+        raise UserError(f"a teacher's logit exceeds the range of codec {name} (65504)")
+    return values.half()
 
 
-def _from_bytes(data: memoryview, kind: str, shape: tuple[int, ...]) -> torch.Tensor:
-    array = np.frombuffer(data, dtype="<" + kind).reshape(shape)
-    return torch.from_numpy(array.astype(kind))
+def _split(payload: bytes, bits_per_label: int, *widths: int) -> list[torch.Tensor]:
+    """A payload's float16 [N, width], one after the other, and uint8 [...], the bytes after them.
+
+    Raises UserError when a whole number of labels, padded to a byte, does not fill it.
+    """
+    labels = len(payload) * 8 // bits_per_label
+    if -(-labels * bits_per_label // 8) != len(payload):
+        raise UserError("a pass of the label set is damaged: its length is impossible")
+    ends = 2 * labels * np.cumsum(widths)
+    *halves, rest = np.split(np.frombuffer(payload, np.uint8).copy(), ends)
+    tensors = [torch.from_numpy(half.view("<f2").astype("f2")) for half in halves]
+    shaped = [half.view(labels, width) for half, width in zip(tensors, widths, strict=True)]
+    return [*shaped, torch.from_numpy(rest)]
 
 
 def _to_bits(values: torch.Tensor, bits: int) -> np.ndarray:
@@ -26,15 +38,10 @@ def _to_bits(values: torch.Tensor, bits: int) -> np.ndarray:
     return (values[..., None] >> shifts & 1).flatten(-2).to(torch.uint8).cpu().numpy()
 
 
-def _count_labels(payload: bytes, bits_per_label: int) -> int:
-    """How many labels a payload holds; raises UserError when it is no whole number.
-
-    `bits_per_label`, at least 8, does not include the padding of the payload to a byte.
-    """
-    labels = len(payload) * 8 // bits_per_label
-    if -(-labels * bits_per_label // 8) != len(payload):
-        raise UserError("a pass of the label set is damaged: its length is impossible")
-    return labels
+def _from_bits(stream: torch.Tensor, bits: int) -> torch.Tensor:
+    """float32 [N, M]: the numbers, below 2^24, whose bits are a stream [N, M x bits]."""
+    worth = 2.0 ** torch.arange(bits - 1, -1, -1, device=stream.device)
+    return stream.unflatten(1, (-1, bits)).float() @ worth
 
 
 class Fp16(Codec):
@@ -43,14 +50,10 @@ class Fp16(Codec):
     name = "fp16"
 
     def encode(self, logits: torch.Tensor, mixture: Mixture) -> Codes:
-        return (half(logits, self.name),)
-
-    def pack_codes(self, codes: Codes) -> bytes:
-        return _bytes(codes[0])
+        return (_half(logits, self.name),)
 
     def unpack(self, payload: bytes) -> Codes:
-        labels = _count_labels(payload, 16 * self.num_classes)
-        return (_from_bytes(payload, "f2", (labels, self.num_classes)),)
+        return (_split(payload, 16 * self.num_classes, self.num_classes)[0],)
 
     def expand(self, codes: Codes, mixture: Mixture) -> torch.Tensor:
         return codes[0].float()
@@ -61,7 +64,7 @@ class TopK(Codec):
 
     That value follows from the kept ones because logits are centred, so it costs nothing and the
     decoded label is exactly centred. Payload: float16 [N, k] logits in the order of their classes,
-    then N x k class indices of ceil(log2 C) bits, most significant bit first, padded to a byte.
+    then N x k class indices of ceil(log2 C) bits.
     """
 
     name = "topk"
@@ -73,27 +76,23 @@ class TopK(Codec):
             raise UserError(f"--topk {topk} must be between 1 and classes - 1 = {num_classes - 1}")
         self.topk = topk
         self.index_bits = (num_classes - 1).bit_length()
+        self.index_type = torch.int16 if num_classes <= 1 << 15 else torch.int32
 
     def encode(self, logits: torch.Tensor, mixture: Mixture) -> Codes:
         order = logits.sort(dim=1, descending=True, stable=True).indices
         index = order[:, : self.topk].sort(dim=1).values
-        kept = half(logits.gather(1, index), self.name)
-        return kept, index.to(torch.int16 if self.num_classes <= 1 << 15 else torch.int32)
+        return _half(logits.gather(1, index), self.name), index.to(self.index_type)
 
     def pack_codes(self, codes: Codes) -> bytes:
         kept, index = codes
-        bits = _to_bits(index.flatten(), self.index_bits)
-        return _bytes(kept) + np.packbits(bits).tobytes()
+        bits = np.packbits(_to_bits(index.flatten(), self.index_bits))
+        return super().pack_codes((kept,)) + bits.tobytes()
 
     def unpack(self, payload: bytes) -> Codes:
-        k, bits = self.topk, self.index_bits
-        labels = _count_labels(payload, k * (16 + bits))
-        kept = _from_bytes(payload[: 2 * labels * k], "f2", (labels, k))
-        stream = np.frombuffer(payload[2 * labels * k :], np.uint8)
-        rows = np.unpackbits(stream, count=labels * k * bits).reshape(labels, k, bits)
-        index = rows @ (1 << np.arange(bits - 1, -1, -1))
-        kind = np.int16 if self.num_classes <= 1 << 15 else np.int32
-        return kept, torch.from_numpy(index.astype(kind))
+        kept, packed = _split(payload, self.topk * (16 + self.index_bits), self.topk)
+        bits = np.unpackbits(packed, count=kept.numel() * self.index_bits)
+        stream = torch.from_numpy(bits).view(len(kept), self.topk * self.index_bits)
+        return kept, _from_bits(stream, self.index_bits).to(self.index_type)
 
     def expand(self, codes: Codes, mixture: Mixture) -> torch.Tensor:
         kept = codes[0].float()
@@ -115,37 +114,25 @@ class Quant(Codec):
 
     def __init__(self, num_classes: int, bits: int):
         super().__init__(num_classes, bits=bits)
-        if not 1 <= bits <= 8:
-            raise UserError(f"--bits {bits} must be between 1 and 8")
         self.bits = bits
-        self.width = -(-num_classes * bits // 8)
 
     def encode(self, logits: torch.Tensor, mixture: Mixture) -> Codes:
         levels = (1 << self.bits) - 1
-        offset = half(logits.amin(1), self.name)
-        step = half((logits.amax(1) - offset.float()) / levels, self.name)
-        divisor = torch.where(step == 0, 1, step.float())[:, None]
-        level = ((logits - offset.float()[:, None]) / divisor).round().clamp(0, levels)
+        offset = _half(logits.amin(1, keepdim=True), self.name)
+        step = _half((logits.amax(1, keepdim=True) - offset.float()) / levels, self.name)
+        divisor = torch.where(step == 0, 1, step.float())
+        level = ((logits - offset.float()) / divisor).round().clamp(0, levels)
         rows = np.packbits(_to_bits(level.to(torch.uint8), self.bits), axis=1)
         return offset, step, torch.from_numpy(rows)
 
-    def pack_codes(self, codes: Codes) -> bytes:
-        return b"".join(_bytes(code) for code in codes)
-
     def unpack(self, payload: bytes) -> Codes:
-        size = 4 + self.width
-        labels = _count_labels(payload, 8 * size)
-        return (
-            _from_bytes(payload[: 2 * labels], "f2", (labels,)),
-            _from_bytes(payload[2 * labels : 4 * labels], "f2", (labels,)),
-            _from_bytes(payload[4 * labels :], "u1", (labels, self.width)),
-        )
+        row = -(-self.num_classes * self.bits // 8)
+        offset, step, levels = _split(payload, 8 * (4 + row), 1, 1)
+        return offset, step, levels.view(-1, row)
 
     def expand(self, codes: Codes, mixture: Mixture) -> torch.Tensor:
         offset, step, rows = codes
         shifts = torch.arange(7, -1, -1, device=rows.device)
-        bits = (rows[:, :, None] >> shifts & 1).flatten(1)[:, : self.num_classes * self.bits]
-        worth = 2.0 ** torch.arange(self.bits - 1, -1, -1, device=rows.device)
-        level = bits.unflatten(1, (self.num_classes, self.bits)).float() @ worth
-        logits = offset.float()[:, None] + step.float()[:, None] * level
+        stream = (rows[:, :, None] >> shifts & 1).flatten(1)[:, : self.num_classes * self.bits]
+        logits = offset.float() + step.float() * _from_bits(stream, self.bits)
         return logits - logits.mean(1, keepdim=True)

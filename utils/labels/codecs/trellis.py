@@ -21,6 +21,7 @@ _RARE_ZERO = 0.7
 # What a number is modulo 4, by quantiser, where its index is even and where it is odd.
 _REMAINDERS = ((0.0, 2.0), (3.0, 1.0))
 _TOGETHER = 8  # components whose distances are computed at once
+_BEFORE = 3  # rows of zeros for what a path looks back to before the first component
 
 
 def _distances(size: torch.Tensor) -> torch.Tensor:
@@ -79,26 +80,14 @@ def quantise(values: torch.Tensor) -> torch.Tensor:
     return torch.where(values < 0, -numbers, numbers).short()
 
 
-def _second_serves(component: int, second: np.ndarray, odd: np.ndarray) -> np.ndarray:
-    """bool [N]: for which labels the second quantiser serves this component.
-
-    Args:
-        second: bool [K, N], the same of the components before it.
-        odd: bool [K, N], whether their indices are odd.
-    """
-    if component < 2:
-        return np.zeros_like(second[0])
-    serves = second[component - 1] ^ odd[component - 2]
-    return serves ^ second[component - 3] if component > 2 else serves
-
-
 def pack_numbers(numbers: np.ndarray) -> bytes:
     """Bytes of int16 [K, N], each column a path: see `unpack_numbers`."""
     index = np.sign(numbers) * ((np.abs(numbers) + 1) >> 1)
-    odd = (index & 1).astype(bool)
-    second = np.empty_like(odd)
-    for component in range(len(odd)):
-        second[component] = _second_serves(component, second, odd)
+    by_second, odd = np.zeros((2, _BEFORE + len(index), index.shape[1]), dtype=bool)
+    odd[_BEFORE:] = index & 1
+    for k in range(_BEFORE, len(odd)):
+        by_second[k] = by_second[k - 1] ^ by_second[k - 3] ^ odd[k - 2]
+    second = by_second[_BEFORE:]
     first_stream = pack_integers(index[~second])
     return len(first_stream).to_bytes(4, "little") + first_stream + pack_integers(index[second])
 
@@ -115,15 +104,15 @@ def unpack_numbers(packed: bytes, components: int, labels: int) -> np.ndarray:
     if len(first) + len(second) != components * labels:  # before memory is taken for so many
         raise UserError(DAMAGED)
     numbers = np.empty((components, labels), dtype=np.int16)
-    odd, of_second = np.empty((2, components, labels), dtype=bool)
-    for component, row in enumerate(numbers):
-        serves = of_second[component] = _second_serves(component, of_second, odd)
-        (from_first,), (from_second,) = (~serves).nonzero(), serves.nonzero()
+    by_second, odd = np.zeros((2, _BEFORE + components, labels), dtype=bool)
+    for k, row in enumerate(numbers, start=_BEFORE):
+        by_second[k] = by_second[k - 1] ^ by_second[k - 3] ^ odd[k - 2]
+        (from_first,), (from_second,) = (~by_second[k]).nonzero(), by_second[k].nonzero()
         if len(from_first) > len(first) or len(from_second) > len(second):
             raise UserError(DAMAGED)
         row[from_first], first = first[: len(from_first)], first[len(from_first) :]
         row[from_second], second = second[: len(from_second)], second[len(from_second) :]
-        odd[component] = row & 1
+        odd[k] = row & 1
     numbers *= 2
-    numbers -= np.sign(numbers) * of_second
+    numbers -= np.sign(numbers) * by_second[_BEFORE:]
     return numbers
