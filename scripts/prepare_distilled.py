@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from relabel.teacher import Ensemble, load_teacher, training_facts
+from relabel.teacher import Ensemble, label_views, load_teacher, training_facts
 from utils import cli, runtime
 from utils.cli import UserError, bounded
 from utils.data import custom, datasets, folders, images
@@ -84,14 +84,13 @@ def score_crops(
     # What is scored is what is written: the crop, not its mirror image.
     rounds = [dataclasses.replace(views, flip=torch.zeros_like(views.flip)) for views in rounds]
     rounds = rounds or [centre_views(sizes, _BATCH)]
-    batches = [batch for views in rounds for batch in views.to(device)]
     best = torch.full((len(sizes),), torch.inf)
     boxes = torch.zeros(len(sizes), 4, dtype=torch.int32)
-    bar = cli.progress(source.render(batches), desc="scoring crops", total=len(batches))
-    for batch, pixels in zip(batches, bar, strict=True):
+    scored = label_views(teacher, source, rounds)
+    for batch, logits in cli.progress(scored, desc="scoring crops", total=sum(map(len, rounds))):
         index = batch.index.cpu()
         targets = folder.labels[index].to(device)
-        loss = F.cross_entropy(teacher.logits(pixels), targets, reduction="none").cpu()
+        loss = F.cross_entropy(logits, targets, reduction="none").cpu()
         better = loss < best[index]
         best[index[better]] = loss[better]
         boxes[index[better]] = batch.box.cpu()[better]
