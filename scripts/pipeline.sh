@@ -79,6 +79,8 @@ check_paths() { # DATASET IMAGES VALIDATION LABELS: one line for each thing that
         missing "no class folders of validation images in $validation: download them from" \
             "$DOWNLOADS/1BCWWdvo1MnwtTUIEK-t3QcS0KwwAMVqH or $sort"
     weights="$(folder_of "$Main_Data_Path" "$dataset")/$TEACHER.pth"
+    [[ -z "$TEACHER_WEIGHTS" || -f "$TEACHER_WEIGHTS" ]] ||
+        missing "no teacher weights at TEACHER_WEIGHTS=$TEACHER_WEIGHTS"
     if [[ -z "$TEACHER_WEIGHTS" && "$dataset" != imagenet1k && "$TEACHER" != *:* && ! -f "$weights" &&
         ! -f "$Main_Data_Path/$TEACHER.pth" ]] && ! has_published_labels "$labels"; then
         missing "no teacher weights at $weights: put a $TEACHER trained on $dataset there, train one" \
