@@ -90,20 +90,21 @@ check_paths() { # DATASET IMAGES VALIDATION LABELS: one line for each thing that
 }
 
 in_processes() { # N FILE [FLAG ...]: runs an entry script, with torchrun when N is above 1
-    local count="$1" child status=0 launcher=()
+    local count="$1" child status=0 interrupted="" launcher=()
     shift
     [[ "$count" -le 1 ]] ||
         launcher=("$ROOT/scripts/launch.py" --standalone "--nproc_per_node=$count")
     # Beside the shell, which passes a scheduler's signal on and waits for the step under way.
     "$PYTHON" "${launcher[@]}" "$@" &
     child=$!
-    trap 'kill -TERM "$child" 2> /dev/null' HUP INT TERM USR1
+    trap 'kill -TERM "$child" 2> /dev/null' HUP TERM USR1
+    trap 'kill -TERM "$child" 2> /dev/null; interrupted=130' INT # which programs behind & ignore
     while kill -0 "$child" 2> /dev/null; do
         status=0
         wait "$child" || status=$?
     done
     trap - HUP INT TERM USR1
-    return "$status"
+    return "${interrupted:-$status}"
 }
 
 run_pipeline() { # DATASET [-- FLAG ...]: the flags go to validate/train.py

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -189,7 +190,8 @@ def test_weights_of_another_teacher_are_left_as_they_are(tmp_path):
     assert tree(tmp_path) == {"cifar10/ResNet18.pth": b"mine"}
 
 
-def test_a_signal_to_a_script_reaches_its_program_and_is_waited_for(tmp_path):
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_a_script_reaches_its_program_and_is_waited_for(tmp_path, sent, code):
     """As a scheduler sends it, or `timeout`: to the shell alone."""
     (tmp_path / "program.py").write_text(
         "import pathlib, signal, sys, time\n"
@@ -204,8 +206,8 @@ def test_a_signal_to_a_script_reaches_its_program_and_is_waited_for(tmp_path):
         cwd=tmp_path,
     )
     assert process.stdout.readline() == "ready\n"
-    process.terminate()
-    assert process.wait(10) == 143 and (tmp_path / "ended").exists()
+    process.send_signal(sent)
+    assert process.wait(10) == code and (tmp_path / "ended").exists()
 
 
 def test_flags_for_training_follow_two_dashes(tmp_path):
