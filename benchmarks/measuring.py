@@ -38,7 +38,7 @@ def by_turns(pipelines: dict[str, Callable], bench: Bench) -> Iterator[dict]:
         with _gpu_samples(device) as samples, contextlib.ExitStack() as ending:
             for name, make in pipelines.items():
                 process = ending.enter_context(ProcessPoolExecutor(1, spawn))
-                ending.callback(process.submit, _end)
+                ending.callback(_ask_to_end, process)
                 begun = process.submit(_begin, threads, device, make, bench.args.seconds)
                 counts[name] = process, begun.result()
             for repeat in range(1, bench.args.repeats + 1):
@@ -90,6 +90,12 @@ def _run(count: int) -> tuple[int, float, int]:
         return images, seconds, torch.cuda.max_memory_allocated(_device)
     most = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return images, seconds, int(most[1]) * 1024
+
+
+def _ask_to_end(process: ProcessPoolExecutor) -> None:
+    """Has a process end what its pipeline started, unless a signal has ended itself already."""
+    with contextlib.suppress(BrokenProcessPool):
+        process.submit(_end)
 
 
 def _end() -> None:

@@ -127,6 +127,16 @@ def test_a_process_that_ends_or_fails_ends_the_others(bench):
     assert not multiprocessing.active_children()
 
 
+def test_a_signal_that_ends_the_processes_too_is_not_taken_for_their_failure(bench):
+    bench.args.repeats = 2
+    timings = measuring.by_turns({"steady": Steady}, bench)
+    next(timings)
+    for child in multiprocessing.active_children():
+        child.kill()
+    time.sleep(0.5)
+    timings.close()
+
+
 @pytest.mark.parametrize(
     ("pipeline", "keeps"),
     [
