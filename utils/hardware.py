@@ -46,9 +46,11 @@ class Gpu:
         return None if None in (before, self._before) else (self._before - before) / 3.6e6
 
     def _millijoules(self) -> int | None:
+        if not self._handle:
+            return None
         total = ctypes.c_ulonglong()
-        ask = self._handle and self._library.nvmlDeviceGetTotalEnergyConsumption
-        return total.value if ask and not ask(self._handle, ctypes.byref(total)) else None
+        ask = self._library.nvmlDeviceGetTotalEnergyConsumption
+        return None if ask(self._handle, ctypes.byref(total)) else total.value
 
 
 def facts() -> dict[str, str | None]:

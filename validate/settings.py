@@ -33,7 +33,7 @@ def _flag(text: str, number: Callable | None = None, **options) -> dataclasses.F
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """All that a run is made of, checked by `resolve`; args.yaml holds it as it is."""
+    """All that a run is made of, found and checked by `resolve`; args.yaml holds it as it is."""
 
     dataset: str  # see utils.data.datasets.Dataset
     num_classes: int
