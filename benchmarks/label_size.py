@@ -23,18 +23,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 from torchvision.transforms import Normalize
 
-from analysis.tables import column, grouped
 from relabel.teacher import use_batch_statistics
 from utils import cli
 from utils.cli import UserError
 from utils.data import datasets
 from utils.data.images import decode, pixels_of
 from utils.data.views import Mixture, ViewSpec, draw, render
-from utils.files import save_figure
 from utils.labels import centre, codecs
 from utils.labels.codecs.base import distortion
 from utils.results import provenance, write_csv
@@ -169,27 +166,6 @@ def measure(parameters: dict, logits: torch.Tensor, mixture: Mixture, kind: str)
     }
 
 
-def plot(path: Path, rows: list[dict]) -> None:
-    """Distortion against bytes per label, one panel per kind of labels."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    kinds = grouped(rows, "labels")
-    panels = figure.subplots(1, len(kinds), sharey=True)
-    for panel, ((kind,), of_kind) in zip(panels, kinds.items(), strict=True):
-        of_kind.sort(key=lambda row: row["bytes_per_label"])
-        for codec, style in {"topk": "C3o-", "quant": "C1s-", "klt": "C0o-"}.items():
-            curve = grouped(of_kind, "codec")[codec,]
-            sizes, lost = column(curve, "bytes_per_label"), column(curve, "distortion_t20")
-            panel.plot(sizes, lost, style, label=codec, markersize=4)
-        panel.axvline(2000, color="grey", linestyle=":", label="fp16 (distortion 0)")
-        panel.set(xscale="log", yscale="log", xlabel="bytes per label, everything included")
-        panel.set(title=f"{kind} labels", xlim=(1, 3000), ylim=(1e-4, 1.5))
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("distortion at T = 20")
-    panels[0].legend()
-    figure.suptitle("Soft labels of EfficientNet-Lite0 (1000 classes) on crops of real photos")
-    save_figure(figure, path)
-
-
 def main() -> None:
     parser = cli.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--photos", type=Path, required=True, help="folder, searched recursively")
@@ -209,7 +185,6 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     made = provenance("python benchmarks/label_size.py --photos photos")
     write_csv(rows, args.out / "label_size.csv", made, about)
-    plot(args.out / "label_size.png", rows)
 
 
 if __name__ == "__main__":
