@@ -232,7 +232,9 @@ def train(settings: Settings, materials: Materials, machine: Runtime, run: RunFo
     result = {
         "dataset": settings.dataset,
         "model": settings.model,
-        **{name: reached[name] for name in ("best", "last", "epochs")},
+        "best": reached["best"],
+        "last": reached["last"],
+        "epochs": reached["epochs"],
         "phases": settings.phases,
         "seed": settings.seed,
         "label_bytes": materials.labels.bytes_on_disk(settings.passes) if reads_labels else 0,
