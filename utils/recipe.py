@@ -32,9 +32,9 @@ def training_flags(
     """The flags of train.py, with --recipe's; tells what auto chose, or that labels are auto's."""
     args = argparse.Namespace(**vars(args))
     if args.recipe == "auto":
-        others = labels is not None and "small_crops_top1" not in labels.manifest
-        why = f"; {labels.path} labels views that --recipe auto did not choose" if others else ""
-        tell(fill(args, _AUTO_TRAINING), why, classes)
+        tell(fill(args, _AUTO_TRAINING), "", classes)
+        if labels is not None and "small_crops_top1" not in labels.manifest:
+            print(f"{labels.path} labels other views than --recipe auto: give it to labelling, too")
     elif views_of_auto(labels):
         print(f"{labels.path} labels views that --recipe auto chose, to train on by that recipe")
     fill(args, _PUBLISHED_TRAINING)
