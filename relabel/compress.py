@@ -75,15 +75,12 @@ def copy_labels(
     with writer.begun():
         if needed := writer.passes_to_fit():
             print(f"fitting codec {writer.settings['codec']['name']}", flush=True)
-            samples = []
-            for pass_index in range(needed):
-                views, logits, _ = read(pass_index)
-                samples.append((logits, views.mixture(hard_labels, writer.spec.input_size)))
-            writer.fit(samples)
+            writer.fit((read(pass_index)[:2] for pass_index in range(needed)), hard_labels)
         for pass_index in cli.progress(range(writer.settings["passes"]), desc=what, unit="pass"):
             if not writer.verified(pass_index):
                 views, logits, correct = read(pass_index)
                 writer.write_pass(pass_index, logits, views, hard_labels, correct)
+                del logits  # before the next is read
         return writer.finish()
 
 
