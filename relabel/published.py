@@ -296,7 +296,8 @@ def _numbered(folder: Path, pattern: str) -> list[Path]:
 
 def _parsed(where: str, coords, flips, mix_index, lam, bbox, values, indices=None) -> _Record:
     """A batch in tensors; raises ValueError, or what torch does, where it is none."""
-    coords, values, lam = _real(coords), _real(values).float(), None if lam is None else float(lam)
+    coords, values = _real(coords), _real(values).float()
+    lam = None if lam is None else float(lam)
     bbox = None if bbox is None else [float(side) for side in bbox]
     flips, mix_index, bbox, indices = map(_whole, (flips, mix_index, bbox, indices))
     count, shape = len(coords), values.shape

@@ -242,7 +242,8 @@ class _Fit:
             if tried >= 12 or not cheap < position < dear:
                 position = (cheap + dear) / 2
         if best is None:
-            raise UserError(f"{flag(name)} {wanted:g} cannot be met for {self.labels} labels")
+            what = f"{flag(name)} {wanted:g} cannot be met for {self.labels} labels"
+            raise UserError(f"{what}; give more, or take --codec fp16")
         return best
 
     def likely_step(self, name: str, wanted: float) -> float:
