@@ -59,8 +59,9 @@ class Fit(NamedTuple):
     """How well labels fit the classes of their views."""
 
     right: torch.Tensor  # bool [N], whether the label's top-1 class is the view's main one
-    # float32 [N], the standardised logits of a view's classes, by their shares of it: also of even
-    # mixtures, and 0 for labels of other images, with a standard deviation of at most 1.
+    # float32 [N], the standardised logit of each class in a view, weighted by its share. Unlike
+    # top-1, it does not depend on which class of an even mixture the teacher names. For labels of
+    # other views it is 0 on average, with a standard deviation of at most 1.
     score: torch.Tensor
 
     @classmethod
