@@ -23,8 +23,8 @@ from relabel.recipe import choose_views
 from relabel.teacher import (
     Ensemble,
     SomeClasses,
+    label_views,
     load_teacher,
-    named_right,
     training_facts,
     use_batch_statistics,
 )
@@ -176,12 +176,13 @@ def check_class_order(
     chosen = shuffle(0, ORDER, 0, count)[:most]
     views = centre_views(writer.sizes[chosen], settings["views_per_forward"])
     views.index = torch.from_numpy(chosen)[views.index]
-    num_classes = int(labels.max()) + 1
+    num_classes, labels = int(labels.max()) + 1, labels.to(teachers.runtime.device)
     hits = count = 0
-    batches = named_right(teachers, source, [views], labels)
-    for right in cli.progress(batches, desc="class order", total=len(views), leave=False, delay=2):
-        hits += int(right.sum())
-        count += len(right)
+    labelled = label_views(teachers, source, [views])
+    bar = cli.progress(labelled, desc="class order", total=len(views), leave=False, delay=2)
+    for batch, logits in bar:
+        hits += int((logits.argmax(1) == labels[batch.index]).sum())
+        count += len(logits)
         doubtful = near_chance(hits, count, num_classes)
         if count >= _FEWEST_CHECKED and hits >= count / 4 and not doubtful:
             break

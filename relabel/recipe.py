@@ -4,7 +4,7 @@ import argparse
 
 import torch
 
-from relabel.teacher import Ensemble, named_right
+from relabel.teacher import Ensemble, label_views
 from utils import recipe
 from utils.data import images
 from utils.data.datasets import Dataset
@@ -22,13 +22,14 @@ def probe(
 
     Of one to two thousand views, with BatchNorm's running statistics.
     """
-    few = folder.sample(_PROBED)
+    few, device = folder.sample(_PROBED), teachers.runtime.device
     sizes, _ = images.inspect(few)
-    source = images.open_images(few, sizes, dataset, teachers.runtime.device, args.workers)
+    source = images.open_images(few, sizes, dataset, device, args.workers)
     scale = recipe.PUBLISHED_VIEWS["min_scale"]
     spec = ViewSpec(dataset.input_size, args.batch_size, scale, mix="none")
     passes = [draw(spec, sizes, seed) for seed in range(-(-_PROBED // len(sizes)))]
-    right = torch.cat([*named_right(teachers, source, passes, few.labels)])
+    labels, labelled = few.labels.to(device), label_views(teachers, source, passes)
+    right = torch.cat([logits.argmax(1) == labels[views.index] for views, logits in labelled])
     return round(100 * int(right.sum()) / len(right), 1)
 
 

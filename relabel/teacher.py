@@ -322,17 +322,10 @@ def _forward(model: nn.Module, views: torch.Tensor, batch_size: int) -> torch.Te
         return torch.cat([model(batch) for batch in views.split(batch_size)])
 
 
-def named_right(
-    teachers: Ensemble,
-    source: ResidentImages | StreamingImages,
-    parts: Sequence[Views],
-    labels: torch.Tensor,
-) -> Iterator[torch.Tensor]:
-    """bool [B] for every batch of views: whether the teacher names the class of its image.
-
-    `labels` int64 [images] are the images' classes.
-    """
+def label_views(
+    teachers: Ensemble, source: ResidentImages | StreamingImages, parts: Sequence[Views]
+) -> Iterator[tuple[Views, torch.Tensor]]:
+    """Every batch of these views, on the teachers' device, with its logits, float32 [B, C]."""
     batches = [batch for views in parts for batch in views.to(teachers.runtime.device)]
-    labels = labels.to(teachers.runtime.device)
     for batch, pixels in zip(batches, source.render(batches), strict=True):
-        yield teachers.logits(pixels).argmax(1) == labels[batch.index]
+        yield batch, teachers.logits(pixels)
