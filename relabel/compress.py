@@ -45,10 +45,9 @@ def compare(
     sums = torch.zeros(len(temperatures), 2, dtype=torch.float64)
     agree = count = 0
     for pass_index in passes:
-        (views, stored), (expected, teacher) = (
-            of.whole_pass(pass_index) for of in (labels, reference)
-        )
-        if views.checksum() != expected.checksum():
+        views, stored = labels.whole_pass(pass_index)
+        expected_views, teacher = reference.whole_pass(pass_index)
+        if views.checksum() != expected_views.checksum():
             raise UserError(
                 f"views of pass {pass_index} in {labels.path} differ from those in {reference.path}"
             )
@@ -75,15 +74,12 @@ def copy_labels(
     with writer.begun():
         if needed := writer.passes_to_fit():
             print(f"fitting codec {writer.settings['codec']['name']}", flush=True)
-            samples = []
-            for pass_index in range(needed):
-                views, logits, _ = read(pass_index)
-                samples.append((logits, views.mixture(hard_labels, writer.spec.input_size)))
-            writer.fit(samples)
+            writer.fit((read(pass_index)[:2] for pass_index in range(needed)), hard_labels)
         for pass_index in cli.progress(range(writer.settings["passes"]), desc=what, unit="pass"):
             if not writer.verified(pass_index):
                 views, logits, correct = read(pass_index)
                 writer.write_pass(pass_index, logits, views, hard_labels, correct)
+                del logits  # before the next is read
         return writer.finish()
 
 

@@ -17,6 +17,7 @@ if not __package__:  # run as a plain script: imports start at the repository ro
 import argparse
 import hashlib
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -25,11 +26,11 @@ from relabel.published import TEMPERATURE, PublishedLabels
 from utils import cli
 from utils.cli import UserError, bounded
 from utils.data import custom, datasets, folders, images
-from utils.data.views import Views, ViewSpec
+from utils.data.views import Mixture, Views, ViewSpec
 from utils.labels import LabelWriter, codecs, make_settings
 
 _CHECKED_VIEWS = 1000  # at least, and two passes, before anything is written
-_LEAST_ABOVE_CHANCE = 0.05  # of the teacher's top-1 on the views
+_LEAST_ABOVE_CHANCE = 0.025  # of the teacher's top-1 on the views
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -54,63 +55,82 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+class Fit(NamedTuple):
+    """How well labels fit the classes of their views."""
+
+    right: torch.Tensor  # bool [N], whether the label's top-1 class is the view's main one
+    # float32 [N], the standardised logit of each class in a view, weighted by its share. Unlike
+    # top-1, it does not depend on which class of an even mixture the teacher names. For labels of
+    # other views it is 0 on average, with a standard deviation of at most 1.
+    score: torch.Tensor
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, mixture: Mixture) -> "Fit":
+        """Of centred logits [N, C] and what the views show."""
+        standard = logits / logits.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-12)
+        own, partner = (
+            standard.gather(1, classes[:, None])[:, 0] for classes in (mixture.own, mixture.partner)
+        )
+        right = logits.argmax(dim=1) == mixture.main_class()
+        return cls(right, mixture.lam * own + (1 - mixture.lam) * partner)
+
+    def falls_behind(self, other: "Fit") -> bool:
+        """Whether these labels certainly fit less than half as well as others."""
+        expected = float(other.score.mean())
+        noise = 3 / math.sqrt(len(self.score))
+        return float(self.score.mean()) < min(expected / 2, expected - noise)
+
+
 def share_of(right: torch.Tensor) -> float:
     """The teacher's top-1 on views, of whether each is named right."""
     return int(right.sum()) / len(right)
 
 
-def deviations(share: float, right: torch.Tensor) -> float:
-    """Three standard deviations of the share of right ones among so many, where `share` is true."""
-    return 3 * math.sqrt(share * (1 - share) / len(right))
-
-
 def convinces(right: torch.Tensor, classes: int) -> bool:
-    """Whether labels name their classes far more often than those in another order would."""
+    """Whether labels name their classes far more often than those in another order would.
+
+    The score would not tell: classes that follow each other in a list may be alike.
+    """
     chance = 1 / classes
-    return share_of(right) > chance + max(deviations(chance, right), _LEAST_ABOVE_CHANCE)
+    deviations = 3 * math.sqrt(chance * (1 - chance) / len(right))
+    return share_of(right) > chance + max(deviations, _LEAST_ABOVE_CHANCE)
 
 
-def falls_behind(right: torch.Tensor, expected: float) -> bool:
-    """Whether labels certainly name their classes less than half as often as expected."""
-    return share_of(right) < min(expected / 2, expected - deviations(expected, right))
-
-
-def check_fit(published: PublishedLabels, seed: int, force: bool) -> float:
-    """Takes the image order that fits the first passes best; returns the teacher's top-1 by it.
+def check_fit(published: PublishedLabels, seed: int, force: bool) -> Fit:
+    """Takes the image order that fits the first passes best; returns how well it does.
 
     Raises UserError, which says what is in doubt, unless one fits or is forced.
     """
     enough = max(2, math.ceil(_CHECKED_VIEWS / len(published.sizes)))
+    first_passes = range(min(published.passes, enough))
     tried, classes = [], published.dataset.num_classes
     for orders in published.derived_orders(seed) if published.derived else [published.orders]:
-        published.orders, right = orders, []
-        for pass_index in range(min(published.passes, enough)):
-            _, logits, main = published.read_pass(pass_index)
-            right.append(logits.argmax(dim=1) == main)
-        tried.append((torch.cat(right), right, orders))
-    views, right, published.orders = max(tried, key=lambda each: share_of(each[0]))
-    share = share_of(views)
-    late = any(falls_behind(each, share_of(right[0])) for each in right)
-    if (convinces(views, classes) and not late) or force:
-        return share
+        published.orders = orders
+        fits = [Fit.of(*published.read_pass(pass_index)[1:]) for pass_index in first_passes]
+        tried.append((Fit(*map(torch.cat, zip(*fits, strict=True))), fits, orders))
+    fit, fits, published.orders = max(tried, key=lambda each: share_of(each[0].right))
+    late = any(each.falls_behind(fits[0]) for each in fits)
+    if (convinces(fit.right, classes) and not late) or force:
+        return fit
     reason = "probably other images, or another class order"
-    if published.derived and convinces(right[0], classes):
+    if published.derived and convinces(fits[0].right, classes):
         reason = (
             "the image order derived for the first pass fits, those of later passes do not: they "
             "were not drawn one after the other by torch's sampler"
         )
     elif published.derived and not names_other_classes(published):
         reason = f"the image order is not that of --fkd-seed {seed}, or these are other images"
+    top1 = 100 * share_of(fit.right)
     raise UserError(
-        f"{published.folder}: teacher top-1 on the views is only {100 * share:.1f} %: "
-        f"{reason}; --force goes on"
+        f"{published.folder}: teacher top-1 on the views is only {top1:.1f} %: {reason}; "
+        "--force goes on"
     )
 
 
 def names_other_classes(published: PublishedLabels) -> bool:
     """Whether views of one class are labelled alike: the image order fits, the classes do not."""
-    _, logits, main = published.read_pass(0)
-    main, order = main.sort(stable=True)
+    _, logits, mixture = published.read_pass(0)
+    main, order = mixture.main_class().sort(stable=True)
     pairs = main[1:] == main[:-1]
     alike = logits.argmax(dim=1)[order].diff()[pairs] == 0
     return len(alike) > 0 and convinces(alike, published.dataset.num_classes)
@@ -160,20 +180,21 @@ def main() -> None:
     if published.topk and args.codec in (None, "topk"):
         args.codec, args.topk = "topk", args.topk or published.topk
     args.codec = args.codec or "fp16"
-    share = check_fit(published, args.fkd_seed, args.force)
+    first = check_fit(published, args.fkd_seed, args.force)
     print(describe(published, args.fkd_seed))
 
     def read(pass_index: int) -> tuple[Views, torch.Tensor, int]:
-        views, logits, main = published.read_pass(pass_index)
-        right = logits.argmax(dim=1) == main
-        if falls_behind(right, share) and not args.force:
+        views, logits, mixture = published.read_pass(pass_index)
+        fit = Fit.of(logits, mixture)
+        share, expected = share_of(fit.right), share_of(first.right)
+        if fit.falls_behind(first) and not args.force:
             raise UserError(
                 f"{args.fkd_dir}: teacher top-1 on the views of pass {pass_index} is only "
-                f"{100 * share_of(right):.1f} %, on those of the first ones {100 * share:.1f} %: "
-                "its image order does not fit; --force goes on"
+                f"{100 * share:.1f} %, on those of the first ones {100 * expected:.1f} %: its "
+                "image order does not fit; --force goes on"
             )
         # A pass of a pruned folder has a few views more than there are images.
-        return views, logits, round(share_of(right) * len(folder.files))
+        return views, logits, round(share * len(folder.files))
 
     spec = ViewSpec(dataset.input_size, published.batch_size, args.min_scale, mix=published.mix)
     settings = make_settings(

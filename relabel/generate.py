@@ -32,9 +32,8 @@ from utils import cli, recipe, runtime
 from utils.cli import UserError, bounded
 from utils.data import custom, datasets, folders, images
 from utils.data.datasets import Dataset
-from utils.data.views import MIXES, ORDER, Mixture, Views, ViewSpec, centre_views, shuffle
+from utils.data.views import MIXES, ORDER, Views, ViewSpec, centre_views, shuffle
 from utils.labels import LabelSet, LabelWriter, codecs, make_settings
-from utils.labels.codecs.base import labels_to_fit
 from utils.metrics import near_chance
 
 _FEWEST_CHECKED, _MOST_CHECKED = 64, 1024  # images that tell whether the class order is right
@@ -237,19 +236,13 @@ def label_passes(
 
 def fit_codec(
     writer: LabelWriter, teachers: Ensemble, source: ImageSource, hard_labels: torch.Tensor
-) -> dict[int, torch.Tensor]:
-    """Fits the writer's codec to the first passes; returns their logits by pass index."""
-    device, needed = teachers.runtime.device, writer.passes_to_fit()
-    labelled, samples = {}, []
+) -> dict[int, tuple[Views, torch.Tensor]]:
+    """Fits the writer's codec to the first passes; returns their views and logits by pass index."""
+    needed = writer.passes_to_fit()
     with cli.progress(total=needed * len(hard_labels), desc="fit codec", unit="view") as bar:
         passes = label_passes(range(needed), writer, teachers, source, bar)
-        for pass_index, views, logits in passes:
-            labelled[pass_index] = logits
-            rows = slice(labels_to_fit(writer.settings["num_classes"]))  # the fit takes no more
-            mixture = views.mixture(hard_labels, writer.spec.input_size).rows(rows)
-            shown = Mixture(*(part.to(device) for part in mixture))
-            samples.append((logits[rows].to(device), shown))
-    writer.fit(samples)
+        labelled = {pass_index: (views, logits) for pass_index, views, logits in passes}
+    writer.fit(labelled.values(), hard_labels, teachers.runtime.device)
     return labelled
 
 
@@ -274,8 +267,8 @@ def make_passes(
     writer.open_codec()
     unlabelled = [each for each in missing if each not in fitted]
     mine = unlabelled[machine.rank :: machine.world]
-    ready = (each for each in missing if each in labelled)  # for the fit, on rank 0
-    ready = ((each, writer.draw(each), labelled.pop(each)) for each in ready)
+    # Those that rank 0 has labelled for the fit.
+    ready = ((each, *labelled.pop(each)) for each in missing if each in labelled)
     bar = cli.progress(total=len(mine) * len(hard_labels), desc="relabel", unit="view")
     with bar, pass_writer(writer, packers) as write_pass:
         passes = itertools.chain(ready, label_passes(mine, writer, teachers, source, bar))

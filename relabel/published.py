@@ -26,7 +26,7 @@ import torch
 from utils.cli import UserError
 from utils.data.datasets import Dataset
 from utils.data.folders import ImageFolder
-from utils.data.views import Views
+from utils.data.views import Mixture, Views
 from utils.files import load_tensors, read_json, sha256_file
 from utils.labels import centre
 
@@ -192,8 +192,8 @@ class PublishedLabels:
         lines += [f"{sha256_file(file)}\n" for file in (files[0], files[-1])]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
-    def read_pass(self, pass_index: int) -> tuple[Views, torch.Tensor, torch.Tensor]:
-        """The views of a pass, their float32 [N, C] centred logits, and int64 [N] main classes.
+    def read_pass(self, pass_index: int) -> tuple[Views, torch.Tensor, Mixture]:
+        """The views of a pass, their float32 [N, C] centred logits, and the classes they show.
 
         Raises UserError for damaged files, and what does not fit images or other batches.
         """
@@ -204,8 +204,7 @@ class PublishedLabels:
         told = f"{self.folder}: a smaller batch within pass {pass_index}: are files missing?"
         _check(whole, told)
         views = Views.joined(parts)
-        mixture = views.mixture(self.hard_labels, self.dataset.input_size)
-        return views, torch.cat(logits), mixture.main_class()
+        return views, torch.cat(logits), views.mixture(self.hard_labels, self.dataset.input_size)
 
     def _read_file(self, file: Path) -> list:
         """The batches of a file, in HALD's layout several."""
@@ -297,7 +296,8 @@ def _numbered(folder: Path, pattern: str) -> list[Path]:
 
 def _parsed(where: str, coords, flips, mix_index, lam, bbox, values, indices=None) -> _Record:
     """A batch in tensors; raises ValueError, or what torch does, where it is none."""
-    coords, values, lam = _real(coords), _real(values).float(), None if lam is None else float(lam)
+    coords, values = _real(coords), _real(values).float()
+    lam = None if lam is None else float(lam)
     bbox = None if bbox is None else [float(side) for side in bbox]
     flips, mix_index, bbox, indices = map(_whole, (flips, mix_index, bbox, indices))
     count, shape = len(coords), values.shape

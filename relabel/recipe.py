@@ -50,7 +50,9 @@ def choose_views(
         first = machine.rank == 0
         top1 = machine.from_first(probe(args, teachers, folder, dataset) if first else None)
     chosen = recipe.fill(args, {} if top1 is None else recipe.auto_views(top1))
-    why = f"; the teacher is right on {top1} % of small unmixed crops, which get labels from "
-    why = why + f"{recipe.SURE} % on" if chosen else ""
+    why = ""
+    if chosen:
+        why = f"; the teacher is right on {top1} % of small unmixed crops, which get labels from "
+        why += f"{recipe.SURE} % on"
     recipe.tell(chosen, why, dataset.num_classes)
     return {"small_crops_top1": top1} if len(chosen) == 2 else {}

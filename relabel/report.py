@@ -114,8 +114,8 @@ def report_drift(measured: drift.Drift) -> dict:
     """Prints and returns Tr(Sigma) and the share of views that drift; prints it by crop area."""
     spread = None if np.isnan(measured.spread).any() else float(measured.spread.mean())
     views, share = len(measured.drifts), float(measured.drifts.mean())
-    known = "needs two passes" if spread is None else f"{spread:.4f}"
-    print(f"\nTr(Sigma) of an image's soft labels, mean over images: {known}")
+    told = "needs two passes" if spread is None else f"{spread:.4f}"
+    print(f"\nTr(Sigma) of an image's soft labels, mean over images: {told}")
     print(f"views that drift: {100 * share:.1f} % of {views:,} ({_DRIFTS})")
     print(f"{'crop area':>12}{'views':>10}{'drift (%)':>12}{'p(view classes)':>17}")
     for row in area_rows(measured):

@@ -180,6 +180,15 @@ def test_klt_takes_the_dearest_step_where_cost_jumps(monkeypatch, logits, mixtur
     assert 1.99 < statistics.search({"distortion": 0.25}).step <= 2
 
 
+def test_klt_leaves_a_plateau_of_cost_by_halves():
+    """Without any of its components, a label of rank two costs a trace more than is wanted."""
+    random = torch.Generator().manual_seed(0)
+    loads = 4 * torch.randn(1200, 2, generator=random) @ torch.randn(2, CLASSES, generator=random)
+    few = loads - loads.mean(1, keepdim=True)
+    codec = fit(few, unmixed(1200), labels=60_000, distortion=1.0)
+    assert 0.5 < distortion(few, decoded(codec, few, unmixed(1200))) <= 1.0
+
+
 def test_klt_without_a_target_is_near_lossless(logits, mixture):
     assert fit(logits, mixture).options["distortion"] == klt.DEFAULT_DISTORTION
 

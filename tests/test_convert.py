@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import CUSTOM, TINY, generate_arguments, train_arguments, tree, write_images
 from torch.utils.data import DataLoader, RandomSampler
 from torchvision.transforms import functional as transforms
@@ -15,6 +16,7 @@ from torchvision.transforms import functional as transforms
 from relabel import convert, drift, export, generate
 from utils.data import folders, images
 from utils.data.images import ResidentImages
+from utils.data.views import Mixture
 from utils.labels import LabelSet
 from validate import train
 
@@ -204,6 +206,36 @@ def test_an_order_that_does_not_fit_is_told_as_what_it_is(world, tmp_path, comma
         torch.save([*content[:5], content[5].roll(1, dims=1)], file)
     done = command(convert.main, *arguments(world, fkd, out), "--fkd-seed", 7)
     assert done.code == 2 and "another class order" in done.err, done.err
+
+
+def labels_of(own, partner, lam, classes):
+    """Labels that say which classes the views show, and how much of each, and the mixture."""
+    mixture = Mixture(own, partner, torch.full((len(own),), lam))
+    logits = lam * F.one_hot(own, classes) + (1 - lam) * F.one_hot(partner, classes)
+    return logits - logits.mean(1, keepdim=True), mixture
+
+
+def test_a_short_pass_of_even_mixtures_does_not_fall_behind():
+    own, partner = torch.arange(10), torch.arange(10).roll(1)
+    logits, mixture = labels_of(own, partner, 0.9, 10)
+    first = convert.Fit.of(logits, mixture)
+    even, _ = labels_of(own, partner, 0.49, 10)  # where the teacher names the smaller part
+    even = convert.Fit.of(even, mixture._replace(lam=torch.full((10,), 0.51)))
+    assert not even.right.any() and not even.falls_behind(first)
+    assert convert.Fit.of(logits.roll(3, dims=0), mixture).falls_behind(first)
+
+
+def test_a_pass_in_another_order_falls_behind_with_two_classes_too():
+    own = torch.arange(200) % 2
+    logits, mixture = labels_of(own, own, 1.0, 2)
+    first, other = (convert.Fit.of(each, mixture) for each in (logits, logits.sort(0).values))
+    assert other.right.sum() == 100 and other.falls_behind(first)
+
+
+@pytest.mark.parametrize(("hits", "classes"), [(6, 1000), (15, 200), (120, 10), (530, 2)])
+def test_labels_convince_where_far_more_views_than_by_chance_are_named(hits, classes):
+    doubtful, convincing = (torch.arange(1000) < count for count in (hits, hits + 35))
+    assert not convert.convinces(doubtful, classes) and convert.convinces(convincing, classes)
 
 
 def test_orders_of_older_versions_of_torch_are_found(world, tmp_path, command, monkeypatch):

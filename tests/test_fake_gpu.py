@@ -56,7 +56,7 @@ def stored(tmp_path_factory) -> SimpleNamespace:
         logits = torch.randn(IMAGES, CLASSES, generator=torch.Generator().manual_seed(0))
         with writer.begun():
             drawn = writer.draw(0)
-            writer.fit([(logits, drawn.mixture(folder.labels, SIZE))])
+            writer.fit([(drawn, logits)], folder.labels)
             writer.write_pass(0, logits, drawn, folder.labels)
             writer.finish()
     return SimpleNamespace(root=root, folder=folder, sizes=sizes)

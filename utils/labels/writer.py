@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -68,13 +68,25 @@ class LabelWriter:
         needed = -(-labels_to_fit(self.settings["num_classes"]) // len(self.sizes))
         return min(needed, self.settings["passes"])
 
-    def fit(self, samples: list[tuple[torch.Tensor, Mixture]]) -> None:
-        """Fits the codec to logits float32 [images, C] and mixture of each of the first passes."""
+    def fit(
+        self,
+        passes: Iterable[tuple[Views, torch.Tensor]],
+        hard_labels: torch.Tensor,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Fits the codec, on a device, to the first passes: views and float32 [images, C] logits.
+
+        `hard_labels` int64 [images] are the images' classes.
+        """
         kind, options = codecs.find(self.settings["codec"])
-        centred = [(centre(logits), mixture) for logits, mixture in samples]
-        count, classes = len(self.sizes), self.settings["num_classes"]
+        count, classes, samples = len(self.sizes), self.settings["num_classes"], []
+        rows = slice(labels_to_fit(classes))  # the fit takes no more
+        for views, logits in passes:
+            shown = views.mixture(hard_labels, self.spec.input_size).rows(rows)
+            mixture = Mixture(*(part.to(device) for part in shown))
+            samples.append((centre(logits[rows].to(device)), mixture))
         labels = count * self.settings["passes"]
-        self.codec = kind.fit(centred, classes, labels, pass_labels=count, **options)
+        self.codec = kind.fit(samples, classes, labels, pass_labels=count, **options)
         atomic_write(self.path / layout.CODEC, npz_bytes(self.codec.arrays()))
 
     @contextlib.contextmanager

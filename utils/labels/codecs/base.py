@@ -88,8 +88,9 @@ class Codec(abc.ABC):
 
     def pack_codes(self, codes: Codes) -> bytes:
         """Bytes of the codes of one pass: the tensors one after the other, unless overridden."""
-        arrays = [code.cpu().numpy() for code in codes]
-        return b"".join(a.astype(a.dtype.newbyteorder("<"), copy=False).tobytes() for a in arrays)
+        arrays = (code.cpu().numpy() for code in codes)
+        little = (array.astype(array.dtype.newbyteorder("<"), copy=False) for array in arrays)
+        return b"".join(array.tobytes() for array in little)
 
     @abc.abstractmethod
     def unpack(self, payload: bytes) -> Codes:

@@ -213,8 +213,9 @@ class _Fit:
     def search(self, target: dict[str, float]) -> Klt:
         """The codec of the coarsest step of a distortion, or of the finest of a budget.
 
-        By secants of what steps cost, and by halves where these lead astray, until it is what is
-        wanted or half a percent less. Where cost jumps, the dearest step tried that costs less.
+        By secants of what steps cost, and by halves where these lead astray or take long, until it
+        is what is wanted or half a percent less. Where cost jumps, the dearest step tried that
+        costs less.
         """
         ((name, wanted),) = target.items()
         # How cost goes with the step, and about by which power of it.
@@ -225,7 +226,7 @@ class _Fit:
         cheap, dear = sorted(rising * math.log(step) for step in (finest, coarsest))
         position = rising * math.log(self.likely_step(name, wanted) + finest)
         best, last = None, None
-        for _ in range(24):
+        for tried in range(24):
             codec = self.codec(math.exp(rising * position), target)
             excess = math.log(max(getattr(self, name)(codec), 1e-12) / wanted)
             if excess <= 0:
@@ -238,10 +239,11 @@ class _Fit:
                 slope = min(max((excess - last[1]) / (position - last[0]), 0.3), 5)
             last = position, excess
             position -= (excess + 0.0025) / slope
-            if not cheap < position < dear:
+            if tried >= 12 or not cheap < position < dear:
                 position = (cheap + dear) / 2
         if best is None:
-            raise UserError(f"{flag(name)} {wanted:g} cannot be met for {self.labels} labels")
+            what = f"{flag(name)} {wanted:g} cannot be met for {self.labels} labels"
+            raise UserError(f"{what}; give more, or take --codec fp16")
         return best
 
     def likely_step(self, name: str, wanted: float) -> float:
