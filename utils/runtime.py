@@ -29,6 +29,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt(3)
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}
 _NVIDIA_DEVICES = Path("/dev"), "nvidia[0-9]*"
+_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 # Of a step for the others'. Where rank 0 alone decodes, fits or writes, the others wait for long.
 _PATIENCE = datetime.timedelta(minutes=30)
 _PATIENCE_FOR_FIRST = datetime.timedelta(days=7)
@@ -303,10 +304,13 @@ def _check_driver() -> None:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
+    driver = "driver unknown"
+    with contextlib.suppress(OSError):
+        driver = _NVIDIA_DRIVER.read_text().splitlines()[0]
     raise UserError(
-        f"there is an NVIDIA device, but CUDA does not start ({reason}): install a build of torch "
-        f"that fits the driver (here: {torch.__version__}, CUDA {torch.version.cuda}; nvidia-smi "
-        "names the driver), or run with --device cpu"
+        f"there is an NVIDIA device, but CUDA does not start ({reason}; {driver}; torch "
+        f"{torch.__version__} is built for CUDA {torch.version.cuda or '(none)'}): install a "
+        "build of torch that fits the driver, or run with --device cpu"
     )
 
 
