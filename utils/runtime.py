@@ -115,7 +115,7 @@ class Runtime:
             self.barrier()
 
     def shared(self, model: nn.Module) -> nn.Module:
-        """The model, its gradients averaged over the ranks, its buffers not: see below."""
+        """The model, its gradients averaged over the ranks; of buffers see average_buffers."""
         if self.world == 1:
             return model
         kind = nn.parallel.DistributedDataParallel

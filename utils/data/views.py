@@ -331,6 +331,13 @@ def mix(pixels: torch.Tensor, views: Views) -> torch.Tensor:
     if views.mix_box is None:
         lam = views.lam(pixels.shape[-1])[:, None, None, None]
         return lam * pixels + (1 - lam) * pixels[partner]
+    if pixels.device.type == "cpu":  # touching only what is pasted takes a third of the time
+        mixed = pixels.clone()
+        for batch, (top, left, height, width) in enumerate(views.mix_box.tolist()):
+            rows = slice(batch * views.batch_size, (batch + 1) * views.batch_size)
+            box = (..., slice(top, top + height), slice(left, left + width))
+            mixed[rows][box] = pixels[box][partner[rows]]
+        return mixed
     # All boxes at once, as reading one from a GPU would wait for it.
     boxes = views.mix_box.repeat_interleave(views.batch_size, dim=0)[: len(pixels), :, None]
     start, length = boxes[:, :2], boxes[:, 2:]
