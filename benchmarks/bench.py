@@ -52,7 +52,7 @@ class Bench:
     @classmethod
     def begin(cls, args: argparse.Namespace, root: Path) -> "Bench":
         """Prepares this process as the flags ask, and writes the images into `root`."""
-        machine, facts = runtime.from_arguments(args), datasets.named("imagenet1k")
+        machine, facts = runtime.start(args.device, args.amp), datasets.named("imagenet1k")
         write_jpegs(root / "images", args.classes, args.ipc, args.size)
         return cls(
             args=args,

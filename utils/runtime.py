@@ -96,10 +96,7 @@ class Runtime:
 
     def from_first(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
-        values = [value]
-        if self.world > 1:
-            dist.broadcast_object_list(values, device=torch.device("cpu"), group=self.patient)
-        return values[0]
+        return self.gather(value)[0]
 
     def barrier(self) -> None:
         """Waits until every rank is here."""
@@ -241,11 +238,6 @@ def describe(machine: Runtime) -> str:
 def device_name(device: torch.device) -> str:
     """The GPU's name, or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def from_arguments(args: argparse.Namespace) -> Runtime:
-    """The runtime that the flags of add_arguments ask for; see `start`."""
-    return start(device=args.device, amp=args.amp)
 
 
 def start(device: str, amp: str) -> Runtime:
