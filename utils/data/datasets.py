@@ -30,11 +30,6 @@ class Dataset:
     mean: tuple[float, float, float] | None  # of pixel values in 0..1
     std: tuple[float, float, float] | None
 
-    @property
-    def evaluation_resize(self) -> int:
-        """Shorter side before the central crop: 256 for 224; small inputs are not cropped."""
-        return self.input_size * 256 // 224 if self.input_size >= 128 else self.input_size
-
 
 def canonical(name: str) -> str:
     """The name of datasets.yaml that a spelling means, whatever its case; others as they are."""

@@ -235,7 +235,8 @@ def _collected(images: Iterator[torch.Tensor], count: int, height: int, width: i
 
 def decode_evaluation(folder: ImageFolder, dataset: Dataset) -> Iterator[torch.Tensor]:
     """Decodes images as the field evaluates, 224: Resize(256), CenterCrop(224); uint8 [3, S, S]."""
-    size, resize = dataset.input_size, dataset.evaluation_resize
+    size = dataset.input_size
+    resize = size * 256 // 224 if size >= 128 else size
 
     def prepare(path: Path) -> torch.Tensor:
         image = decode(path)
