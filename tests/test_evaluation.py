@@ -131,6 +131,12 @@ def read_only(path, *_, **__):
     raise OSError(errno.EROFS, "Read-only file system", str(path))
 
 
+def test_the_folder_of_a_user_who_is_unknown_is_one_of_that_name(val, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    load(val, "~nobody-of-that-name/cache")
+    assert len(list((tmp_path / "~nobody-of-that-name" / "cache").iterdir())) == 1
+
+
 @pytest.mark.parametrize("obstacle", ["file in the way", "full", "fills up", "read-only"])
 def test_whatever_keeps_the_cache_from_being_written_costs_only_time(
     val, tmp_path, monkeypatch, capsys, obstacle

@@ -50,7 +50,8 @@ def load(
     shape = (len(folder.files), 3, dataset.input_size, dataset.input_size)
     if cache == "auto":
         cache = "off" if math.prod(shape) < _SMALLEST else _default_folder()
-    pixels = None if cache == "off" else _cached(Path(cache).expanduser(), shape, folder, dataset)
+    cache = os.path.expanduser(cache)  # noqa: PTH111 - Path's own fails for unknown users
+    pixels = None if cache == "off" else _cached(Path(cache), shape, folder, dataset)
     if pixels is None:
         pixels = load_evaluation(folder, dataset)
     return pixels.to(device) if fits(pixels, device) else pixels
