@@ -142,6 +142,14 @@ def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path, make, told):
     assert "\n" not in str(refused.value)
 
 
+def test_a_checkpoint_whose_list_of_contents_is_damaged_is_damaged(tmp_path):
+    torch.save(state(), tmp_path / "c.pth")
+    content = (tmp_path / "c.pth").read_bytes()
+    (tmp_path / "c.pth").write_bytes(content.replace(b"PK\x01\x02", b"----"))
+    with pytest.raises(UserError, match="is a damaged zip archive"):
+        load_tensors(tmp_path / "c.pth", "weights")
+
+
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.55, 0.9])
 def test_a_checkpoint_that_was_cut_off_is_damaged(tmp_path, share):
     torch.save(state(), tmp_path / "c.pth")

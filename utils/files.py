@@ -160,8 +160,11 @@ def content_name(path: Path) -> str | None:
     if head[257:262] == b"ustar":
         return "a tar archive (tar -xf unpacks it)"
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = [Path(name).name for name in archive.namelist()]
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = [Path(name).name for name in archive.namelist()]
+        except zipfile.BadZipFile:
+            return "a damaged zip archive"
         if "constants.pkl" in names:
             return "a TorchScript program, not weights"
         return None if "data.pkl" in names else "a zip archive (unzip unpacks it)"

@@ -297,7 +297,7 @@ def _check_driver() -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
     driver = "driver unknown"
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, IndexError):
         driver = _NVIDIA_DRIVER.read_text().splitlines()[0]
     raise UserError(
         f"there is an NVIDIA device, but CUDA does not start ({reason}; {driver}; torch "
