@@ -235,6 +235,16 @@ def test_what_is_no_image_is_called_what_it_is(tmp_path, head, told):
         images.decode(tmp_path / "x.jpg")
 
 
+def test_a_damaged_avif_is_named(tmp_path):
+    if not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    Image.new("RGB", (8, 6)).save(tmp_path / "x.avif")
+    damaged = (tmp_path / "x.avif").read_bytes().replace(b"iloc", b"....")
+    (tmp_path / "x.avif").write_bytes(damaged)
+    with pytest.raises(UserError, match=r"cannot read image .*x\.avif"):
+        images.decode(tmp_path / "x.avif")
+
+
 def test_a_format_that_is_not_read_is_named_when_a_class_has_no_other(tmp_path):
     data = write_images(tmp_path / "data", 1, seed=0)
     (data / "00001" / "0.png").rename(data / "00001" / "0.HEIC")

@@ -49,7 +49,7 @@ def _naming(path: Path) -> Iterator[None]:
         what = content_name(path) or "not an image"
         advice = "save it as PNG or JPEG, or remove it"
         raise UserError(f"cannot read image {path}: it is {what}; {advice}") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read image {path}: {error}") from None
 
 
