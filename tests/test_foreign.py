@@ -142,10 +142,11 @@ def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path, make, told):
     assert "\n" not in str(refused.value)
 
 
-def test_a_checkpoint_whose_list_of_contents_is_damaged_is_damaged(tmp_path):
+@pytest.mark.parametrize("damage", [(b"PK\x01\x02", b"----"), (b"/data.pkl", b"/d\xb4ta.pkl")])
+def test_a_checkpoint_whose_list_of_contents_is_damaged_is_damaged(tmp_path, damage):
     torch.save(state(), tmp_path / "c.pth")
     content = (tmp_path / "c.pth").read_bytes()
-    (tmp_path / "c.pth").write_bytes(content.replace(b"PK\x01\x02", b"----"))
+    (tmp_path / "c.pth").write_bytes(content.replace(*damage))
     with pytest.raises(UserError, match="is a damaged zip archive"):
         load_tensors(tmp_path / "c.pth", "weights")
 

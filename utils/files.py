@@ -163,7 +163,7 @@ def content_name(path: Path) -> str | None:
         try:
             with zipfile.ZipFile(path) as archive:
                 names = [Path(name).name for name in archive.namelist()]
-        except zipfile.BadZipFile:
+        except Exception:  # whatever zipfile stumbles over in a damaged one
             return "a damaged zip archive"
         if "constants.pkl" in names:
             return "a TorchScript program, not weights"

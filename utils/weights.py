@@ -91,12 +91,11 @@ def _find_states(content: object, key: str) -> Iterator[tuple[str, dict[str, tor
 
 def load_state(model: nn.Module, state: dict[str, torch.Tensor], what: str, name: str) -> None:
     """Loads a state dict; raises UserError with one line that names the first misfit."""
-    for key, value in model.state_dict().items():
-        if key in state and state[key].shape != value.shape:
-            misfit = f"{key} is {tuple(state[key].shape)}, expected {tuple(value.shape)}"
-            hint = "(other number of classes or input size?)"
-            raise UserError(f"{what} do not fit {name} for this data set: {misfit} {hint}")
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # whose first line says no more than the network's class
+        misfit = f"{str(error).splitlines()[1].strip()} (other number of classes or input size?)"
+        raise UserError(f"{what} do not fit {name} for this data set: {misfit}") from None
     missing = [key for key in missing if not key.endswith("num_batches_tracked")]
     if missing or unexpected:
         counts = f"{len(missing)} tensors missing, {len(unexpected)} unexpected"
