@@ -111,7 +111,8 @@ def test_a_file_that_is_not_whole_is_made_again(val, tmp_path):
     load(val, tmp_path / "cache")
     (path,) = (tmp_path / "cache").iterdir()
     good = path.read_bytes()
-    for content in (good[:-1], good[:40], b"", b"[]" + good[2:], good[128:], np_file(3, 4)):
+    damaged = [b"[]" + good[2:], good.replace(b"}", b" ", 1), np_file(3, 4)]
+    for content in (good[:-1], good[:40], b"", good[128:], *damaged):
         path.write_bytes(content)
         assert torch.equal(load(val, tmp_path / "cache"), decoded(val))
         assert path.read_bytes() == good

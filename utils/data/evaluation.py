@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from tokenize import TokenError
 from typing import BinaryIO
 
 import numpy as np
@@ -87,7 +88,7 @@ def _cached(
     while True:
         try:
             # Copy on write, because torch warns of arrays that cannot be written to.
-            with contextlib.suppress(FileNotFoundError, ValueError):  # missing or truncated
+            with contextlib.suppress(FileNotFoundError, ValueError, TokenError):  # or damaged
                 return torch.from_numpy(np.lib.format.open_memmap(path, mode="c").reshape(shape))
             # Renaming keeps the file whole; the lock spares other processes the decoding.
             with lock(cache, "decoding images to"):
