@@ -18,7 +18,6 @@ from utils import recipe, runlog, runtime
 from utils.cli import UserError
 from utils.data import datasets, folders
 from validate import schedule, settings
-from validate.kinds import KINDS
 
 _PARSERS = {
     "train.py": settings.parse_arguments,
@@ -74,8 +73,7 @@ def parse(task: Task) -> argparse.Namespace:
 def phases_of(args: argparse.Namespace, passes: int, classes: int) -> list[schedule.Phase]:
     """The phases of a run on so many labels per image; raises UserError for a wrong schedule."""
     args = recipe.training_flags(args, None, classes)
-    soft, hard = settings.count_epochs(args, passes, classes)
-    return schedule.phases(args.schedule, soft, hard, passes, [*KINDS])
+    return settings.phases_of(args, passes, classes)
 
 
 def network(name: str, num_classes: int, input_size: int) -> nn.Module | None:

@@ -174,7 +174,7 @@ class Linear(nn.Module):
 
 def sgd(model: nn.Module) -> Step:
     """Plain gradient steps at rate 0.01."""
-    return Step(model, torch.optim.SGD(model.parameters(), lr=0.01), CPU.scaler(), CPU)
+    return Step(model, torch.optim.SGD(model.parameters(), lr=0.01), CPU, graphs=False)
 
 
 def open_run(world: SimpleNamespace, output: Path, *more: object) -> tuple[Settings, Materials]:

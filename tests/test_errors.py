@@ -366,7 +366,7 @@ def test_arguments_of_a_run_with_tags_are_not_executed(copied, tmp_path, command
 @pytest.mark.parametrize(
     ("file", "change", "told"),
     [
-        ("args.yaml", lambda text: text.replace("lr: 0.001", "lr: fast"), "damaged or of another"),
+        ("args.yaml", lambda text: text.replace("lr: 0.001", "lr: fast"), "found 'fast'"),
         ("args.yaml", lambda text: text.replace("  seed: 0\n", ""), "damaged or of another"),
         ("result.json", lambda text: '{"best": 1}', "result.json is not what training wrote"),
         ("log.jsonl", lambda text: "5\n", "log.jsonl is damaged (a line is no epoch)"),

@@ -128,15 +128,20 @@ def test_the_temperature_falls_by_equal_factors():
 def test_random_choice_takes_as_many_batches_from_all_passes(world, tmp_path):
     """Two passes of three batches; --slc 3 is one pass."""
     labels = LabelSet.open(world.labels)
+
+    def pool(settings):
+        keep = settings.passes * labels.batches_per_pass
+        return schedule.label_batches(len(labels), keep, settings.slc_from, settings.seed)
+
     chosen = [
         open_run(world, tmp_path, "--slc", 3, "--slc-from", "random", "--seed", seed)[0]
         for seed in range(8)
     ]
-    pools = [settings.label_batches(labels) for settings in chosen]
+    pools = [pool(settings) for settings in chosen]
     assert {len(pool) for pool in pools} == {3} and {one.passes for one in chosen} == {1}
     assert set().union(*pools) == set(range(6))
     first, _ = open_run(world, tmp_path, "--slc", 3)
-    assert first.label_batches(labels) == [0, 1, 2] and first.slc_from == "first"
+    assert pool(first) == [0, 1, 2] and first.slc_from == "first"
 
 
 def test_an_optimiser_step_takes_its_batches_and_the_last_what_is_left(world, tmp_path):
@@ -206,10 +211,8 @@ def test_the_static_method_trains_on_random_crops_of_labelled_whole_images(
     assert done.code == 0, done.err
     refused = command(train.main, *train_arguments(world, tmp_path / "no", "--schedule", "static"))
     assert refused.code == 2 and "--mix none --min-scale 1" in refused.err
-    refused = command(
-        train.main,
-        *train_arguments(world, tmp_path / "no", *static, "--slc", 3, "--slc-from", "random"),
-    )
+    both = (*static, "--schedule", "static:1,soft:1", "--slc", 3, "--slc-from", "random")
+    refused = command(train.main, *train_arguments(world, tmp_path / "no", *both))
     assert refused.code == 2 and "without a label" in refused.err
 
 

@@ -11,7 +11,7 @@ from utils.data.views import Mixture
 from utils.metrics import hits
 from validate import evaluate
 from validate.kinds import Batch, hard_loss, soft_loss
-from validate.step import parameter_groups
+from validate.step import make_optimizer
 
 
 def test_soft_loss_is_kl_from_teacher_to_student():
@@ -42,7 +42,7 @@ def test_thousand_classes_smoothed_by_eight_tenths():
 
 def test_weight_decay_only_on_tensors_with_more_than_one_dimension():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
-    decayed, free = parameter_groups(model, 0.01)
+    decayed, free = make_optimizer("sgd", model, torch.zeros(()), 0.01).param_groups
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.01, 0.0)
     assert [p.ndim for p in decayed["params"]] == [4, 2]
     assert [p.ndim for p in free["params"]] == [1, 1, 1, 1]

@@ -22,7 +22,7 @@ from utils.data import folders, images
 from utils.data.images import StreamingImages
 from utils.data.views import ViewSpec, draw
 from validate import evaluate, kinds, step, train
-from validate.settings import count_epochs, published_hyper
+from validate.settings import phases_of, published_hyper
 
 
 def weights(output):
@@ -412,4 +412,4 @@ def test_soft_epochs_by_themselves(world, tmp_path, command):
 
 def test_one_kind_of_label_takes_all_epochs_however_they_would_be_shared():
     args = SimpleNamespace(schedule="hard", soft_epochs="auto", hard_epochs=3)
-    assert sum(count_epochs(args, passes=0, classes=4)) == 6
+    assert phases_of(args, passes=0, classes=4) == [("hard", 6)]

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import platform
+import re
 from pathlib import Path
 
 import torch
@@ -11,10 +12,8 @@ import torch
 def processor() -> str:
     """The processor's name, as the system tells it."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
+        if name := re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()):
+            return name[1].strip()
     return platform.processor() or platform.machine()
 
 
@@ -22,15 +21,14 @@ class Gpu:
     """The GPU that this process computes on, as its driver (NVML) tells of it; or none."""
 
     def __init__(self):
-        self._library = self._handle = None
+        self._library = self._handle = self._before = None
         if not torch.cuda.is_initialized():
             return
         with contextlib.suppress(OSError, AttributeError):
             self._library = ctypes.CDLL("libnvidia-ml.so.1")
             self._library.nvmlInit_v2()
             uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
-            handle = ctypes.c_void_p()
-            name = f"GPU-{uuid}".encode()
+            name, handle = f"GPU-{uuid}".encode(), ctypes.c_void_p()
             if self._library.nvmlDeviceGetHandleByUUID(name, ctypes.byref(handle)) == 0:
                 self._handle = handle
         self._before = self._millijoules()
@@ -44,26 +42,16 @@ class Gpu:
 
     def watt_hours(self) -> float | None:
         """What it has taken since the last call, all programs on it together; None if not known."""
-        now = self._millijoules()
-        if now is None:
-            return None
-        used, self._before = now - self._before, now
-        return used / 3.6e6
+        before, self._before = self._before, self._millijoules()
+        return None if None in (before, self._before) else (self._before - before) / 3.6e6
 
     def _millijoules(self) -> int | None:
-        value = ctypes.c_ulonglong()
-        if self._handle and not self._library.nvmlDeviceGetTotalEnergyConsumption(
-            self._handle, ctypes.byref(value)
-        ):
-            return value.value
-        return None
+        total = ctypes.c_ulonglong()
+        ask = self._handle and self._library.nvmlDeviceGetTotalEnergyConsumption
+        return total.value if ask and not ask(self._handle, ctypes.byref(total)) else None
 
 
 def facts() -> dict[str, str | None]:
     """Names of the processor, of the GPU in use and of its driver's version, None without one."""
-    used = torch.cuda.is_initialized()
-    return {
-        "processor": processor(),
-        "gpu": torch.cuda.get_device_name() if used else None,
-        "driver": Gpu().driver() if used else None,
-    }
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_initialized() else None
+    return {"processor": processor(), "gpu": gpu, "driver": Gpu().driver()}

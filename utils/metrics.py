@@ -15,20 +15,12 @@ def top_classes(logits: torch.Tensor) -> torch.Tensor:
 
 
 def hits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """How many targets have the highest logit, the second highest, ... the fifth highest.
+    """How many targets have the highest of float [B, C] logits, the second highest, ...: int64 [5].
 
     The first is what top-1 counts, all together what top-5 counts.
-
-    Args:
-        logits: float [B, C].
-        targets: int64 [B].
-
-    Returns:
-        int64 [5] on the logits' device; with fewer than five classes the rest is 0.
     """
-    ranked = top_classes(logits)
-    counts = (ranked == targets[:, None]).sum(0)
-    missing = 5 - ranked.shape[1]
+    counts = (top_classes(logits) == targets[:, None]).sum(0)
+    missing = 5 - len(counts)  # with fewer classes
     return F.pad(counts, (0, missing)) if missing else counts
 
 

@@ -22,27 +22,18 @@ _AUTO_TRAINING = {"schedule": "moved", "temperature": 4.0}
 
 
 def auto_views(small_crops_top1: float) -> dict[str, object]:
-    """What views "auto" labels: large ones, unless the teacher knows small ones.
-
-    Args:
-        small_crops_top1: in how many unmixed crops of the published size the teacher names the
-            class, in percent.
-    """
+    """What views "auto" labels: large ones, unless the teacher knows unmixed small ones (%)."""
     return PUBLISHED_VIEWS if small_crops_top1 >= SURE else _LARGE_VIEWS
 
 
 def training_flags(
     args: argparse.Namespace, labels: LabelSet | None, classes: int
 ) -> argparse.Namespace:
-    """The flags of validate/train.py, those not given as --recipe says; prints what auto chose.
-
-    And where labels are meant for the other recipe.
-    """
+    """The flags of train.py, with --recipe's; tells what auto chose, or that labels are auto's."""
     args = argparse.Namespace(**vars(args))
     if args.recipe == "auto":
-        why = ""
-        if labels is not None and "small_crops_top1" not in labels.manifest:
-            why = f"; {labels.path} labels views that --recipe auto did not choose"
+        others = labels is not None and "small_crops_top1" not in labels.manifest
+        why = f"; {labels.path} labels views that --recipe auto did not choose" if others else ""
         tell(fill(args, _AUTO_TRAINING), why, classes)
     elif views_of_auto(labels):
         print(f"{labels.path} labels views that --recipe auto chose, to train on by that recipe")

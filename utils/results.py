@@ -21,16 +21,10 @@ def provenance(command: str) -> str:
     return f"{datetime.date.today()}; {name}; torch {torch.__version__}; {command}"
 
 
-def write_csv(
-    rows: list[dict], path: Path, *about: str, columns: Sequence[str] | None = None
-) -> None:
-    """Writes rows as comma-separated values under a header.
+def write_csv(rows: list[dict], path: Path, *about: str, columns: Sequence[str] = ()) -> None:
+    """Writes rows as comma-separated values under a header, by default the keys of the first row.
 
-    Args:
-        rows: a dictionary for each line; what one lacks stays empty.
-        path: the file.
-        about: comments above the header.
-        columns: the header (default: the keys of the first row).
+    Comments, `about`, go above it. What a row lacks stays empty.
     """
     text = io.StringIO()
     text.writelines(f"# {line}\n" for line in about)

@@ -1,4 +1,4 @@
-"""Top-1 and top-5 accuracy of a checkpoint.
+"""Top-1 and top-5 accuracy of a checkpoint, and accuracy per class.
 
 python validate/evaluate.py --checkpoint O/checkpoint.pt --val-dir V [--json] [--per-class]
 """
@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import models
 from utils import cli, runtime
@@ -22,12 +22,14 @@ from utils.cli import UserError
 from utils.data import datasets, evaluation, folders
 from utils.data.datasets import Dataset
 from utils.data.views import normalise
-from utils.files import load_tensors
+from utils.files import load_tensors, save_figure
 from utils.metrics import hits, top_classes
-from utils.runtime import send
+from utils.results import write_csv
+from utils.runtime import Runtime, send
 from utils.weights import load_state, own_facts, unwrap_state
 
 _BATCH_SIZE = 256
+_TABLE, _MATRIX, _PICTURE = "per_class.csv", "confusion.csv", "confusion.png"
 
 
 def main() -> None:
@@ -35,31 +37,24 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint.pt or best.pt")
     parser.add_argument("--val-dir", type=Path, required=True, help="validation images")
     parser.add_argument(
-        "--model",
-        help="the network, when it is a package.module:factory (code named by a file is never run) "
-        "or the checkpoint is of other code",
+        "--model", help="of a checkpoint of other code, or a package.module:factory to be confirmed"
     )
     parser.add_argument("--dataset", help="of a checkpoint of other code, such as published ones")
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object instead of a line"
-    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object, not a line")
     parser.add_argument(
         "--per-class",
         nargs="?",
         type=Path,
         const=True,
         metavar="DIR",
-        help="also write accuracy per class and the confusion matrix, as CSV and picture, to a "
-        "folder (default: that of the checkpoint)",
+        help="also write accuracy per class and confusions, as CSV and picture, to a folder "
+        "(default: that of the checkpoint)",
     )
     runtime.add_arguments(parser, decodes=False)
     evaluation.add_arguments(parser)
     args = parser.parse_args()
     if args.dataset == "custom":
-        raise UserError(
-            "--dataset custom: size and normalisation of the images are not known; give the name "
-            "of a data set that has them, or a checkpoint of validate/train.py, which holds them"
-        )
+        raise UserError("--dataset custom has no size, mean and std; name a data set that has them")
     named = datasets.named(args.dataset) if args.dataset else None
     model, saved = load_student(args.checkpoint, args.model, named)
     machine = runtime.start(args.device, args.amp)
@@ -80,42 +75,31 @@ def main() -> None:
         model.register_forward_hook(
             lambda _model, _input, logits: predicted.append(top_classes(logits.float())[:, 0])
         )
-    top1, top5 = accuracy(
-        model, pixels=pixels, targets=folder.labels, dataset=dataset, machine=machine
-    )
+    top1, top5 = accuracy(model, pixels, folder.labels, dataset, machine)
     result = {"checkpoint": str(args.checkpoint), "val_dir": str(args.val_dir)}
     result |= {"images": len(pixels), "top1": top1, "top5": top5}
-    written = ""
-    if args.per_class:
-        from validate import per_class  # and matplotlib, which training does without
-
-        out = args.checkpoint.parent if args.per_class is True else args.per_class
-        matrix = per_class.confusion(folder.labels, torch.cat(predicted).cpu(), folder.classes)
-        per_class.write(matrix, folder.classes, out)
-        result["per_class"] = dict(zip(folder.classes, per_class.accuracies(matrix), strict=True))
-        written = f"; {per_class.TABLE}, {per_class.MATRIX} and {per_class.PICTURE} in {out}"
     text = f"top-1 {top1:.4f} %, top-5 {top5:.4f} % of {len(pixels)} images in {args.val_dir}"
-    print(json.dumps(result) if args.json else text + written)
+    if args.per_class:
+        out = args.checkpoint.parent if args.per_class is True else args.per_class
+        predictions = torch.cat(predicted).cpu()
+        result["per_class"] = write_per_class(folder.labels, predictions, folder.classes, out)
+        text += f"; {_TABLE}, {_MATRIX} and {_PICTURE} in {out}"
+    print(json.dumps(result) if args.json else text)
 
 
 @torch.inference_mode()
 def accuracy(
     model: nn.Module,
-    pixels: torch.Tensor,
-    targets: torch.Tensor,
+    pixels: Tensor,
+    targets: Tensor,
     dataset: Dataset,
-    machine: runtime.Runtime,
+    machine: Runtime,
     after_batch: Callable[[], object] | None = None,
 ) -> tuple[float, float]:
     """Top-1 and top-5 accuracy in percent; under torchrun the ranks share the batches.
 
-    Args:
-        model: the network, on machine.device.
-        pixels: uint8 [N, 3, S, S], see utils.data.evaluation.load.
-        targets: int64 [N].
-        dataset: gives mean and standard deviation.
-        machine: device and precision.
-        after_batch: called after each batch; may raise to end the evaluation there.
+    pixels: uint8 [N, 3, S, S], see utils.data.evaluation.load; targets: int64 [N]. `after_batch`
+    is called after each batch, and may raise to end the evaluation there.
     """
     model.eval()
     facts = (torch.tensor(dataset.mean), torch.tensor(dataset.std), targets)
@@ -134,10 +118,32 @@ def accuracy(
     return 100 * ranked[0] / len(pixels), 100 * sum(ranked) / len(pixels)
 
 
-def check_confirmed(network: str, confirmed: str | None, path: Path) -> None:
-    """Raises UserError where a file names code as its network that the command line does not."""
-    if network != confirmed and ":" in network and not network.startswith("timm:"):
-        raise UserError(f"{path} names the code {network!r}; confirm with --model {network}")
+def write_per_class(targets: Tensor, predicted: Tensor, classes: list[str], out: Path) -> dict:
+    """Writes accuracy per class and confusions of int64 [N] classes; returns each class's top-1."""
+    from matplotlib.figure import Figure  # which training does without
+
+    count = len(classes)
+    matrix = torch.bincount(targets * count + predicted, minlength=count**2).view(count, count)
+    images = matrix.sum(1, keepdim=True)
+    shares = 100 * (matrix.double() / images.clamp(min=1))
+    top1 = [round(share, 4) for share in shares.diagonal().tolist()]
+    rows = zip(classes, images[:, 0].tolist(), matrix.diagonal().tolist(), top1, strict=True)
+    names = ("class", "images", "correct", "top1")
+    out.mkdir(parents=True, exist_ok=True)
+    write_csv([dict(zip(names, row, strict=True)) for row in rows], out / _TABLE)
+    taken_for = [dict(zip(classes, row, strict=True)) for row in matrix.tolist()]
+    rows = zip(classes, taken_for, strict=True)
+    write_csv([{"class": name, **row} for name, row in rows], out / _MATRIX)
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    axes = figure.subplots()
+    shown = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=100)
+    figure.colorbar(shown, label="of the class's images (%)")
+    axes.set(xlabel="predicted class", ylabel="class")
+    if count <= 40:  # of which the names have room
+        axes.set_xticks(range(count), classes, rotation=90)
+        axes.set_yticks(range(count), classes)
+    save_figure(figure, out / _PICTURE)
+    return dict(zip(classes, top1, strict=True))
 
 
 def load_student(
@@ -145,33 +151,27 @@ def load_student(
 ) -> tuple[nn.Module, dict]:
     """A trained student on the CPU, and all that its checkpoint holds.
 
-    Args:
-        checkpoint: checkpoint.pt or best.pt of a run, or one of other code: a state dict, alone or
-            in a dict such as the published checkpoint.pth.tar.
-        name: the network; needed where it is code, which a file may not name, and for other code.
-        dataset: what a checkpoint of other code was trained on.
+    For other code's checkpoints, such as the published checkpoint.pth.tar, the network's name and
+    what it was trained on must be given; the name, too, where it is code, which no file may name.
 
     Raises:
-        UserError: no checkpoint, one that must be named or is not whole, or weights that do not
-            fit.
+        UserError: no whole checkpoint, something that must be given, or weights that do not fit.
     """
     saved = load_tensors(checkpoint, "checkpoint")
     facts = own_facts(saved, checkpoint)
-    if facts is None:
+    if facts and dataset:
+        raise UserError(f"--dataset is for checkpoints of other code; {checkpoint} names its own")
+    if not facts:
         if name is None or dataset is None:
-            raise UserError(
-                f"{checkpoint} is not a checkpoint of validate/train.py; say with --model and "
-                "--dataset what it is of"
-            )
-        hint = "save the averaged weights alone to evaluate them"
+            what = f"{checkpoint} is not a checkpoint of validate/train.py"
+            raise UserError(f"{what}; say with --model and --dataset what it is of")
+        hint, facts = "save the averaged weights alone to evaluate them", dataset
         state = unwrap_state(saved, checkpoint, hint=hint)
         saved = {"network": name, "dataset": vars(dataset), "model": state}
         saved |= {"precision": "off", "classes": None}
-        facts = dataset
-    elif dataset is not None:
-        raise UserError(f"--dataset is for checkpoints of other code; {checkpoint} names its own")
     network = name or saved["network"]
-    check_confirmed(network, name, checkpoint)
+    if name is None and ":" in network and not network.startswith("timm:"):
+        raise UserError(f"{checkpoint} names the code {network!r}; confirm with --model {network}")
     try:
         model = models.build(network, facts.num_classes, facts.input_size)
     except ValueError as error:

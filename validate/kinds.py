@@ -1,7 +1,6 @@
 """The kinds of epoch, a class each: on which batches an epoch trains, and with which loss.
 
-A subclass of `Kind` registers itself: schedules, checks of flags, plots, logs and sweeps read
-`KINDS`. docs/extending.md adds one.
+A subclass of `Kind` registers itself in `KINDS`; docs/extending.md adds one.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from utils.cli import UserError
 from utils.data.views import Mixture, Views, draw, raws
@@ -30,20 +30,13 @@ _MOVES = 16  # the purpose of what is drawn here, see utils.data.views.raws
 
 
 class Batch(NamedTuple):
-    """What one forward and backward pass takes: tensors on the device, of fixed shapes.
+    """What one forward and backward pass takes: tensors on the device, of fixed shapes."""
 
-    Attributes:
-        pixels: float32 [B, 3, S, S], the network's input.
-        own, partner: int64 [B], the two classes in each view.
-        lam: float32 [B], the share of the own image.
-        teacher: float32 [B, C] logits; None where the loss needs none.
-    """
-
-    pixels: torch.Tensor
-    own: torch.Tensor
-    partner: torch.Tensor
-    lam: torch.Tensor
-    teacher: torch.Tensor | None = None
+    pixels: Tensor  # float32 [B, 3, S, S], the network's input
+    own: Tensor  # int64 [B], the classes of the images
+    partner: Tensor  # int64 [B], those of the images mixed in
+    lam: Tensor  # float32 [B], the share of the own image
+    teacher: Tensor | None = None  # float32 [B, C] logits, where there are any
 
     @property
     def mixture(self) -> Mixture:
@@ -58,53 +51,47 @@ class Batch(NamedTuple):
 
 
 class TrainingData:
-    """What all kinds of epoch draw their batches from, on one of torchrun's ranks.
-
-    Attributes:
-        settings: of the run.
-        source: renders views of the distilled images, see utils.data.images.
-        labels: the label set on the device, or None.
-        temperature, soft_weight: float32 [], of the epoch under way: T, and what multiplies the
-            soft loss. Filled for each epoch, never rebound, so that a captured step sees them.
-    """
+    """What all kinds of epoch draw their batches from, on one of torchrun's ranks."""
 
     def __init__(self, settings: Settings, materials: Materials, source, machine: Runtime):
+        """`source` renders views of the distilled images, see utils.data.images."""
         self.settings, self.source, self.machine = settings, source, machine
         self.sizes = materials.sizes
         self.labels = materials.labels.to(machine.device) if materials.labels else None
         self.hard_labels = materials.folder.labels.to(machine.device)
+        # T, and what multiplies the soft loss. Filled for each epoch, never rebound, so that a
+        # captured step sees them.
         self.temperature = torch.ones((), device=machine.device)
         self.soft_weight = torch.ones((), device=machine.device)
         self._thread = ThreadPoolExecutor(1)
-        self._drawn: dict[int, Future[Views]] = {}  # of the next epoch
+        self._drawn: dict[int, Future[Views]] = {}  # by epoch
 
     def begin_epoch(self, epoch: int) -> None:
         """Sets what changes with the epoch, counted from 0."""
         settings = self.settings
-        last = settings.temperature_end or settings.temperature
-        epochs = len(settings.kinds)
-        temperature = schedule.temperature(epoch, epochs, settings.temperature, last)
+        first = settings.temperature
+        last = settings.temperature_end or first
+        temperature = schedule.temperature(epoch, len(settings.kinds), first, last)
         self.temperature.fill_(temperature)
+        # T2 keeps gradients as large as those of hard labels (arXiv 1503.02531).
         self.soft_weight.fill_(temperature**2 if settings.soft_loss_scale == "T2" else 1)
 
     def stored_batches(self, epoch: int) -> list[int]:
         """This rank's label batches of an epoch that draws from the pool."""
-        settings = self.settings
+        settings, labels = self.settings, self.labels
+        keep = settings.passes * labels.batches_per_pass
         drawn = schedule.drawn_from_pool(
             phases=settings.phases,
             epoch=epoch,
             per_epoch=self.machine.divisible(math.ceil(len(self.sizes) / settings.batch_size)),
-            pool=settings.label_batches(self.labels),
+            pool=schedule.label_batches(len(labels), keep, settings.slc_from, settings.seed),
             drawing={name for name, kind in KINDS.items() if kind.draws_from_pool},
             seed=settings.seed,
         )
         return self.machine.share(drawn)
 
-    def moves(self, epoch: int, views: int) -> torch.Tensor:
-        """How so many views of an epoch are moved on this rank: int64 [views, 3].
-
-        Down and right, each by up to a sixteenth of the side, and 1 for mirrored.
-        """
+    def moves(self, epoch: int, views: int) -> Tensor:
+        """How this rank moves its views, by up to a sixteenth of the side: int64 [views, 3]."""
         world, most = self.machine.world, self.source.size // 16
         numbers = raws(self.settings.seed, _MOVES, epoch, views * world)[self.machine.rank :: world]
         steps = [numbers >> np.uint64(bits) & np.uint64(0xFFFF) for bits in (0, 16)]
@@ -115,21 +102,18 @@ class TrainingData:
 
     def fresh_views(self, epoch: int) -> list[Views]:
         """This rank's batches of freshly drawn views, one view of every image over all ranks."""
-        drawn, kinds = self._drawn.pop(epoch, None) or self._draw(epoch), self.settings.kinds
+        settings, wanted = self.settings, [epoch]
+        kinds = settings.kinds
         if self.machine.device.type == "cuda" and kinds[epoch + 1 : epoch + 2] == [kinds[epoch]]:
-            # The GPU would wait some 60 ms for the views of 10,000 images.
-            self._drawn[epoch + 1] = self._draw(epoch + 1)
-        return self.machine.share(list(drawn.result().to(self.machine.device)))
-
-    def _draw(self, epoch: int) -> Future[Views]:
-        settings = self.settings
-        return self._thread.submit(draw, settings.view_spec, self.sizes, settings.seed, epoch + 1)
+            wanted.append(epoch + 1)  # the GPU would wait some 60 ms for the views of 10,000 images
+        for each in wanted:
+            if each not in self._drawn:
+                facts = (settings.view_spec, self.sizes, settings.seed, each + 1)
+                self._drawn[each] = self._thread.submit(draw, *facts)
+        return self.machine.share(list(self._drawn.pop(epoch).result().to(self.machine.device)))
 
     def groups(self, batches: Sequence[Views]) -> Iterator[tuple[Views, Batch]]:
-        """The views of as many batches as are best made together, and what training takes of them.
-
-        A GPU launches as many kernels for a group as for a batch, and has more to do in each.
-        """
+        """Batches joined, as a GPU launches as many kernels for many views as for a few."""
         groups = in_groups(batches, self.source.together)
         for views, pixels in zip(groups, self.source.render(groups), strict=True):
             yield views, Batch(pixels, *views.mixture(self.hard_labels, self.source.size))
@@ -139,20 +123,15 @@ class TrainingData:
         for views, group in self.groups(batches):
             yield from group.split(views.batch_size)
 
-    def render_stored(
-        self, batch_indices: Sequence[int], moves: torch.Tensor | None = None
-    ) -> Iterator[Batch]:
-        """Batches of stored views, as the teacher saw them or moved, with its labels for them.
+    def render_stored(self, indices: Sequence[int], moves: Tensor | None = None) -> Iterator[Batch]:
+        """Stored batches with the teacher's labels, their views as it saw them or moved one by one.
 
-        Args:
-            batch_indices: which of the stored batches.
-            moves: of their views one by one, or of more of them; see `move`.
+        `moves` has a row for each view, see `move`, or more.
         """
-        stored = [self.labels.views(index) for index in batch_indices]
-        remaining, done = iter(batch_indices), 0
-        for views, group in self.groups(stored):
-            indices = [*itertools.islice(remaining, len(views))]
-            group = group._replace(teacher=self.labels.logits(indices, group.mixture))
+        remaining, done = iter(indices), 0
+        for views, group in self.groups([self.labels.views(index) for index in indices]):
+            of_group = [*itertools.islice(remaining, len(views))]
+            group = group._replace(teacher=self.labels.logits(of_group, group.mixture))
             if moves is not None:
                 moved = move(group.pixels, moves[done : done + len(group.pixels)])
                 group = group._replace(pixels=moved)
@@ -175,28 +154,18 @@ def in_groups(batches: Iterable[Views], most: int) -> list[Views]:
 
 
 class Kind:
-    """A kind of epoch. Subclasses set the class attributes and define `batches` and `loss`.
+    """A kind of epoch. Subclasses set the class attributes, and define what they do otherwise."""
 
-    Class attributes:
-        name: in schedules, logs and plots.
-        colour: of its phases and its loss in plots, as matplotlib takes it.
-        needs_labels: whether it needs a label set.
-        draws_from_pool: whether its epochs draw from the pool of stored label batches.
-        flags: names of the settings that mean something only for some kinds, this one among them.
-    """
-
-    name: ClassVar[str]
-    colour: ClassVar[str]
-    needs_labels: ClassVar[bool] = True
-    draws_from_pool: ClassVar[bool] = False
-    flags: ClassVar[tuple[str, ...]] = ()
+    name: ClassVar[str]  # in schedules, logs and plots
+    colour: ClassVar[str]  # in plots, as matplotlib takes it
+    needs_labels: ClassVar[bool] = True  # a label set
+    draws_from_pool: ClassVar[bool] = False  # of stored label batches, see stored_batches
+    flags: ClassVar[tuple[str, ...]] = ()  # settings that only some kinds use, this one among them
 
     def __init_subclass__(cls):
         if cls.name in (*KINDS, *schedule.NAMES) or not cls.name.isidentifier():
-            raise UserError(
-                f"{cls.__module__}.{cls.__qualname__}: the name {cls.name!r} of a kind of epoch is "
-                "taken, or is not one word"
-            )
+            where = f"{cls.__module__}.{cls.__qualname__}"
+            raise UserError(f"{where}: the kind's name {cls.name!r} is taken, or is not one word")
         KINDS[cls.name] = cls
 
     @classmethod
@@ -208,26 +177,18 @@ class Kind:
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """What an epoch, counted from 0, trains on; a function of the settings and the epoch."""
-        raise NotImplementedError
+        if self.draws_from_pool:
+            return self.data.render_stored(self.data.stored_batches(epoch))
+        return self.data.render(self.data.fresh_views(epoch))
 
-    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """float32 [], the mean loss of a batch.
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """float32 [], the mean over a batch; soft where a teacher has labelled it, else hard.
 
         Tensor arithmetic alone: reading a value would make the host wait for the GPU.
-
-        Args:
-            logits: float32 [B, C], the student's.
-            batch: what it saw.
         """
-        raise NotImplementedError
-
-    def soft_loss(self, logits: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        """`soft_loss` at the temperature and with the weight of the epoch."""
-        return soft_loss(logits, teacher, self.data.temperature) * self.data.soft_weight
-
-    def hard_loss(self, logits: torch.Tensor, mixture: Mixture) -> torch.Tensor:
-        """`hard_loss` with the smoothing of the run."""
-        return hard_loss(logits, mixture, self.settings.label_smoothing)
+        if batch.teacher is None:
+            return hard_loss(logits, batch.mixture, self.settings.label_smoothing)
+        return soft_loss(logits, batch.teacher, self.data.temperature) * self.data.soft_weight
 
 
 def colours() -> dict[str, str]:
@@ -243,24 +204,15 @@ class Soft(Kind):
     draws_from_pool = True
     flags = ("temperature_end", "slc_from")
 
-    def batches(self, epoch: int) -> Iterator[Batch]:
-        return self.data.render_stored(self.data.stored_batches(epoch))
-
-    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return self.soft_loss(logits, batch.teacher)
-
 
 class Moved(Soft):
-    """Stored views, each time moved anew and every other one mirrored, with their soft labels.
-
-    With one label per image a view comes back every epoch and is soon known by heart. Of a moved
-    one the teacher would say nearly the same.
-    """
+    """Stored views moved anew each time, half of them mirrored, as they are soon known by heart."""
 
     name = "moved"
     colour = "tab:cyan"
 
     def batches(self, epoch: int) -> Iterator[Batch]:
+        # Of a moved view the teacher would say nearly the same.
         stored = self.data.stored_batches(epoch)
         moves = self.data.moves(epoch, len(stored) * self.settings.batch_size)
         return self.data.render_stored(stored, moves)
@@ -274,12 +226,6 @@ class Hard(Kind):
     needs_labels = False
     flags = ("hard_batch_size",)
 
-    def batches(self, epoch: int) -> Iterator[Batch]:
-        return self.data.render(self.data.fresh_views(epoch))
-
-    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return self.hard_loss(logits, batch.mixture)
-
 
 class Joint(Soft):
     """Stored views with hard_share * hard loss + (1 - hard_share) * soft loss."""
@@ -288,17 +234,14 @@ class Joint(Soft):
     colour = "tab:green"
     flags = ("temperature_end", "slc_from", "hard_share")
 
-    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         share = self.settings.hard_share
-        hard = self.hard_loss(logits, batch.mixture)
+        hard = hard_loss(logits, batch.mixture, self.settings.label_smoothing)
         return share * hard + (1 - share) * super().loss(logits, batch)
 
 
 class Static(Kind):
-    """Fresh views with one soft label per whole image (arXiv 2406.10485).
-
-    A mixed view gets the mixture of its two images' probabilities.
-    """
+    """Fresh views with one soft label per whole image (arXiv 2406.10485), mixed as the images."""
 
     name = "static"
     colour = "tab:purple"
@@ -307,15 +250,10 @@ class Static(Kind):
     @classmethod
     def check(cls, settings: Settings, labels: LabelSet | None) -> None:
         if settings.slc_from == "random":
-            raise UserError(
-                "--slc-from random would leave images without a label for static epochs"
-            )
+            raise UserError("static epochs: --slc-from random would leave images without a label")
         if labels.spec.mix != "none":
-            raise UserError(
-                f"static epochs need one label per image, but {labels.path} labels "
-                f"{labels.spec.mix} views; make a set of whole images: relabel/generate.py "
-                "--mix none --min-scale 1"
-            )
+            what = f"static epochs need one label per image, but {labels.path} labels mixed views"
+            raise UserError(f"{what}; label whole images: --mix none --min-scale 1")
 
     def __init__(self, data: TrainingData):
         super().__init__(data)
@@ -329,16 +267,11 @@ class Static(Kind):
                 teacher = mixed_logits(teacher, teacher[partner], group.lam, temperature)
             yield from group._replace(teacher=teacher).split(views.batch_size)
 
-    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return self.soft_loss(logits, batch.teacher)
 
+def move(pixels: Tensor, moves: Tensor) -> Tensor:
+    """Images [B, 3, S, S], their borders repeated, moved and then mirrored.
 
-def move(pixels: torch.Tensor, moves: torch.Tensor) -> torch.Tensor:
-    """Each image moved down and right by so many pixels, its border repeated, then mirrored.
-
-    Args:
-        pixels: [B, 3, S, S].
-        moves: int64 [B, 3]: down, right, and 1 for mirrored.
+    `moves` is int64 [B, 3]: by how many pixels down and right, and 1 for mirrored.
     """
     size = pixels.shape[-1]
     down, right, mirrored = (moves[:, column, None] for column in range(3))
@@ -349,30 +282,16 @@ def move(pixels: torch.Tensor, moves: torch.Tensor) -> torch.Tensor:
     return pixels[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def soft_loss(
-    student: torch.Tensor, teacher: torch.Tensor, temperature: torch.Tensor | float
-) -> torch.Tensor:
-    """KL(softmax(teacher / T) || softmax(student / T)), mean over the batch, without T^2.
-
-    Args:
-        student, teacher: float32 [B, C] logits.
-        temperature: T.
-    """
-    return F.kl_div(
-        F.log_softmax(student / temperature, dim=1),
-        F.log_softmax(teacher / temperature, dim=1),
-        reduction="batchmean",
-        log_target=True,
-    )
+def soft_loss(student: Tensor, teacher: Tensor, temperature: Tensor | float) -> Tensor:
+    """KL(softmax(teacher / T) || softmax(student / T)) of [B, C] logits, mean over B, no T^2."""
+    student, teacher = (F.log_softmax(each / temperature, dim=1) for each in (student, teacher))
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
-def hard_loss(logits: torch.Tensor, mixture: Mixture, smoothing: float) -> torch.Tensor:
-    """Cross-entropy with label smoothing against both classes of each view, weighted by lambda.
+def hard_loss(logits: Tensor, mixture: Mixture, smoothing: float) -> Tensor:
+    """Cross-entropy of [B, C] logits against both classes of each view, weighted by lambda.
 
-    Args:
-        logits: float32 [B, C].
-        mixture: the classes in each view.
-        smoothing: s; the target is 1 - s + s / C for the class and s / C elsewhere.
+    The target is 1 - s + s / C for a class, with smoothing s, and s / C elsewhere.
     """
     # The target is the mixture of both, so one softmax does; a GPU launches half as many kernels.
     views, classes = logits.shape
@@ -384,16 +303,8 @@ def hard_loss(logits: torch.Tensor, mixture: Mixture, smoothing: float) -> torch
     return torch.sub(of_shown * ((smoothing - 1) / views), log_probabilities.sum(), alpha=spread)
 
 
-def mixed_logits(
-    own: torch.Tensor,
-    partner: torch.Tensor,
-    lam: torch.Tensor,
-    temperature: torch.Tensor | float,
-) -> torch.Tensor:
-    """Logits whose probabilities at T are lam * those of `own` + (1 - lam) * those of `partner`.
-
-    `own` and `partner` are float32 [B, C], `lam` float32 [B].
-    """
+def mixed_logits(own: Tensor, partner: Tensor, lam: Tensor, temperature: Tensor) -> Tensor:
+    """[B, C] logits whose probabilities at T are those of both others, mixed by `lam` [B]."""
     shares = torch.stack([lam, 1 - lam]).log()[:, :, None]
     log_probabilities = torch.log_softmax(torch.stack([own, partner]) / temperature, dim=2)
     return temperature * torch.logsumexp(shares + log_probabilities, dim=0)

@@ -1,5 +1,6 @@
 """Pure functions of the epoch: phases, learning rate, temperature, which label batches it draws."""
 
+import itertools
 import math
 import re
 from collections.abc import Collection, Sequence
@@ -8,92 +9,59 @@ from utils.cli import UserError, did_you_mean
 from utils.data.views import POOL, shuffle
 
 Phase = tuple[str, int]  # a kind of epoch, and how many of them follow one another
-ALTERNATING = ("S2", "S3", "S4", "S5", "turns")
+ALTERNATING = ("S2", "S3", "S4", "S5")  # share all epochs in their own way
 NAMES = ("hald", "S1", *ALTERNATING, "S6", "S7", "S8")
 
 
 def phases(schedule: str, soft: int, hard: int, passes: int, kinds: Sequence[str]) -> list[Phase]:
-    """The phases of a schedule, in order.
+    """The phases of a schedule, in order: no empty one, neighbours of one kind merged.
 
     Args:
-        schedule: a name of NAMES (HALD's ablation table, arXiv 2512.15647; hald = S6),
-            "turns" (a hard epoch, one of moved views, and so on), a kind, or the free form
-            "soft:75,hard:150,soft:75". A kind's name trains all soft + hard epochs on that one
-            kind, so that baselines take equally many steps.
-        soft, hard: number of soft-label and hard-label epochs; of S2 to S5 and of turns their sum
-            alone counts, as in the published code.
-        passes: stored soft labels per image; the n of S2 to S5.
-        kinds: the names of all kinds of epoch.
-
-    Returns:
-        [(kind, epochs), ...], no empty phase, neighbours merged.
+        schedule: one of NAMES (HALD's ablation table, arXiv 2512.15647), a kind, or the free form
+            "soft:75,hard:150,soft:75". A kind trains all soft + hard epochs, so that baselines
+            take equally many steps.
+        soft, hard: number of soft-label and hard-label epochs; of ALTERNATING their sum alone
+            counts, as in the published code.
+        passes: stored soft labels per image, the n of ALTERNATING.
 
     Raises:
         UserError: unknown name, a free form that does not parse, or no epoch at all.
     """
-    match schedule:
-        case "hald" | "S6":
-            parts = _sandwich("soft", soft, "hard", hard)
-        case "S1":
-            parts = [("hard", hard), ("soft", soft)]
-        case "S2":
-            parts = _alternate(("hard", "soft"), soft + hard, passes)
-        case "S3":
-            parts = _alternate(("hard", "soft"), soft + hard, 2 * passes)
-        case "S4":
-            parts = _alternate(("soft", "hard"), soft + hard, passes)
-        case "S5":
-            parts = _alternate(("soft", "hard"), soft + hard, 2 * passes)
-        case "S7":
-            parts = _sandwich("hard", hard, "soft", soft)
-        case "S8":
-            parts = [("soft", soft), ("hard", hard)]
-        case "turns":
-            parts = _alternate(("hard", "moved"), soft + hard, 1)
-        case kind if kind in kinds:
-            parts = [(kind, soft + hard)]
-        case text if ":" in text:
-            parts = parse(text, kinds)
-        case unknown:
-            known = [*NAMES, *kinds]
-            raise UserError(
-                f"unknown schedule {unknown!r}{did_you_mean(unknown, known)} "
-                f'(known: {", ".join(known)}, or the form "soft:75,hard:150,soft:75")'
-            )
-    merged: list[Phase] = []
-    for kind, epochs in parts:
-        if merged and merged[-1][0] == kind:
-            merged[-1] = (kind, merged[-1][1] + epochs)
-        elif epochs:
-            merged.append((kind, epochs))
-    if not merged:
+    total = soft + hard
+    named = {
+        "hald": [("soft", soft // 2), ("hard", hard), ("soft", soft - soft // 2)],
+        "S1": [("hard", hard), ("soft", soft)],
+        "S2": _alternate("hard", "soft", total, passes),
+        "S3": _alternate("hard", "soft", total, 2 * passes),
+        "S4": _alternate("soft", "hard", total, passes),
+        "S5": _alternate("soft", "hard", total, 2 * passes),
+        "S7": [("hard", hard // 2), ("soft", soft), ("hard", hard - hard // 2)],
+        "S8": [("soft", soft), ("hard", hard)],
+        **{kind: [(kind, total)] for kind in kinds},
+    }
+    named["S6"] = named["hald"]
+    parts = named.get(schedule, [])
+    if ":" in schedule:
+        for part in schedule.split(","):
+            match = re.fullmatch(rf"\s*({'|'.join(kinds)}):(\d+)\s*", part)
+            if match is None:
+                form = f"KIND:EPOCHS with KIND one of {', '.join(kinds)}"
+                raise UserError(f"schedule {schedule!r}: {part!r} is not of the form {form}")
+            parts.append((match[1], int(match[2])))
+    elif schedule not in named:
+        known = [*NAMES, *kinds]
+        what = f"unknown schedule {schedule!r}{did_you_mean(schedule, known)}"
+        forms = f'{", ".join(known)}, or the form "soft:75,hard:150,soft:75"'
+        raise UserError(f"{what} (known: {forms})")
+    each = [kind for kind, epochs in parts for _ in range(epochs)]
+    if not each:
         raise UserError(f"schedule {schedule!r} has no epochs; see --soft-epochs, --hard-epochs")
-    return merged
+    return [(kind, len([*same])) for kind, same in itertools.groupby(each)]
 
 
-def _sandwich(outer: str, outer_epochs: int, inner: str, inner_epochs: int) -> list[Phase]:
-    first = outer_epochs // 2
-    return [(outer, first), (inner, inner_epochs), (outer, outer_epochs - first)]
-
-
-def _alternate(kinds: tuple[str, str], epochs: int, every: int) -> list[Phase]:
-    """Turns of `every` epochs per kind until `epochs` are spent in all; the last may be shorter."""
-    starts = range(0, epochs, every)
-    return [(kinds[turn % 2], min(every, epochs - start)) for turn, start in enumerate(starts)]
-
-
-def parse(text: str, kinds: Sequence[str]) -> list[Phase]:
-    """The phases of the free form "soft:75,hard:150"; raises UserError for another form."""
-    parts = []
-    for part in text.split(","):
-        match = re.fullmatch(rf"\s*({'|'.join(kinds)}):(\d+)\s*", part)
-        if match is None:
-            raise UserError(
-                f"schedule {text!r}: {part!r} is not of the form KIND:EPOCHS with KIND one of "
-                + ", ".join(kinds)
-            )
-        parts.append((match[1], int(match[2])))
-    return parts
+def _alternate(first: str, second: str, epochs: int, every: int) -> list[Phase]:
+    """Turns of `every` epochs per kind until `epochs` are spent in all."""
+    return [((first, second)[epoch // every % 2], 1) for epoch in range(epochs)]
 
 
 def learning_rate(epoch: int, epochs: int, base: float, eta: float) -> float:
@@ -107,24 +75,13 @@ def temperature(epoch: int, epochs: int, first: float, last: float) -> float:
 
 
 def auto_soft_epochs(total: int, labels_per_image: int, classes: int) -> int:
-    """How many of `total` epochs are to be soft: half, or three quarters where labels tell much.
-
-    What they tell is labels per image x log10(classes), as a label of more classes tells more;
-    three quarters from 4 on. Source: analysis/study.md, where of ten classes half is best at 1 and
-    3 labels per image and three quarters at 5; of 200 classes the two are equal at 1 and 2 labels
-    per image, and three quarters best at 3 and 5.
-    """
-    told = labels_per_image * math.log10(classes)
+    """How many epochs are to be soft: half, or more where labels tell much (analysis/study.md)."""
+    told = labels_per_image * math.log10(classes)  # a label of more classes tells more
     return round(total * (3 / 4 if told >= 4 else 1 / 2))
 
 
 def label_batches(stored: int, keep: int, chosen: str, seed: int) -> list[int]:
-    """The stored label batches that soft epochs draw from: the pool.
-
-    Args:
-        stored, keep: how many there are, and how many of them to use.
-        chosen: "first", or "random": chosen by the seed, LPLD's random pruning.
-    """
+    """The pool: of the stored label batches the "first", or "random" ones, as LPLD prunes."""
     if chosen == "first":
         return list(range(keep))
     return sorted(shuffle(seed, POOL, 0, stored)[:keep].tolist())
@@ -138,18 +95,10 @@ def drawn_from_pool(
     drawing: Collection[str],
     seed: int,
 ) -> list[int]:
-    """The label batches of an epoch: drawn without replacement from shuffle after shuffle.
+    """The label batches of an epoch, drawn without replacement by the kinds that are `drawing`.
 
-    A pure function of the epoch, so that a run that continues needs no state of the pool. Every
-    phase begins with a new shuffle of the whole pool; another follows whenever one is used up.
-
-    Args:
-        phases: of the whole run.
-        epoch: counted from 0, of a kind that draws from the pool.
-        per_epoch: label batches that such an epoch draws.
-        pool: the label batches to draw from.
-        drawing: the kinds of epoch that draw from the pool.
-        seed: of the run.
+    A function of the epoch, so that a run that continues needs no state of the pool. Every phase
+    begins with a new shuffle of the whole pool; another follows whenever one is used up.
     """
     shuffles, phase_start = 1, 0  # number 0 is the one that prunes
     for kind, epochs in phases:

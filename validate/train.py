@@ -23,6 +23,8 @@ from utils import cli, loggers, runlog, runtime
 from utils.cli import UserError
 from utils.data import datasets, evaluation, folders, images
 from utils.files import lock, save_tensors
+from utils.runlog import RunFolder
+from utils.runtime import Runtime
 from validate import evaluate, schedule, step
 from validate.kinds import KINDS, Batch, Kind, TrainingData, colours
 from validate.settings import Materials, Settings, parse_arguments, resolve
@@ -38,81 +40,62 @@ def main() -> None:
     print(runtime.describe(machine))
     materials = Materials.open(dataset, args.data_dir, args.val_dir, args.label_dir)
     folder, validation = materials.folder, materials.validation
-    print(
-        f"training on {len(folder.files)} images of {folder.root}, validating on "
-        f"{len(validation.files)} of {validation.root}"
-    )
+    training_on = f"training on {len(folder.files)} images of {folder.root}"
+    print(f"{training_on}, validating on {len(validation.files)} of {validation.root}")
     if args.val_dir.resolve() == args.data_dir.resolve():
         print("--val-dir is --data-dir: top-1 is that on the training images")
     settings = resolve(args, materials, machine)
     if folders.selection_source(folder.root) == settings.validation_images:
         print(f"{folder.root} was selected from --val-dir: top-1 counts images trained on, too")
-    run = runlog.RunFolder(args.output_dir)
+    run = RunFolder(args.output_dir, loggers.from_arguments(args))
     if recorded := run.settings():
         settings.check_continues(Settings.from_record(recorded, run.path), run.path)
         if args.resume == "off":
             raise UserError(f"{run.path} holds a run already; --resume auto continues it")
-    openers = loggers.from_arguments(args)
     if result := run.result():
         print(f"{run.path} is done: {runlog.describe(result)}")
         if (run.path / runlog.CURVES).exists():
             return
     with lock(run.path, "training in") if machine.rank == 0 else contextlib.nullcontext():
-        result = result or train(settings, materials, machine, run, openers)
+        result = result or train(settings, materials, machine, run)
         if machine.rank == 0:
             run.draw_curves(result, colours())
 
 
 class Training:
-    """A run in memory: the student, what updates it, and what its epochs are made of.
+    """A run in memory: the student, what updates it, and what its epochs are made of."""
 
-    It is a function of its arguments, so that analysis/ can train a run once more.
-
-    Attributes:
-        student: the network, channels last.
-        step: makes optimiser steps with the student, compiled or shared among ranks.
-        kinds: by name, those of the schedule.
-        data: what they draw their batches from.
-    """
-
-    def __init__(self, settings: Settings, materials: Materials, machine: runtime.Runtime):
+    def __init__(self, settings: Settings, materials: Materials, machine: Runtime):
         self.settings, self.machine = settings, machine
+        facts, device = settings.facts, machine.device
         torch.manual_seed(settings.seed)
         try:
             student = models.build(settings.model, settings.num_classes, settings.input_size)
         except ValueError as error:
             raise UserError(f"--model: {error}") from None
         # Convolutions are faster with channels last, on GPUs in mixed precision and on CPUs.
-        self.student = student.to(machine.device, memory_format=torch.channels_last)
+        self.student = student.to(device, memory_format=torch.channels_last)
+        kinds = {name: KINDS[name] for name in {*settings.kinds}}
+        stored, fresh = settings.batch_size, settings.hard_batch_size
+        sizes = {stored if kind.draws_from_pool else fresh for kind in kinds.values()}
+        last = min(len(materials.sizes) % size or size for size in sizes)
         what = f"--model {settings.model}"
-        runtime.check_outputs(student, settings.facts, machine.device, what)
-        batch_sizes = [settings.hard_batch_size]
-        if any(KINDS[name].draws_from_pool for name in settings.kinds):
-            batch_sizes.append(settings.batch_size)
-        last = min(len(materials.sizes) % size or size for size in batch_sizes)
-        runtime.check_trains(student, settings.facts, machine.device, last, what)
-        self.lr = torch.zeros((), device=machine.device)
-        self.optimizer = step.make_optimizer(
-            settings.optimizer, student, self.lr, settings.weight_decay
-        )
+        runtime.check_outputs(student, facts, device, what)
+        runtime.check_trains(student, facts, device, last, what)
+        self.lr = torch.zeros((), device=device)  # filled, never replaced
+        decay = settings.weight_decay
+        self.optimizer = step.make_optimizer(settings.optimizer, student, self.lr, decay)
         if machine.rank > 0:  # dropout of its own on every rank
             torch.manual_seed(settings.seed + machine.rank)
         source = images.open_images(
-            materials.folder, materials.sizes, settings.facts, machine.device, settings.workers
+            materials.folder, materials.sizes, facts, device, settings.workers
         )
         self.data = TrainingData(settings, materials, source, machine)
-        self.kinds = {name: KINDS[name](self.data) for name in {*settings.kinds}}
-        model = self.student
-        if settings.compile:
-            model = torch.compile(model, dynamic=False)
+        self.kinds = {name: kind(self.data) for name, kind in kinds.items()}
+        model = torch.compile(student, dynamic=False) if settings.compile else student
         alone = machine.world == 1 and settings.grad_accum == 1
-        self.step = step.Step(
-            machine.shared(model),
-            self.optimizer,
-            machine.scaler(),
-            machine,
-            graphs=settings.graph and alone and machine.device.type == "cuda",
-        )
+        graphs = settings.graph and alone and device.type == "cuda"
+        self.step = step.Step(machine.shared(model), self.optimizer, machine, graphs)
 
     def begin_epoch(self, epoch: int) -> Kind:
         """Sets what changes with the epoch, counted from 0; returns its kind."""
@@ -143,37 +126,30 @@ class Training:
     def restore(self, saved: dict) -> None:
         """Takes over what `state` gave."""
         self.student.load_state_dict(saved["model"])
-        step.restore(self.optimizer, saved["optimizer"], self.lr)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr  # which that has replaced; its value is that of the epoch
         self.step.scaler.load_state_dict(saved["scaler"])
         self.machine.set_random_state(saved["random_states"][self.machine.rank])
 
 
-def train(
-    settings: Settings,
-    materials: Materials,
-    machine: runtime.Runtime,
-    run: runlog.RunFolder,
-    openers: list[loggers.Opener],
-) -> dict:
+def train(settings: Settings, materials: Materials, machine: Runtime, run: RunFolder) -> dict:
     """Trains from the run's checkpoint, or from scratch, to the end; returns the result.
 
-    SIGTERM, Ctrl-C, SIGUSR1 and SIGHUP end the program after the optimiser step under way; the
-    next start trains again what came after the last checkpoint.
+    Signals end the program after a step; what follows the last checkpoint is trained again later.
     """
     epochs, views_per_epoch = len(settings.kinds), len(materials.folder.files)
     if machine.world > 1:
         together = machine.world * settings.grad_accum
-        print(
-            f"{machine.world} processes: an optimiser step takes {together} batches of "
-            f"{settings.batch_size} = {together * settings.batch_size} views"
-        )
+        views = f"batches of {settings.batch_size} = {together * settings.batch_size} views"
+        print(f"{machine.world} processes: an optimiser step takes {together} {views}")
     training = Training(settings, materials, machine)
+    student = training.student
     if machine.device.type == "cuda":
         graphs = training.step.graphs is not None
         print("a training step is " + ("one CUDA graph" if graphs else "launched kernel by kernel"))
-    validation = evaluation.load(
-        materials.validation, settings.facts, machine.device, settings.val_cache
-    )
+    facts, targets = settings.facts, materials.validation.labels
+    pixels = evaluation.load(materials.validation, facts, machine.device, settings.val_cache)
     reached = {"epochs": 0, "seconds": 0.0, "best": None, "last": None}
     if saved := run.checkpoint():
         reached = saved["reached"]
@@ -186,15 +162,14 @@ def train(
     network = {  # with the weights, what evaluate.py needs
         "format": "hald-student",
         "network": settings.model,
-        "dataset": vars(settings.facts),
+        "dataset": vars(facts),
         "classes": materials.folder.classes,
         "precision": machine.precision,
     }
     if machine.rank == 0:
-        run.begin(vars(settings), first, openers)
-    bar = cli.progress(
-        desc="train", unit="view", total=epochs * views_per_epoch, initial=first * views_per_epoch
-    )
+        run.begin(vars(settings), first)
+    total, initial = epochs * views_per_epoch, first * views_per_epoch
+    bar = cli.progress(desc="train", unit="view", total=total, initial=initial)
     with bar, cli.delayed_signals() as noted_signal:
 
         def end_if_asked() -> None:
@@ -213,14 +188,13 @@ def train(
                 training.step(batches, kind.loss)
                 bar.update(sum(len(batch.pixels) for batch in batches) * machine.world)
                 end_if_asked()
-            machine.average_buffers(training.student)
+            machine.average_buffers(student)
             means = training.step.means()
             trained = time.monotonic() - started
             if not math.isfinite(means["loss"]):
-                raise UserError(
-                    f"the loss became {means['loss']} in epoch {epoch + 1} ({kind.name} labels); "
-                    f"{run.path} keeps epoch {checkpointed}; try a lower --lr or --amp off"
-                )
+                what = f"the loss became {means['loss']} in epoch {epoch + 1} ({kind.name} labels)"
+                kept = f"{run.path} keeps epoch {checkpointed}"
+                raise UserError(f"{what}; {kept}; try a lower --lr or --amp off")
             line = {
                 "epoch": epoch + 1,
                 "kind": kind.name,
@@ -231,21 +205,14 @@ def train(
             }
             evaluated = epoch + 1 == epochs or (epoch + 1) % settings.eval_every == 0
             if evaluated:
-                top1, top5 = evaluate.accuracy(
-                    training.student,
-                    pixels=validation,
-                    targets=materials.validation.labels,
-                    dataset=settings.facts,
-                    machine=machine,
-                    after_batch=end_if_asked if machine.world == 1 else None,
-                )
+                heed = end_if_asked if machine.world == 1 else None
+                top1, top5 = evaluate.accuracy(student, pixels, targets, facts, machine, heed)
                 line |= {"val_top1": top1, "val_top5": top5}
                 reached["last"] = {"epoch": epoch + 1, "top1": top1, "top5": top5}
                 if reached["best"] is None or top1 > reached["best"]["top1"]:
                     reached["best"] = reached["last"]
                     if machine.rank == 0:
-                        weights = training.student.state_dict()
-                        best = {**network, **reached["best"], "model": weights}
+                        best = {**network, **reached["best"], "model": student.state_dict()}
                         save_tensors(run.path / runlog.BEST, best)
             reached["epochs"] = epoch + 1
             reached["seconds"] += time.monotonic() - started
@@ -259,17 +226,13 @@ def train(
                 checkpointed, saved_at = epoch + 1, time.monotonic()
             bar.n = (epoch + 1) * views_per_epoch
             top1 = f"top-1 {reached['last']['top1']:.2f} %" if reached["last"] else "not evaluated"
-            bar.set_postfix_str(
-                f"epoch {epoch + 1}/{epochs} {kind.name} loss {means['loss']:.4g} {top1}",
-                refresh=False,
-            )
-    reads_labels = any(KINDS[name].needs_labels for name in training.kinds)
+            told = f"epoch {epoch + 1}/{epochs} {kind.name} loss {means['loss']:.4g} {top1}"
+            bar.set_postfix_str(told, refresh=False)
+    reads_labels = any(kind.needs_labels for kind in training.kinds.values())
     result = {
         "dataset": settings.dataset,
         "model": settings.model,
-        "best": reached["best"],
-        "last": reached["last"],
-        "epochs": reached["epochs"],
+        **{name: reached[name] for name in ("best", "last", "epochs")},
         "phases": settings.phases,
         "seed": settings.seed,
         "label_bytes": materials.labels.bytes_on_disk(settings.passes) if reads_labels else 0,
