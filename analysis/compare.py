@@ -28,7 +28,14 @@ Group = tuple[str, list[runlog.RunFolder]]  # a name, and runs that differ in se
 def add_groups(parser: argparse.ArgumentParser) -> None:
     """Adds the runs to be compared, as pairs of a name and a pattern for `finished_runs`."""
     about = {"metavar": "NAME=PATTERN", "help": "run folders that differ in seed only"}
-    parser.add_argument("groups", nargs="+", type=cli.named("NAME=PATTERN"), **about)
+    parser.add_argument("groups", nargs="+", type=_named, **about)
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, separator, pattern = text.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=PATTERN")
+    return name, pattern
 
 
 def finished_runs(pattern: str) -> list[runlog.RunFolder]:

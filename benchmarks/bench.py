@@ -33,7 +33,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, root: Path):
         """Prepares this process as the flags ask; `root` is for files that are thrown away."""
-        self.args, self.root, self.machine = args, root, runtime.from_arguments(args)
+        self.args, self.root, self.machine = args, root, runtime.start(args.device, args.amp)
         write_jpegs(root / "images", args.classes, args.ipc, args.size)
         facts = datasets.named("imagenet1k")
         self.dataset = datasets.Dataset("bench", args.classes, args.size, facts.mean, facts.std)

@@ -281,7 +281,7 @@ def make_passes(
 def main() -> None:
     args = parse_arguments()
     dataset = datasets.from_arguments(args, inferred=True)
-    machine = runtime.from_arguments(args)
+    machine = runtime.start(args.device, args.amp)
     print(runtime.describe(machine))
     folder = folders.scan(args.data_dir, dataset.num_classes)
     passes, ipc = count_passes(args, folder)

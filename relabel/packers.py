@@ -14,7 +14,6 @@ import torch
 
 from utils import runtime
 from utils.cli import ENDING_SIGNALS, UserError, world_size
-from utils.data import images
 from utils.data.views import Views
 from utils.labels import LabelWriter
 
@@ -35,7 +34,7 @@ def default_packers(device: torch.device, writer: LabelWriter) -> int:
     local = os.environ.get("LOCAL_WORLD_SIZE", "")  # torchrun's processes on this machine
     sharing = max(1, int(local)) if local.isdecimal() else world_size()
     pass_bytes = 4 * len(writer.sizes) * writer.settings["num_classes"]
-    room = images.available_memory() // sharing - _IN_FLIGHT * pass_bytes
+    room = runtime.available_memory() // sharing - _IN_FLIGHT * pass_bytes
     with_room = max(room, 0) // (_COPIES * pass_bytes)
     return min(_MOST, max(1, runtime.usable_cores() // sharing - 1), with_room)
 

@@ -133,7 +133,7 @@ def write_images(
 def main() -> None:
     args = parse_arguments()
     dataset = datasets.from_arguments(args, inferred=True)
-    machine = runtime.from_arguments(args)
+    machine = runtime.start(args.device, args.amp)
     folder = folders.scan(args.data_dir, dataset.num_classes)
     weights = args.teacher_weights and [args.teacher_weights]
     trained_with = training_facts([args.teacher], weights, dataset)

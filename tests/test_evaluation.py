@@ -111,7 +111,8 @@ def test_a_file_that_is_not_whole_is_made_again(val, tmp_path):
     load(val, tmp_path / "cache")
     (path,) = (tmp_path / "cache").iterdir()
     good = path.read_bytes()
-    for content in (good[:-1], good[:40], b"", b"[]" + good[2:], good[128:], np_file(3, 4)):
+    damaged = [b"[]" + good[2:], good.replace(b"}", b" ", 1), np_file(3, 4)]
+    for content in (good[:-1], good[:40], b"", good[128:], *damaged):
         path.write_bytes(content)
         assert torch.equal(load(val, tmp_path / "cache"), decoded(val))
         assert path.read_bytes() == good
@@ -129,6 +130,12 @@ def refuse(*_):
 
 def read_only(path, *_, **__):
     raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+
+def test_the_folder_of_a_user_who_is_unknown_is_one_of_that_name(val, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    load(val, "~nobody-of-that-name/cache")
+    assert len(list((tmp_path / "~nobody-of-that-name" / "cache").iterdir())) == 1
 
 
 @pytest.mark.parametrize("obstacle", ["file in the way", "full", "fills up", "read-only"])

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-from argparse import Namespace
 from contextlib import nullcontext
 from unittest import mock
 from unittest.mock import DEFAULT
@@ -250,5 +249,5 @@ print(before - held())
 def test_memory_is_kept_on_a_cpu(monkeypatch, device, calls):
     called = []
     monkeypatch.setattr(runtime, "keep_freed_memory", lambda: called.append(True))
-    runtime.from_arguments(Namespace(device=device, amp="off"))
+    runtime.start(device, "off")
     assert len(called) == calls

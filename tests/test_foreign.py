@@ -142,6 +142,15 @@ def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path, make, told):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("damage", [(b"PK\x01\x02", b"----"), (b"/data.pkl", b"/d\xb4ta.pkl")])
+def test_a_checkpoint_whose_list_of_contents_is_damaged_is_damaged(tmp_path, damage):
+    torch.save(state(), tmp_path / "c.pth")
+    content = (tmp_path / "c.pth").read_bytes()
+    (tmp_path / "c.pth").write_bytes(content.replace(*damage))
+    with pytest.raises(UserError, match="is a damaged zip archive"):
+        load_tensors(tmp_path / "c.pth", "weights")
+
+
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.55, 0.9])
 def test_a_checkpoint_that_was_cut_off_is_damaged(tmp_path, share):
     torch.save(state(), tmp_path / "c.pth")
@@ -225,6 +234,16 @@ def test_what_is_no_image_is_called_what_it_is(tmp_path, head, told):
     (tmp_path / "x.jpg").write_bytes(head)
     with pytest.raises(UserError, match=told):
         images.decode(tmp_path / "x.jpg")
+
+
+def test_a_damaged_avif_is_named(tmp_path):
+    if not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    Image.new("RGB", (8, 6)).save(tmp_path / "x.avif")
+    damaged = (tmp_path / "x.avif").read_bytes().replace(b"iloc", b"....")
+    (tmp_path / "x.avif").write_bytes(damaged)
+    with pytest.raises(UserError, match=r"cannot read image .*x\.avif"):
+        images.decode(tmp_path / "x.avif")
 
 
 def test_a_format_that_is_not_read_is_named_when_a_class_has_no_other(tmp_path):

@@ -94,7 +94,7 @@ def test_packers_are_as_many_as_cores_and_memory_of_this_machine_allow(
     """Logits of 1,281,167 images and 1000 classes: four times 5.1 GB a packer, and beside them."""
     writer = SimpleNamespace(sizes=range(1281167), settings={"num_classes": 1000, "passes": 1})
     monkeypatch.setattr("utils.runtime.usable_cores", lambda: cores)
-    monkeypatch.setattr("utils.data.images.available_memory", lambda: gigabytes * 10**9)
+    monkeypatch.setattr("utils.runtime.available_memory", lambda: gigabytes * 10**9)
     monkeypatch.setenv("WORLD_SIZE", str(world))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if on_machine:

@@ -266,7 +266,8 @@ def test_interrupted_writing_starts_over(fashion, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             run(interrupted, prepare_torchvision, *fashion_arguments(source, out))
     assert partial.is_dir() and not out.exists()
-    (partial / "left").write_bytes(b"over")
+    (content,) = partial.iterdir()
+    (content / "left").write_bytes(b"over")
     run(monkeypatch, prepare_torchvision, *fashion_arguments(source, out))
     assert not partial.exists() and not (out / "left").exists()
     assert (out / "val/00001/00000.png").is_file()

@@ -297,8 +297,9 @@ def test_interrupted_selection_starts_over(source, tmp_path, monkeypatch):
         interrupted.setattr(prepare_distilled, "atomic_write", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(interrupted, source, tmp_path / "out")
-    assert (tmp_path / "out.partial").is_dir() and not (tmp_path / "out").exists()
-    (tmp_path / "out.partial" / "left").write_bytes(b"over")
+    (content,) = (tmp_path / "out.partial").iterdir()
+    (content / "left").write_bytes(b"over")
+    assert not (tmp_path / "out").exists()
     run(monkeypatch, source, tmp_path / "out")
     assert folders.scan(tmp_path / "out", 2).ipc() == 2
     assert not (tmp_path / "out.partial").exists() and not (tmp_path / "out" / "left").exists()

@@ -14,6 +14,8 @@ def device_file(tmp_path, monkeypatch):
     """An NVIDIA device, as far as a file tells, without a driver that works."""
     (tmp_path / "nvidia0").touch()
     monkeypatch.setattr(runtime, "_NVIDIA_DEVICES", (tmp_path, "nvidia[0-9]*"))
+    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.82.01\n")
+    monkeypatch.setattr(runtime, "_NVIDIA_DRIVER", tmp_path / "version")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return tmp_path / "nvidia0"
 
@@ -29,7 +31,7 @@ def test_a_gpu_whose_driver_does_not_start_is_no_reason_for_the_cpu(
     monkeypatch.setattr(torch.cuda, "init", too_old)
     with pytest.raises(UserError) as stopped:
         runtime.start(device=device, amp="auto")
-    for part in ("too old", torch.__version__, "--device cpu"):
+    for part in ("too old", "470.82.01", torch.__version__, "--device cpu"):
         assert part in str(stopped.value)
 
 

@@ -110,25 +110,12 @@ def bounded(kind: type, low: float = -math.inf, high: float = math.inf) -> Calla
     return parse
 
 
-def named(form: str) -> Callable[[str], tuple[str, str]]:
-    """Returns an argparse type: name and value of an argument of a form like "NAME=RUN"."""
-
-    def parse(text: str) -> tuple[str, str]:
-        name, separator, value = text.partition("=")
-        if not separator:
-            raise argparse.ArgumentTypeError(f"{text!r} is not of the form {form}")
-        return name, value
-
-    return parse
-
-
 def progress(iterable=None, **options) -> tqdm:
     """A progress bar of the first process; in a log file, a line every ten seconds."""
-    interval = 0.1 if sys.stderr.isatty() else 10
-    silent = {"disable": True} if _rank() > 0 else {}
-    options = {"mininterval": interval, "dynamic_ncols": True, **options, **silent}
     tqdm.set_lock(threading.RLock())  # else a semaphore, which a signal would leave behind
-    return tqdm(iterable, **options)
+    interval = 0.1 if sys.stderr.isatty() else 10
+    usual = {"mininterval": interval, "dynamic_ncols": True, "disable": _rank() > 0}
+    return tqdm(iterable, **usual | options)
 
 
 def world_size() -> int:
@@ -286,21 +273,15 @@ def run(main: Callable[[], None]) -> NoReturn:
             sys.stdout.flush()
         except BrokenPipeError:  # of `... | head -1`; else Python would try, and tell, once more
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if dist.is_initialized():
-            if stopped.code == 0:  # else other processes may be waiting for this one, or gone
-                dist.destroy_process_group()
-            _exit_beside_threads(stopped.code)
-        raise
-
-
-def _exit_beside_threads(code: int) -> NoReturn:
-    """Exits without Python's finalisation, in which a thread of gloo's may abort the process.
-
-    Such a thread drops tensors after their collective is done, for which it wants the interpreter
-    (https://github.com/pytorch/pytorch/issues/190489), and it outlives a destroyed process group
-    that anything still refers to.
-    """
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+        if not dist.is_initialized():
+            raise
+        if stopped.code == 0:  # else other processes may be waiting for this one, or gone
+            dist.destroy_process_group()
+        # Without Python's finalisation, in which a thread of gloo's may abort the process: it drops
+        # tensors after their collective is done, for which it wants the interpreter
+        # (https://github.com/pytorch/pytorch/issues/190489), and it outlives a destroyed process
+        # group that anything still refers to.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(stopped.code)

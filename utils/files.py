@@ -134,28 +134,19 @@ def _acquire(path: Path, doing: str) -> BinaryIO:
 def whole_folder(path: Path) -> Iterator[Path]:
     """A folder that appears at `path` only when everything in it has been written.
 
-    Yields `<path>.partial`, emptied of what an interrupted attempt left, and renames it on success.
-    Raises UserError where `path` exists already, another process is making it, or the partial
-    folder is not one of ours.
+    Until then it lies in `<path>.partial`; what an interrupted attempt left of it is removed.
+    Raises UserError where `path` exists already, or another process is making it.
     """
     if path.exists():
         raise UserError(f"{path} exists already and is left as it is; choose another folder")
     partial = path.with_name(path.name + ".partial")
-    marker = partial / ".made-by-hald"
-    if not marker.exists() and not is_unused(partial):
-        raise UserError(f"{partial} is in the way and was not made here; move it away")
+    content = partial / f"content{_TEMPORARY}"
     with lock(partial, "making"):
-        marker.touch()
-        for entry in partial.iterdir():
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            elif entry.name not in (LOCK, marker.name):
-                entry.unlink()
-        yield partial
-        partial.rename(path)
-        # Only now: without its marker, a partial folder would be in the way of the next attempt.
-        for left in (LOCK, marker.name):
-            (path / left).unlink()
+        if content.exists():
+            shutil.rmtree(content)
+        content.mkdir()
+        yield content
+        content.rename(path)
 
 
 def content_name(path: Path) -> str | None:
@@ -169,8 +160,11 @@ def content_name(path: Path) -> str | None:
     if head[257:262] == b"ustar":
         return "a tar archive (tar -xf unpacks it)"
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = [Path(name).name for name in archive.namelist()]
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = [Path(name).name for name in archive.namelist()]
+        except Exception:  # whatever zipfile stumbles over in a damaged one
+            return "a damaged zip archive"
         if "constants.pkl" in names:
             return "a TorchScript program, not weights"
         return None if "data.pkl" in names else "a zip archive (unzip unpacks it)"

@@ -29,6 +29,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt(3)
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}
 _NVIDIA_DEVICES = Path("/dev"), "nvidia[0-9]*"
+_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 # Of a step for the others'. Where rank 0 alone decodes, fits or writes, the others wait for long.
 _PATIENCE = datetime.timedelta(minutes=30)
 _PATIENCE_FOR_FIRST = datetime.timedelta(days=7)
@@ -95,10 +96,7 @@ class Runtime:
 
     def from_first(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
-        values = [value]
-        if self.world > 1:
-            dist.broadcast_object_list(values, device=torch.device("cpu"), group=self.patient)
-        return values[0]
+        return self.gather(value)[0]
 
     def barrier(self) -> None:
         """Waits until every rank is here."""
@@ -114,7 +112,7 @@ class Runtime:
             self.barrier()
 
     def shared(self, model: nn.Module) -> nn.Module:
-        """The model, its gradients averaged over the ranks, its buffers not: see below."""
+        """The model, its gradients averaged over the ranks; of buffers see average_buffers."""
         if self.world == 1:
             return model
         kind = nn.parallel.DistributedDataParallel
@@ -242,11 +240,6 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def from_arguments(args: argparse.Namespace) -> Runtime:
-    """The runtime that the flags of add_arguments ask for; see `start`."""
-    return start(device=args.device, amp=args.amp)
-
-
 def start(device: str, amp: str) -> Runtime:
     """Prepares this process to compute, on a device and in a precision as the flags name them.
 
@@ -303,10 +296,13 @@ def _check_driver() -> None:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
+    driver = "driver unknown"
+    with contextlib.suppress(OSError, IndexError):
+        driver = _NVIDIA_DRIVER.read_text().splitlines()[0]
     raise UserError(
-        f"there is an NVIDIA device, but CUDA does not start ({reason}): install a build of torch "
-        f"that fits the driver (here: {torch.__version__}, CUDA {torch.version.cuda}; nvidia-smi "
-        "names the driver), or run with --device cpu"
+        f"there is an NVIDIA device, but CUDA does not start ({reason}; {driver}; torch "
+        f"{torch.__version__} is built for CUDA {torch.version.cuda or '(none)'}): install a "
+        "build of torch that fits the driver, or run with --device cpu"
     )
 
 

@@ -1,6 +1,5 @@
 """Checkpoints: state dicts in those of all kinds of training scripts, the facts in our own."""
 
-import dataclasses
 import re
 import textwrap
 from collections.abc import Iterator
@@ -24,20 +23,16 @@ def own_facts(content: object, path: Path) -> Dataset | None:
     """
     if not isinstance(content, dict) or content.get("format") != "hald-student":
         return None
-    facts, classes, state = (content.get(field) for field in ("dataset", "classes", "model"))
-    described = isinstance(facts, dict) and {*facts} == {
-        f.name for f in dataclasses.fields(Dataset)
-    }
+    facts, state, channels = content.get("dataset"), content.get("model"), [float] * 3
+    numbers = {"num_classes": int, "input_size": int, "mean": channels, "std": channels}
+    described = _types(facts) == {"name": str, **numbers}
     fits = {
-        "dataset": described
-        and isinstance(facts["name"], str)
-        and _are([facts["num_classes"], facts["input_size"]], int, 2)
-        and all(_are(facts[name], float, 3) for name in ("mean", "std")),
-        "network": isinstance(content.get("network"), str),
-        "classes": described and _are(classes, str, facts["num_classes"]),
+        "dataset": described,
+        "network": _types(content.get("network")) is str,
+        "classes": described and _types(content.get("classes")) == [str] * facts["num_classes"],
         "precision": content.get("precision") in ("fp16", "bf16", "off"),
         "model": isinstance(state, dict)
-        and _are([*state], str, len(state))
+        and {*map(type, state)} == {str}
         and any(isinstance(value, torch.Tensor) for value in state.values()),
     }
     for field, right in fits.items():
@@ -47,10 +42,11 @@ def own_facts(content: object, path: Path) -> Dataset | None:
     return Dataset(**facts)
 
 
-def _are(values: object, kind: type, count: int) -> bool:
-    """Whether it is a list or tuple of so many values of a type."""
-    listed = isinstance(values, list | tuple) and len(values) == count
-    return listed and all(isinstance(value, kind) for value in values)
+def _types(value: object) -> object:
+    """The types in a value, as they lie in dicts, lists and tuples, which count as lists."""
+    if isinstance(value, dict):
+        return {key: _types(each) for key, each in value.items()}
+    return [*map(_types, value)] if isinstance(value, list | tuple) else type(value)
 
 
 def unwrap_state(
@@ -95,12 +91,11 @@ def _find_states(content: object, key: str) -> Iterator[tuple[str, dict[str, tor
 
 def load_state(model: nn.Module, state: dict[str, torch.Tensor], what: str, name: str) -> None:
     """Loads a state dict; raises UserError with one line that names the first misfit."""
-    for key, value in model.state_dict().items():
-        if key in state and state[key].shape != value.shape:
-            misfit = f"{key} is {tuple(state[key].shape)}, expected {tuple(value.shape)}"
-            hint = "(other number of classes or input size?)"
-            raise UserError(f"{what} do not fit {name} for this data set: {misfit} {hint}")
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # whose first line says no more than the network's class
+        misfit = f"{str(error).splitlines()[1].strip()} (other number of classes or input size?)"
+        raise UserError(f"{what} do not fit {name} for this data set: {misfit}") from None
     missing = [key for key in missing if not key.endswith("num_batches_tracked")]
     if missing or unexpected:
         counts = f"{len(missing)} tensors missing, {len(unexpected)} unexpected"

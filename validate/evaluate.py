@@ -57,7 +57,7 @@ def main() -> None:
         raise UserError("--dataset custom has no size, mean and std; name a data set that has them")
     named = datasets.named(args.dataset) if args.dataset else None
     model, saved = load_student(args.checkpoint, args.model, named)
-    machine = runtime.from_arguments(args)
+    machine = runtime.start(args.device, args.amp)
     if args.per_class and machine.world > 1:
         raise UserError("--per-class is for one process")
     if args.amp == "auto" and (saved["precision"], machine.device.type) != ("fp16", "cpu"):

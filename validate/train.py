@@ -36,7 +36,7 @@ _STEPS_TO_AGREE = 8  # between the moments at which ranks ask each other for a s
 def main() -> None:
     args = parse_arguments()
     dataset = datasets.from_arguments(args, inferred=True)
-    machine = runtime.from_arguments(args)
+    machine = runtime.start(args.device, args.amp)
     print(runtime.describe(machine))
     materials = Materials.open(dataset, args.data_dir, args.val_dir, args.label_dir)
     folder, validation = materials.folder, materials.validation

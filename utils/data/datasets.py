@@ -30,11 +30,6 @@ class Dataset:
     mean: tuple[float, float, float] | None  # of pixel values in 0..1
     std: tuple[float, float, float] | None
 
-    @property
-    def evaluation_resize(self) -> int:
-        """Shorter side before the central crop: 256 for 224; small inputs are not cropped."""
-        return self.input_size * 256 // 224 if self.input_size >= 128 else self.input_size
-
 
 def canonical(name: str) -> str:
     """The name of datasets.yaml that a spelling means, whatever its case; others as they are."""
@@ -63,23 +58,21 @@ def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> Non
 
 def from_arguments(args: argparse.Namespace, inferred: bool = False) -> Dataset:
     """The data set that flags name, whose facts may be left out if they are `inferred` later."""
-    values = {name: getattr(args, name) for name in ("num_classes", "input_size", "mean", "std")}
+    names = ("num_classes", "input_size", "mean", "std")
+    values = {"--" + name.replace("_", "-"): getattr(args, name) for name in names}
+    given = [flag for flag, value in values.items() if value is not None]
     if args.dataset != "custom":
         dataset = named(args.dataset)
-        if given := [_flag(name) for name, value in values.items() if value is not None]:
+        if given:
             raise UserError(f"{given[0]} goes with --dataset custom; {args.dataset} has its own")
         return dataset
-    missing = [_flag(name) for name in ("input_size", "mean", "std") if values[name] is None]
+    missing = [flag for flag in values if flag not in ("--num-classes", *given)]
     if missing and not inferred:
         raise UserError(f"--dataset custom also needs {', '.join(missing)}")
     if args.std and min(args.std) <= 0:
         raise UserError(f"--std must be positive, not {' '.join(map(str, args.std))}")
     mean, std = (tuple(each) if each else None for each in (args.mean, args.std))
     return Dataset("custom", args.num_classes, args.input_size, mean, std)
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def named(name: str) -> Dataset:

@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from tokenize import TokenError
 from typing import BinaryIO
 
 import numpy as np
@@ -50,7 +51,8 @@ def load(
     shape = (len(folder.files), 3, dataset.input_size, dataset.input_size)
     if cache == "auto":
         cache = "off" if math.prod(shape) < _SMALLEST else _default_folder()
-    pixels = None if cache == "off" else _cached(Path(cache).expanduser(), shape, folder, dataset)
+    cache = os.path.expanduser(cache)  # noqa: PTH111 - Path's own fails for unknown users
+    pixels = None if cache == "off" else _cached(Path(cache), shape, folder, dataset)
     if pixels is None:
         pixels = load_evaluation(folder, dataset)
     return pixels.to(device) if fits(pixels, device) else pixels
@@ -86,7 +88,7 @@ def _cached(
     while True:
         try:
             # Copy on write, because torch warns of arrays that cannot be written to.
-            with contextlib.suppress(FileNotFoundError, ValueError):  # missing or truncated
+            with contextlib.suppress(FileNotFoundError, ValueError, TokenError):  # or damaged
                 return torch.from_numpy(np.lib.format.open_memmap(path, mode="c").reshape(shape))
             # Renaming keeps the file whole; the lock spares other processes the decoding.
             with lock(cache, "decoding images to"):

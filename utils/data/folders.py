@@ -73,7 +73,6 @@ def scan(root: Path, num_classes: int | None = None) -> ImageFolder:
     broken link, a pipe or socket, a name that is no text, other than `num_classes` classes (None:
     any number), a class without images, or class folders whose numbers are not in text order.
     """
-    root = Path(root)
     if not root.is_dir():
         raise UserError(f"image folder not found: {root}")
     classes = sorted(entry.name for entry in _entries(root) if entry.is_dir())
@@ -114,9 +113,7 @@ def _entries(folder: Path) -> Iterator[os.DirEntry]:
             entry.name.encode()
         except UnicodeEncodeError:
             name = repr(os.fsencode(entry.path))
-            raise UserError(
-                f"the name {name} is no valid text; rename it (as convmv does)"
-            ) from None
+            raise UserError(f"the name {name} is no valid text; convmv renames such") from None
         if entry.is_symlink() and not os.path.exists(entry):  # noqa: PTH110 - as for loops, False
             raise UserError(f"{entry.path} is a broken link; mend or remove it")
         yield entry

@@ -49,7 +49,7 @@ def _naming(path: Path) -> Iterator[None]:
         what = content_name(path) or "not an image"
         advice = "save it as PNG or JPEG, or remove it"
         raise UserError(f"cannot read image {path}: it is {what}; {advice}") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read image {path}: {error}") from None
 
 
@@ -235,7 +235,8 @@ def _collected(images: Iterator[torch.Tensor], count: int, height: int, width: i
 
 def decode_evaluation(folder: ImageFolder, dataset: Dataset) -> Iterator[torch.Tensor]:
     """Decodes images as the field evaluates, 224: Resize(256), CenterCrop(224); uint8 [3, S, S]."""
-    size, resize = dataset.input_size, dataset.evaluation_resize
+    size = dataset.input_size
+    resize = size * 256 // 224 if size >= 128 else size
 
     def prepare(path: Path) -> torch.Tensor:
         image = decode(path)
