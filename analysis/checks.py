@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import functools
 import io
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ import models
 from analysis.runner import Task
 from relabel import compress, generate
 from utils import recipe, runlog, runtime
-from utils.cli import UserError
+from utils.cli import UserError, naming
 from utils.data import datasets, folders
 from validate import schedule, settings
 
@@ -37,7 +36,7 @@ def check(tasks: list[Task], label_sets_made: bool = False) -> list[Task]:
     for task in tasks:
         if task.is_done():
             continue
-        with _naming(task):
+        with naming(task.name):
             args = parse(task)
             if hasattr(args, "teacher"):
                 _check_labelling(args)
@@ -117,17 +116,3 @@ def _check_run(
         # On which machine the plan is checked is no difference.
         here = {"processes": earlier.processes, "precision": earlier.precision}
         dataclasses.replace(wanted, **here).check_continues(earlier, run.path)
-
-
-@contextlib.contextmanager
-def _naming(task: Task) -> Iterator[None]:
-    """Puts the task's name before what is wrong with it."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            yield
-    except UserError as error:
-        raise UserError(f"{task.name}: {error}") from None
-    except SystemExit:  # of its parser, which has printed "PROGRAM: why"
-        why = said.getvalue().strip().partition(": ")[2]
-        raise UserError(f"{task.name}: {why}") from None
