@@ -145,7 +145,7 @@ def test_auto_without_labels_is_refused(world, tmp_path, command):
     flags = ["--data-dir", world.data, "--val-dir", world.val, "--output-dir", tmp_path / "run"]
     flags += ["--model", "ConvNetW32", "--dataset", "custom", "--input-size", 32]
     done = command(train.main, *flags, "--recipe", "auto")
-    assert done.code == 2 and "schedule moved has moved epochs: give --label-dir" in done.err
+    assert done.code == 2 and "schedule moved has moved epochs, which read labels: give" in done.err
 
 
 def test_an_image_is_moved_down_and_right_with_its_border_repeated_then_mirrored():
