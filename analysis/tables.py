@@ -78,7 +78,7 @@ def markdown_table(rows: list[dict[str, object]], left: Collection[str]) -> str:
 
 
 def printed(text: str) -> str:
-    """A heading, or the name of a method or codec, with the capitals it has in print."""
+    """A cell with the capitals that names, of methods, codecs and columns, have in print."""
     words = [_PRINTED.get(word, word) for word in text.split(" ")]
     if words[0].isalpha() and words[0].islower():
         words[0] = words[0].capitalize()
@@ -89,7 +89,7 @@ def latex_table(rows: list[dict[str, object]], left: Collection[str], seeds: str
     """The same as LaTeX, with the rules of the package booktabs; a comment tells the seeds."""
 
     def line(cells: Iterable[object]) -> str:
-        escaped = (str(cell).translate(str.maketrans(_TO_LATEX)) for cell in cells)
+        escaped = (printed(str(cell)).translate(str.maketrans(_TO_LATEX)) for cell in cells)
         return " & ".join(escaped) + r" \\"
 
     return "\n".join(
@@ -97,11 +97,8 @@ def latex_table(rows: list[dict[str, object]], left: Collection[str], seeds: str
             r"% in the preamble: \usepackage{booktabs}",
             f"% top-1: mean and sample standard deviation over n = {seeds} seeds",
             r"\begin{tabular}{" + "".join("l" if each in left else "r" for each in rows[0]) + "}",
-            *(r"\toprule", line(map(printed, rows[0])), r"\midrule"),
-            *(
-                line(printed(str(cell)) if name in left else cell for name, cell in row.items())
-                for row in rows
-            ),
+            *(r"\toprule", line(rows[0]), r"\midrule"),
+            *(line(row.values()) for row in rows),
             *(r"\bottomrule", r"\end{tabular}", ""),
         ]
     )
