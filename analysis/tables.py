@@ -4,7 +4,7 @@ import csv
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +69,9 @@ def column(rows: list[dict], name: str) -> list[Any]:
     return [row[name] for row in rows]
 
 
-def markdown_table(rows: list[dict[str, object]], left: Collection[str]) -> str:
-    """Rows as Markdown under their keys; columns that are not in `left` are aligned right."""
-    rule = "".join("---|" if heading in left else "---:|" for heading in rows[0])
+def markdown_table(rows: list[dict[str, object]]) -> str:
+    """Rows as Markdown under their keys; columns of numbers are aligned right."""
+    rule = "".join("---|" if heading in _LEFT else "---:|" for heading in rows[0])
     cells = [list(rows[0]), *(row.values() for row in rows)]
     heading, *lines = (f"| {' | '.join(map(str, line))} |" for line in cells)
     return "\n".join([heading, f"|{rule}", *lines]) + "\n"
@@ -85,7 +85,7 @@ def printed(text: str) -> str:
     return " ".join(words)
 
 
-def latex_table(rows: list[dict[str, object]], left: Collection[str], seeds: str) -> str:
+def latex_table(rows: list[dict[str, object]], seeds: str) -> str:
     """The same as LaTeX, with the rules of the package booktabs; a comment tells the seeds."""
 
     def line(cells: Iterable[object]) -> str:
@@ -96,7 +96,7 @@ def latex_table(rows: list[dict[str, object]], left: Collection[str], seeds: str
         [
             r"% in the preamble: \usepackage{booktabs}",
             f"% top-1: mean and sample standard deviation over n = {seeds} seeds",
-            r"\begin{tabular}{" + "".join("l" if each in left else "r" for each in rows[0]) + "}",
+            r"\begin{tabular}{" + "".join("l" if each in _LEFT else "r" for each in rows[0]) + "}",
             *(r"\toprule", line(rows[0]), r"\midrule"),
             *(line(row.values()) for row in rows),
             *(r"\bottomrule", r"\end{tabular}", ""),
@@ -252,11 +252,11 @@ def report(rows: list[dict], out: Path, layout: dict[str, list[str]]) -> None:
     write_csv(rows, results, columns=list(dict.fromkeys(itertools.chain(*rows))))
     write_csv(summary(rows), out / "summary.csv")
     table = in_layout(rows, **layout) if layout else lines(rows)
-    text = markdown_table(table, _LEFT)
+    text = markdown_table(table)
     atomic_write(out / "table.md", text.encode())
     counts = sorted({len(group) for group in grouped(rows, *FACTS).values()})
     seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
-    atomic_write(out / "table.tex", latex_table(table, _LEFT, seeds).encode())
+    atomic_write(out / "table.tex", latex_table(table, seeds).encode())
     save_figure(plot(rows, "slc"), out / "top1_slc.png")
     save_figure(plot(rows, "label_bytes"), out / "top1_bytes.png")
     written = "results.csv, summary.csv, table.md, table.tex, top1_slc.png, top1_bytes.png"
