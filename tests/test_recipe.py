@@ -138,7 +138,7 @@ def test_a_sweep_leaves_everything_to_the_rule(tmp_path):
     task = sweep.run_tasks(sweep.read_settings(flags))[0]
     args = parse_arguments(task.command[1:])
     assert args.recipe == "auto" and args.schedule is None
-    assert checks.phases_of(args, passes=1, classes=100) == [("moved", 300)]
+    assert checks.phases_of(args, 5, 100) == [("moved", 300)]
 
 
 def test_auto_without_labels_is_refused(world, tmp_path, command):
