@@ -242,13 +242,10 @@ def report(rows: list[dict], out: Path, layout: dict[str, list[str]]) -> None:
     """
     out.mkdir(parents=True, exist_ok=True)
     results = out / "results.csv"
-    earlier = {row.get("run"): row for row in read_csv(results)} if results.exists() else {}
-    kept = {
-        name: row
-        for name, row in earlier.items()
-        if Path(out, "runs", str(name), runlog.RESULT).exists()
-    }
-    rows = list((kept | {row["run"]: row for row in rows}).values())
+    earlier = read_csv(results) if results.exists() else []
+    runs = out / "runs"
+    kept = [row for row in earlier if (runs / str(row.get("run")) / runlog.RESULT).exists()]
+    rows = list({row["run"]: row for row in (*kept, *rows)}.values())
     write_csv(rows, results, columns=list(dict.fromkeys(itertools.chain(*rows))))
     write_csv(summary(rows), out / "summary.csv")
     table = in_layout(rows, **layout) if layout else lines(rows)
