@@ -6,7 +6,7 @@ import functools
 import itertools
 import os
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -167,7 +167,8 @@ def read_settings(arguments: Sequence[str]) -> Plan:
 def chosen_methods(chosen: list[str] | dict[str, dict[str, str] | None]) -> dict[str, Method]:
     """The methods of a plan by the names it gives them; raises UserError for an unknown one."""
     known, methods = known_methods(), {}
-    for name, own in (chosen if isinstance(chosen, dict) else dict.fromkeys(chosen)).items():
+    own_settings = chosen if isinstance(chosen, dict) else dict.fromkeys(chosen)
+    for name, own in own_settings.items():
         own = own or {}
         named = own.get("like") or name
         if named not in known:
@@ -212,29 +213,20 @@ def read_file(path: Path, known: Sequence[str]) -> tuple[list[str], dict]:
 
 
 def _has_form(name: str, value: object) -> bool:
-    """Whether a setting is what `_FORMS` says."""
+    """Whether a setting, or an entry of one, is what `_FORMS` says."""
     match name, value:
         case "flags", str():
             return True
-        case "codecs", dict():
-            return _are_texts(value)
+        case "codecs" | "texts", dict():
+            return all(isinstance(text, str | None) for text in value.values())
         case "methods", dict():
-            return all(own is None or _are_texts(own, ("like", "flags")) for own in value.values())
+            return all(own is None or _has_form("method", own) for own in value.values())
+        case "method", dict():
+            return {*value} <= {"like", "flags"} and _has_form("texts", value)
         case "cells", list():
-            return all(
-                isinstance(cell, dict)
-                and {*cell} <= {*_FACTS, "seed", "flags"}
-                and isinstance(cell.get("flags"), str)
-                for cell in value
-            )
+            return all(_has_form("cell", cell) for cell in value)
+        case "cell", {"flags": str(), **facts}:
+            return {*facts} <= {*_FACTS, "seed"}
         case "table", {"rows": [*rows], "columns": [*columns], **others}:
             return not others and all(fact in _FACTS for fact in rows + columns)
     return False
-
-
-def _are_texts(entries: object, names: Collection[str] = ()) -> bool:
-    """Whether these are texts, or nothing, by name: by any, or by those of `names`."""
-    return isinstance(entries, dict) and all(
-        isinstance(text, str | None) and (name in names or not names)
-        for name, text in entries.items()
-    )
