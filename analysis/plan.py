@@ -201,10 +201,14 @@ def read_file(path: Path, known: Sequence[str]) -> tuple[list[str], dict]:
         if value is None:
             continue
         if name in _FORMS and not (name == "methods" and isinstance(value, str | list)):
-            if not _has_form(name, value):
-                raise UserError(f"{name} must be {_FORMS[name]}")
-            named = isinstance(value, dict)
-            others[name] = {str(key): each for key, each in value.items()} if named else value
+            entries = [value]
+            if name in ("codecs", "methods") and isinstance(value, dict):
+                value = {str(key): own for key, own in value.items()}
+                entries = [{key: own} for key, own in value.items()]
+            for entry in entries:
+                if not _has_form(name, entry):
+                    raise UserError(f"{name} must be {_FORMS[name]}, not {entry}")
+            others[name] = value
         elif isinstance(value, list):
             flags += [flag, *map(str, value)]
         else:  # a single value may itself begin with dashes, as that of `relabel` does

@@ -207,7 +207,10 @@ def test_a_plan_file_is_overridden_by_flags_and_checked(tmp_path):
         (text + "table: {rows: [[ipc]], columns: []}\n", "table must be {rows"),
         (text.replace("lpld: ", "lpld: --lr 1"), "methods must be names, each empty or with {like"),
         (text.replace("lpld: ", "lpld: 0"), "methods must be names, each empty or with {like"),
-        (text.replace("flags:", "flag:"), "methods must be names, .* flags: FLAGS"),
+        (
+            text.replace("flags:", "flag:"),
+            "methods must be names, .* not {'mine': {.*'flag': '--lr 1'}}$",
+        ),
         (text.replace("like: balanced", "like: [hald]"), "methods must be names, each empty"),
         (text.replace("like: balanced, ", ""), "unknown method 'mine' .* mine: {like: hald, flags"),
         (text + "flags: --lr '1\n", "--lr '1: no closing quotation"),
