@@ -1,7 +1,6 @@
 """What the speed benchmark and the GPU check share: flags, JPEG files, networks, sources."""
 
 import argparse
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -19,50 +18,28 @@ from utils.data.views import ViewSpec
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the network, the images and the machine's flags."""
-    parser.add_argument("--model", default="ResNet18", help="teacher and student")
-    parser.add_argument("--size", type=bounded(int, 8), default=224, metavar="S", help="in pixels")
-    parser.add_argument("--classes", type=bounded(int, 2), default=16, metavar="N")
-    parser.add_argument("--ipc", type=bounded(int, 1), default=10, metavar="N", help="per class")
-    parser.add_argument("--batch-size", type=bounded(int, 2), default=16, metavar="N")
+    add = parser.add_argument
+    add("--model", default="ResNet18", help="teacher and student")
+    add("--size", type=bounded(int, 8), default=224, metavar="S", help="in pixels")
+    add("--classes", type=bounded(int, 2), default=16, metavar="N")
+    add("--ipc", type=bounded(int, 1), default=10, metavar="N", help="per class")
+    add("--batch-size", type=bounded(int, 2), default=16, metavar="N")
     runtime.add_arguments(parser)
     parser.set_defaults(workers=min(16, runtime.usable_cores()))
 
 
-@dataclasses.dataclass(frozen=True)
 class Bench:
-    """What all measurements share.
+    """What all measurements share: flags, machine, JPEG files and what views are drawn from."""
 
-    Attributes:
-        args: the flags of add_arguments.
-        machine: device and precision.
-        dataset: facts of the images.
-        folder: the images, JPEG files; sizes: int [images, 2], their heights and widths.
-        spec: what views are drawn from.
-        root: a folder for files that are thrown away.
-    """
-
-    args: argparse.Namespace
-    machine: runtime.Runtime
-    dataset: datasets.Dataset
-    folder: folders.ImageFolder
-    sizes: np.ndarray
-    spec: ViewSpec
-    root: Path
-
-    @classmethod
-    def begin(cls, args: argparse.Namespace, root: Path) -> "Bench":
-        """Prepares this process as the flags ask, and writes the images into `root`."""
-        machine, facts = runtime.from_arguments(args), datasets.named("imagenet1k")
+    def __init__(self, args: argparse.Namespace, root: Path):
+        """Prepares this process as the flags ask; `root` is for files that are thrown away."""
+        self.args, self.root, self.machine = args, root, runtime.from_arguments(args)
         write_jpegs(root / "images", args.classes, args.ipc, args.size)
-        return cls(
-            args=args,
-            machine=machine,
-            dataset=datasets.Dataset("benchmark", args.classes, args.size, facts.mean, facts.std),
-            folder=folders.scan(root / "images"),
-            sizes=np.full((args.classes * args.ipc, 2), args.size),
-            spec=ViewSpec(args.size, args.batch_size),
-            root=root,
-        )
+        facts = datasets.named("imagenet1k")
+        self.dataset = datasets.Dataset("bench", args.classes, args.size, facts.mean, facts.std)
+        self.folder = folders.scan(root / "images")
+        self.sizes = np.full((len(self.folder.files), 2), args.size)  # heights and widths
+        self.spec = ViewSpec(args.size, args.batch_size)
 
     def begin_stage(self) -> runtime.Runtime:
         """Prepares this process as our stages are: on a CPU they keep what they free."""

@@ -12,8 +12,9 @@ from pathlib import Path
 if not __package__:  # run as a plain script: imports start at the repository root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import dataclasses
+import copy
 import importlib.util
+import itertools
 import json
 import re
 import signal
@@ -40,7 +41,6 @@ from utils.runtime import Runtime
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 50
-SECONDS = 200  # until a stage of the pipeline is given up
 PRECISIONS = {  # below fp32, by kind of device
     "cpu": {"bf16": torch.bfloat16},
     "cuda": {"bf16": torch.bfloat16, "fp16": torch.float16},
@@ -64,60 +64,62 @@ class Check(NamedTuple):
         return self.value <= self.limit
 
 
+def largest(difference: torch.Tensor) -> float:
+    """The largest of absolute values."""
+    return float(difference.abs().max())
+
+
 def label_checks(bench: Bench) -> Iterator[Check]:
     """Labels of grouped batches, in all precisions, and made twice."""
     device, size = bench.machine.device, bench.args.batch_size
     (pixels,) = bench.resident().render([draw(bench.spec, bench.sizes, seed=0).to(device)])
     teacher = Teacher("", bench.teacher(torch.channels_last), "")
 
-    def labels(
-        dtype: torch.dtype | None, together: int, ensemble: Ensemble | None = None
-    ) -> torch.Tensor:
-        ensemble = ensemble or Ensemble([teacher], None, Runtime(device, dtype))
-        parts = [ensemble.logits(part, size) for part in pixels.split(together)]
+    def ensemble(dtype: torch.dtype | None, graph: bool = False) -> Ensemble:
+        return Ensemble([teacher], None, Runtime(device, dtype), graph)
+
+    def labels(teachers: Ensemble, together: int = 16 * size) -> torch.Tensor:
+        parts = [teachers.logits(part, size) for part in pixels.split(together)]
         return centre(torch.cat(parts).cpu())
 
-    group, graphed = 16 * size, Ensemble([teacher], None, Runtime(device, None), graph=True)
-    alone, grouped = labels(None, size), labels(None, group)
-    grouping = float((grouped - alone).abs().max())
-    yield Check("labels: 16 batches in one forward pass, fp32, largest difference", grouping, 1e-4)
-    again = float((labels(None, group) - grouped).abs().max())
-    yield Check("labels: the same forward passes again", again, 0)
+    exact, graphed = ensemble(None), ensemble(None, graph=True)
+    alone, grouped = labels(exact, size), labels(exact)
+    what = "labels: 16 batches in one forward pass, fp32, largest difference"
+    yield Check(what, largest(grouped - alone), 1e-4)
+    yield Check("labels: the same forward passes again", largest(labels(exact) - grouped), 0)
     for _ in range(4):  # warmed up, captured, replayed
-        replayed = labels(None, group, graphed)
-    difference = float((replayed - grouped).abs().max())
-    yield Check("labels: by a CUDA graph against kernel by kernel, fp32", difference, 1e-4)
+        replayed = labels(graphed)
+    what = "labels: by a CUDA graph against kernel by kernel, fp32"
+    yield Check(what, largest(replayed - grouped), 1e-4)
     for name, dtype in PRECISIONS[device.type].items():
-        short = labels(dtype, group)
-        relative, lost = float((short - alone).norm() / alone.norm()), distortion(alone, short)
+        short = labels(ensemble(dtype))
+        relative = float((short - alone).norm() / alone.norm())
         yield Check(f"labels: {name} against fp32, relative", relative, 0.05)
-        yield Check(f"labels: {name}, distortion at T = 20", lost, 5e-3)
+        yield Check(f"labels: {name}, distortion at T = 20", distortion(alone, short), 5e-3)
 
 
 def view_checks(bench: Bench) -> Iterator[Check]:
     """Views rendered on the device, in groups, against single batches on the CPU."""
     source, views = bench.resident(), draw(bench.spec, bench.sizes, seed=0)
-    (on_device,) = source.render([views.to(bench.machine.device)])
-    (again,) = source.render([views.to(bench.machine.device)])
+    on_device, again = source.render([views.to(bench.machine.device)] * 2)
     on_cpu = ResidentImages(source.pixels.cpu(), bench.dataset, torch.device("cpu"))
     expected = torch.cat(list(on_cpu.render(list(views))))
-    levels = 255 * max(bench.dataset.std)
-    difference = float((on_device.cpu() - expected).abs().max()) * levels
-    yield Check("views: against the CPU's, largest difference in grey levels", difference, 0.02)
-    yield Check("views: rendered again", float((again - on_device).abs().max()), 0)
+    levels = 255 * max(bench.dataset.std) * largest(on_device.cpu() - expected)
+    yield Check("views: against the CPU's, largest difference in grey levels", levels, 0.02)
+    yield Check("views: rendered again", largest(again - on_device), 0)
 
 
 def loss_curve(bench: Bench, dtype: torch.dtype | None, **settings: bool) -> torch.Tensor:
     """float32 [STEPS]: the loss of each of the first steps of training."""
-    machine = Runtime(bench.machine.device, dtype)
-    pipeline = Training(dataclasses.replace(bench, machine=machine), **settings)
-    step, losses, epoch = pipeline.training.step, [], 0
-    while len(losses) < STEPS:
-        for _ in pipeline.steps(epoch):
-            losses.append(step.loss_sum / step.views)
-            step.begin_epoch()
-        epoch += 1
-    return torch.stack(losses[:STEPS]).cpu()
+    bench = copy.copy(bench)
+    bench.machine = Runtime(bench.machine.device, dtype)
+    pipeline, losses = Training(bench, **settings), []
+    step = pipeline.training.step
+    steps = itertools.chain.from_iterable(map(pipeline.steps, itertools.count()))
+    for _ in itertools.islice(steps, STEPS):
+        losses.append(step.loss_sum / step.views)
+        step.begin_epoch()
+    return torch.stack(losses).cpu()
 
 
 def training_checks(bench: Bench, compile_student: bool = False) -> Iterator[Check]:
@@ -152,41 +154,35 @@ def launch_checks(bench: Bench) -> Iterator[Check]:
 
 def pipeline_checks(bench: Bench) -> Iterator[Check]:
     """Both stages as a user runs them: relabel, train, a signal, continue, evaluate."""
-    args, root = bench.args, bench.root
-    torch.save(bench.network(torch.contiguous_format).state_dict(), root / "teacher.pt")
-    mean, std = ([*map(str, values)] for values in (bench.dataset.mean, bench.dataset.std))
-    machine = ["--device", str(bench.machine.device), "--val-cache", "off"]
-    facts = ["--dataset", "custom", "--input-size", args.size, "--mean", *mean, "--std", *std]
-    images, labels, run = bench.folder.root, root / "labels", root / "run"
+    root, images, model = bench.root, bench.folder.root, bench.args.model
+    weights, labels, run, output = (root / name for name in ("t.pt", "labels", "run", "output"))
+    torch.save(bench.network(torch.contiguous_format).state_dict(), weights)
+    device, log = ["--device", bench.machine.device], run / "log.jsonl"
+    both = ["--dataset", "custom", "--data-dir", images, "--label-dir", labels, *device]
 
-    def command(script: str, *words: object) -> subprocess.Popen:
-        output = (root / "pipeline.log").open("w")
-        line = [sys.executable, ROOT / script, *words]
-        return subprocess.Popen([*map(str, line)], stdout=output, stderr=subprocess.STDOUT)
+    def ended(what: str, script: str, words: list[object], stopped: bool = False) -> Check:
+        line, expected = [sys.executable, ROOT / script, *words], 0
+        with output.open("w") as file:
+            process = subprocess.Popen([*map(str, line)], stdout=file, stderr=subprocess.STDOUT)
+        if stopped:
+            expected = 128 + signal.SIGTERM
+            while not log.exists() and process.poll() is None:
+                time.sleep(0.005)
+            process.send_signal(signal.SIGTERM)
+        if process.wait() != expected:
+            print(output.read_text())
+        difference = abs(process.returncode - expected)
+        return Check(f"pipeline: {what}, exit code {expected}", difference, 0)
 
-    def ended(what: str, process: subprocess.Popen, expected: int = 0) -> Check:
-        try:
-            code = process.wait(SECONDS)
-        finally:
-            process.kill()
-        if code != expected:
-            print((root / "pipeline.log").read_text())
-        return Check(f"pipeline: {what}, exit code {expected}", abs(code - expected), 0)
-
-    words = ["--data-dir", images, "--label-dir", labels, "--teacher", args.model, *facts]
-    words += ["--teacher-weights", root / "teacher.pt", "--passes", 2, "--force", *machine[:2]]
     codec = "klt" if importlib.util.find_spec("pcodec") else "fp16"
-    words += ["--batch-size", args.batch_size, "--codec", codec]
-    yield ended(f"relabelling, codec {codec}", command("relabel/generate.py", *words))
-    words = ["--data-dir", images, "--label-dir", labels, "--val-dir", images, *facts, *machine]
-    words += ["--output-dir", run, "--model", args.model, "--schedule", "soft:20,hard:20,soft:20"]
-    training, log = command("validate/train.py", *words), run / "log.jsonl"
-    given_up = time.monotonic() + SECONDS
-    while not log.exists() and training.poll() is None and time.monotonic() < given_up:
-        time.sleep(0.005)
-    training.send_signal(signal.SIGTERM)
-    yield ended("a signal in training", training, 128 + signal.SIGTERM)
-    continued = ended("continued training", command("validate/train.py", *words))
+    words = [*both, "--teacher", model, "--teacher-weights", weights, "--force", "--passes", 2]
+    words += ["--codec", codec, "--batch-size", bench.args.batch_size]
+    yield ended(f"relabelling, codec {codec}", "relabel/generate.py", words)
+    validation = ["--val-dir", images, "--val-cache", "off"]
+    words = [*both, *validation, "--output-dir", run, "--model", model]
+    words += ["--schedule", "soft:20,hard:20,soft:20"]
+    yield ended("a signal in training", "validate/train.py", words, stopped=True)
+    continued = ended("continued training", "validate/train.py", words)
     yield continued
     if not continued.passed:
         return
@@ -195,9 +191,9 @@ def pipeline_checks(bench: Bench) -> Iterator[Check]:
         rates = [line["images_per_second"] for line in lines if line["kind"] == kind]
         rate = f"{statistics.median(rates):.0f} images/s"
         print(f"pipeline: {rate} in {kind} epochs of {len(bench.folder.files)} images")
-    words = ["--checkpoint", run / "checkpoint.pt", "--val-dir", images, *machine]
-    yield ended("evaluation", command("validate/evaluate.py", *words))
-    top1 = float(re.search(r"top-1 ([\d.]+) %", (root / "pipeline.log").read_text())[1])
+    words = ["--checkpoint", run / "checkpoint.pt", *validation, *device]
+    yield ended("evaluation", "validate/evaluate.py", words)
+    top1 = float(re.search(r"top-1 ([\d.]+) %", output.read_text())[1])
     recorded = json.loads((run / "result.json").read_text())["last"]["top1"]
     yield Check("pipeline: top-1 of the checkpoint against the run's", abs(top1 - recorded), 1e-3)
 
@@ -220,21 +216,20 @@ def main() -> None:
     parser.set_defaults(classes=100, ipc=8)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    all_passed = True
+    passed = []
     for name in args.checks:
         with tempfile.TemporaryDirectory() as root:
-            bench = Bench.begin(args, Path(root))
+            bench, rows = Bench(args, Path(root)), []
             about = provenance(f"python benchmarks/gpu_check.py --checks {name}")
-            rows = []
             for check in CHECKS[name](bench):
                 verdict = "ok" if check.passed else "FAILED"
                 line = f"{verdict:7}{check.value:.2e} (limit {check.limit:.0e})  {check.name}"
                 print(line, flush=True)
+                passed.append(check.passed)
                 rows.append({**check._asdict(), "passed": check.passed})
-                description = runtime.describe(bench.machine)
-                write_csv(rows, args.out / f"{name}.csv", about, description)
-            all_passed &= all(row["passed"] for row in rows)
-    sys.exit(not all_passed)
+                path = args.out / f"{name}.csv"
+                write_csv(rows, path, about, runtime.describe(bench.machine))
+    sys.exit(not all(passed))
 
 
 if __name__ == "__main__":

@@ -9,133 +9,85 @@
 #   GPU_CHECK_SMALL=1 bash benchmarks/gpu_check.sh    the same steps in miniature, also on a CPU
 set -euo pipefail
 
-# shellcheck source=scripts/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../scripts/setup.sh"
 explain "$@"
 cd "$ROOT"
 python="${PYTHON:-python3}"
+small="${GPU_CHECK_SMALL:-}"
 out="$ROOT/runs/gpu_check"
+asked=" $* "
 limit=530
+failed=0
+has() { "$python" -c "import $1" 2> /dev/null; }
+
 network=()
 images=(--classes 100 --seconds 1 --repeats 3 --val-images 50000)
-workers=(4 16)
-if [[ -n "${GPU_CHECK_SMALL:-}" ]]; then
+few=4 many=16
+if [[ -n "$small" ]]; then
     network=(--model ConvNetW32 --size 32 --batch-size 4 --classes 4)
     images=(--ipc 2 --seconds 0.1 --repeats 1 --val-images 40)
-    workers=(0 1)
+    few=0 many=1
+fi
+has torch ||
+    fail "gpu_check: $python has no torch; activate the environment that has it, or name its Python:" \
+        "PYTHON=.venv/bin/python bash benchmarks/gpu_check.sh"
+# Why a step is not made, where it is not.
+no_gpu="" no_codec="" no_demo="" no_tests=""
+"$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || no_gpu="needs a GPU"
+[[ -n "$small" || -z "$no_gpu" ]] ||
+    fail "gpu_check: no CUDA device here; GPU_CHECK_SMALL=1 tries the steps in miniature"
+has pcodec || no_codec="skipped: no pcodec"
+has pytest || no_tests="skipped: no pytest"
+if [[ -n "$small" ]]; then
+    no_demo="not in miniature"
+elif ! reason="$("$python" scripts/check_requirements.py requirements.txt 2>&1)"; then
+    no_demo="skipped: $reason"
 fi
 
-if ! "$python" -c "import torch" 2> /dev/null; then
-    echo "gpu_check: $python has no torch; activate the environment that has it, or name its Python:" \
-        "PYTHON=.venv/bin/python bash benchmarks/gpu_check.sh" >&2
-    exit 2
-fi
-gpu=yes
-if ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
-    gpu=""
-fi
-if [[ -z "${GPU_CHECK_SMALL:-}" && -z "$gpu" ]]; then
-    echo "gpu_check: no CUDA device here; GPU_CHECK_SMALL=1 tries the steps in miniature" >&2
-    exit 2
-fi
-
-if (($# == 0)); then
-    rm -rf "$out"
-fi
-mkdir -p "$out"
-report="$out/gpu_check.txt"
-asked=("$@")
-failed=0
-
-wanted() { # NAME: whether the step is to be made
-    ((${#asked[@]} == 0)) || [[ " ${asked[*]} " == *" $1 "* ]]
-}
-
-note() { # NAME RESULT SECONDS: a line of the report, and below it what the step found
-    printf '== %-20s%-24s%5s s\n' "$@" | tee -a "$report"
-    local results="$out/$1.log"
-    if [[ -s "$out/$1.txt" ]]; then
-        results="$out/$1.txt"
-    fi
-    if [[ -s "$results" ]]; then
-        tail -n 40 "$results" >> "$report"
-    fi
-}
-
-step() { # NAME LIMIT COMMAND ...: runs it for at most so long, its output into NAME.log
-    local name="$1" most="$2" started=$SECONDS result="ok" status=0
+step() { # NAME LIMIT REASON COMMAND ...: for LIMIT seconds at most, unless there is a REASON not to
+    local name="$1" most="$2" result="$3" started=$SECONDS status=0 found
     local left=$((limit > SECONDS ? limit - SECONDS : 1))
-    most=$((most < left ? most : left))
-    shift 2
-    wanted "$name" || return 0
-    timeout --kill-after=5 "$most" "$@" > "$out/$name.log" 2>&1 || status=$?
-    if ((status != 0)); then
-        failed=1
-        result="failed ($status)"
-        ((status != 124 && status != 137)) || result="out of time"
+    shift 3
+    [[ "$asked" == "  " || "$asked" == *" $name "* ]] || return 0
+    if [[ -z "$result" ]]; then
+        timeout --kill-after=5 $((most < left ? most : left)) "$@" > "$out/$name.log" 2>&1 || status=$?
+        case "$status" in
+            0) result="ok" ;;
+            124 | 137) result="out of time" ;;
+            *) result="failed ($status)" ;;
+        esac
+        ((status == 0)) || failed=1
     fi
-    note "$name" "$result" "$((SECONDS - started))"
+    printf '== %-20s%-24s%5s s\n' "$name" "$result" "$((SECONDS - started))" | tee -a "$out/gpu_check.txt"
+    found="$out/$name.txt" # a table
+    [[ -s "$found" ]] || found="$out/$name.log"
+    [[ ! -s "$found" ]] || tail -n 40 "$found" >> "$out/gpu_check.txt"
 }
 
-check() { # NAME LIMIT [FLAG ...]: a check of gpu_check.py
-    local name="$1" most="$2"
-    shift 2
-    step "$name" "$most" "$python" benchmarks/gpu_check.py --out "$out" --checks "$name" \
-        "${network[@]}" "$@"
+check() { # NAME LIMIT REASON: a check of gpu_check.py
+    step "$@" "$python" benchmarks/gpu_check.py --out "$out" --checks "$1" "${network[@]}"
 }
 
-skip() { # NAME REASON: a step that is not made
-    if wanted "$1"; then
-        note "$1" "$2" 0
-    fi
+speed() { # NAME LIMIT REASON FLAG ...: a table of speed.py
+    step "${@:1:3}" "$python" benchmarks/speed.py --out "$out/$1" "${network[@]}" "${images[@]}" "${@:4}"
 }
 
-speed() { # NAME LIMIT FLAG ...: a table of speed.py
-    local name="$1" most="$2"
-    shift 2
-    step "$name" "$most" "$python" benchmarks/speed.py --out "$out/$name" "${network[@]}" "$@"
-}
-
-df -h /dev/shm > "$out/shared_memory.log" 2>&1 || true
-skip shared_memory "of /dev/shm"
-check pipeline 150
-check views 40
-check labels 40
-check training 60
-if [[ -n "$gpu" ]]; then
-    check launches 40
-else
-    skip launches "needs a GPU"
-fi
-speed "speed_${workers[1]}" 140 "${images[@]}" --stages train evaluate --workers "${workers[1]}"
-speed "train_${workers[0]}" 70 "${images[@]}" --stages train --workers "${workers[0]}" \
-    --pipelines straightforward
-speed relabel_fp16 70 "${images[@]}" --stages relabel --workers "${workers[1]}"
-if "$python" -c "import pcodec" 2> /dev/null; then
-    speed relabel_klt 60 "${images[@]}" --stages relabel --codec klt --pipelines ours
-else
-    skip relabel_klt "skipped: no pcodec"
-fi
-if [[ -n "${GPU_CHECK_SMALL:-}" ]]; then
-    skip demo "not in miniature"
-elif reason="$("$python" scripts/check_requirements.py requirements.txt 2>&1)"; then
-    # The demo takes the python3 that comes first.
-    step demo 150 env PATH="$(dirname "$(command -v "$python")"):$PATH" DEMO_DIR="$out/demo" \
-        bash scripts/run_demo.sh
-else
-    skip demo "skipped: $reason"
-fi
-if [[ -z "$gpu" ]]; then
-    skip tests "needs a GPU"
-elif "$python" -c "import pytest" 2> /dev/null; then
-    step tests 100 "$python" -m pytest -m gpu -rs
-else
-    skip tests "skipped: no pytest"
-fi
-if [[ -n "$gpu" ]]; then
-    speed compiled_speed 150 "${images[@]}" --stages train --pipelines ours compiled
-    check compiled 120
-else
-    skip compiled "needs a GPU"
-fi
+[[ "$asked" != "  " ]] || rm -rf "$out"
+mkdir -p "$out"
+step shared_memory 10 "" bash -c "df -h /dev/shm || true"
+check pipeline 150 ""
+check views 40 ""
+check labels 40 ""
+check training 60 ""
+check launches 40 "$no_gpu"
+speed "speed_$many" 140 "" --stages train evaluate --workers "$many"
+speed "train_$few" 70 "" --stages train --workers "$few" --pipelines straightforward
+speed relabel_fp16 70 "" --stages relabel --workers "$many"
+speed relabel_klt 60 "$no_codec" --stages relabel --codec klt --pipelines ours
+# The demo takes the python3 that comes first.
+step demo 150 "$no_demo" env PATH="$(dirname "$(command -v "$python")"):$PATH" DEMO_DIR="$out/demo" \
+    bash scripts/run_demo.sh
+step tests 100 "${no_gpu:-$no_tests}" "$python" -m pytest -m gpu -rs
+speed compiled_speed 150 "$no_gpu" --stages train --pipelines ours compiled
+check compiled 120 "$no_gpu"
 exit "$failed"

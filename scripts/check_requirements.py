@@ -9,17 +9,16 @@ from importlib import metadata
 from pathlib import Path
 
 
-def release(version: str) -> tuple[int, ...]:
-    """The leading release numbers of a version: "2.15.0+cu132" -> (2, 15, 0)."""
-    return tuple(int(part) for part in re.match(r"[\d.]*\d|", version)[0].split(".") if part)
+def release(version: str) -> list[int]:
+    """The leading release numbers of a version: "2.15.0+cu132" -> [2, 15, 0]."""
+    return [int(part) for part in re.match(r"[\d.]*", version)[0].split(".") if part]
 
 
 def unmet(requirements: Path) -> str | None:
-    """The first requirement of a file ("name>=version" lines, "-r file") that is not met."""
+    """The first line of a file ("name>=version,<version" or "-r file") that is not met."""
     for line in requirements.read_text().splitlines():
         if line.startswith("-r "):
-            problem = unmet(requirements.parent / line[3:].strip())
-            if problem:
+            if problem := unmet(requirements.parent / line[3:].strip()):
                 return problem
         elif requirement := re.match(r"([\w.-]+)(?:>=([\d.]+))?(?:,<([\d.]+))?", line):
             name, minimum, end = requirement.groups()
@@ -27,15 +26,11 @@ def unmet(requirements: Path) -> str | None:
                 installed = metadata.version(name)
             except metadata.PackageNotFoundError:
                 return f"{name} is not installed"
-            if release(installed) < release(minimum or ""):
-                return f"{name} {installed} is older than {minimum}"
-            if end and release(installed) >= release(end):
-                return f"{name} {installed} is not below {end}"
+            too_new = end and release(installed) >= release(end)
+            if too_new or release(installed) < release(minimum or ""):
+                return f"{line} is required, {installed} installed"
     return None
 
 
 if __name__ == "__main__":
-    problem = unmet(Path(sys.argv[1]))
-    if problem:
-        print(problem)
-        sys.exit(1)
+    sys.exit(unmet(Path(sys.argv[1])))

@@ -10,19 +10,12 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
-
-def launch() -> int:
-    """Runs torchrun on the command line; returns the exit code."""
+if __name__ == "__main__":
     logging.disable(logging.ERROR)  # its account of which process it ends, and how
     try:
         main()
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
     except SignalException as stopped:
-        return 128 + stopped.sigval
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(launch())
+        sys.exit(128 + stopped.sigval)

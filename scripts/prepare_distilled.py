@@ -17,12 +17,12 @@ if not __package__:  # run as a plain script: imports start at the repository ro
 import argparse
 import dataclasses
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 
-from relabel.teacher import Ensemble, load_teacher, training_facts
+from relabel.teacher import Ensemble, label_views, load_teacher, training_facts
 from utils import cli, runtime
 from utils.cli import UserError, bounded
 from utils.data import custom, datasets, folders, images
@@ -40,11 +40,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--out-dir", type=Path, required=True, help="distilled images to make")
     datasets.add_arguments(parser)
     add("--teacher", required=True, metavar="NAME", help="the network that scores the crops")
-    weights = "a state dict; default: $Main_Data_Path/<dataset>/NAME.pth, else "
-    weights += "$Main_Data_Path/NAME.pth, else torchvision's"
-    add("--teacher-weights", type=Path, metavar="FILE", help=weights)
-    listing = "all classes of a teacher of more, as for relabel/generate.py"
-    add("--teacher-classes", type=Path, metavar="FILE", help=listing)
+    file, like = {"type": Path, "metavar": "FILE"}, "as for relabel/generate.py"
+    add("--teacher-weights", **file, help=f"a state dict, found, if need be, {like}")
+    add("--teacher-classes", **file, help=f"all classes of a teacher of more, {like}")
     add("--ipc", type=bounded(int, 1), required=True, help="images per class to make")
     add("--crops", type=bounded(int, 0), default=5, help="crops per image; 0: the central square")
     share = {"type": bounded(float, 0.0001, 1), "metavar": "SHARE"}
@@ -57,88 +55,79 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def choose_candidates(labels: torch.Tensor, limit: int, seed: int) -> torch.Tensor:
-    """int64: for each class at most `limit` random images, class by class."""
+def firsts_by_class(order: torch.Tensor, labels: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """For each class at most `count` rows of `labels`, those that come first in an order of all."""
+    by_class = order[labels[order].argsort(stable=True)]
+    return [rows[:count] for rows in by_class.split(torch.bincount(labels).tolist())]
+
+
+def choose_at_random(labels: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    """int64, ascending: at most `count` random rows of each class."""
     order = torch.from_numpy(shuffle(seed, ORDER, 0, len(labels)))
-    by_class = order[torch.argsort(labels[order], stable=True)]
-    counts = torch.bincount(labels).tolist()
-    return torch.cat([rows[:limit].sort().values for rows in by_class.split(counts)])
+    return torch.cat(firsts_by_class(order, labels, count)).sort().values
 
 
 def score_crops(
     teacher: Ensemble,
     folder: folders.ImageFolder,
-    sizes: np.ndarray,
     dataset: datasets.Dataset,
     args: argparse.Namespace,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best crop of every image of `folder`.
+    """Cross-entropy, float32 [images], and box, int32 [images, 4], of the best crop of every image.
 
-    Returns:
-        float32 [images], its cross-entropy, and int32 [images, 4], its box.
-
-    Raises:
-        UserError: the teacher's output for an image is not a number.
+    Raises UserError where the teacher's output is not a number.
     """
-    device = teacher.runtime.device
+    device, (sizes, _) = teacher.runtime.device, images.inspect(folder)
     source = images.open_images(folder, sizes, dataset, device, args.workers)
     spec = ViewSpec(dataset.input_size, _BATCH, args.min_scale, mix="none")
     rounds = [draw(spec, sizes, args.seed, epoch) for epoch in range(1, args.crops + 1)]
     # What is scored is what is written: the crop, not its mirror image.
     rounds = [dataclasses.replace(views, flip=torch.zeros_like(views.flip)) for views in rounds]
+    rounds = rounds or [centre_views(sizes, _BATCH)]
     best = torch.full((len(sizes),), torch.inf)
     boxes = torch.zeros(len(sizes), 4, dtype=torch.int32)
-    bar = cli.progress(desc="scoring crops", unit="crop", total=len(sizes) * max(1, len(rounds)))
-    for views in rounds or [centre_views(sizes, _BATCH)]:
-        batches = list(views.to(device))
-        for batch, pixels in zip(batches, source.render(batches), strict=True):
-            index = batch.index.cpu()
-            targets = folder.labels[index].to(device)
-            loss = F.cross_entropy(teacher.logits(pixels), targets, reduction="none").cpu()
-            better = loss < best[index]
-            best[index[better]] = loss[better]
-            boxes[index[better]] = batch.box.cpu()[better]
-            bar.update(len(loss))
-    bar.close()
-    if not torch.isfinite(best).all():
-        path = folder.files[int((~torch.isfinite(best)).nonzero()[0, 0])]
-        raise UserError(
-            f"the teacher's output for {path} is NaN or infinite: other weights, or --amp off"
-        )
+    scored = label_views(teacher, source, rounds)
+    for batch, logits in cli.progress(scored, desc="scoring crops", total=sum(map(len, rounds))):
+        index = batch.index.cpu()
+        targets = folder.labels[index].to(device)
+        loss = F.cross_entropy(logits, targets, reduction="none").cpu()
+        better = loss < best[index]
+        best[index[better]] = loss[better]
+        boxes[index[better]] = batch.box.cpu()[better]
+    if not best.isfinite().all():
+        path = folder.files[(~best.isfinite()).nonzero()[0, 0]]
+        what = f"the teacher's output for {path} is NaN or infinite"
+        raise UserError(f"{what}: other weights, or --amp off")
     return best, boxes
 
 
 def write_images(
-    out: Path, folder: folders.ImageFolder, chosen: list[list[int]], boxes, size: int, args
+    out: Path,
+    folder: folders.ImageFolder,
+    chosen: list[torch.Tensor],
+    boxes: torch.Tensor,
+    size: int,
+    args: argparse.Namespace,
 ) -> None:
-    """Writes IPC images per class in the published layout.
+    """Writes IPC images of `size` pixels per class into an empty folder, in the published layout.
 
-    Args:
-        out: an empty folder.
-        folder: the images.
-        chosen: for each class IPC * collage² rows of `folder`, the best first.
-        boxes: int32 [images, 4], the crop of every image.
-        size: side of the images written, in pixels.
-        args: --ipc, --collage, --format.
+    `chosen` has for each class IPC * collage² rows of `folder`, the best first; `boxes`, int32
+    [images, 4], is the crop of each image.
     """
-    tile = size // args.collage
-    no_flip = torch.zeros(1, dtype=torch.bool)
-    bar = cli.progress(desc="writing images", unit="img", total=len(chosen) * args.ipc)
-    for name, best_first in zip(folders.published_names(folder.classes), chosen, strict=True):
+    tile, no_flip = size // args.collage, torch.zeros(1, dtype=torch.bool)
+    names = folders.published_names(folder.classes)
+    bar = cli.progress(chosen, desc="writing images", unit="class")
+    for name, best_first in zip(names, bar, strict=True):
         (out / name).mkdir()
         for position in range(args.ipc):
-            # Tiles are dealt out so that every collage gets one of the best.
             tiles = []
-            for image in best_first[position :: args.ipc]:
-                pixels = images.pixels_of(images.decode(folder.files[image]))
-                tiles.append(crop_resize(pixels[None], boxes[image : image + 1], no_flip, tile)[0])
-            grid = torch.stack(tiles).unflatten(0, (args.collage, args.collage))
-            canvas = grid.permute(2, 0, 3, 1, 4).reshape(3, tile * args.collage, -1)
-            array = canvas.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+            # Dealt out so that every collage gets one of the best.
+            for row in best_first[position :: args.ipc]:
+                pixels = images.pixels_of(images.decode(folder.files[row]))
+                tiles.append(crop_resize(pixels[None], boxes[row, None], no_flip, tile)[0])
+            canvas = make_grid(tiles, nrow=args.collage, padding=0).round().clamp(0, 255).byte()
             path = out / name / f"{position:05d}.{args.format}"
-            Image.fromarray(array).save(path, **({"quality": 95} if args.format == "jpg" else {}))
-            bar.update()
-    bar.close()
+            to_pil_image(canvas).save(path, quality=95)  # of a JPEG
 
 
 def main() -> None:
@@ -158,14 +147,8 @@ def main() -> None:
     for name, count in zip(folder.classes, folder.counts(), strict=True):
         if count < needed:
             raise UserError(f"{folder.root / name} has {count} images, but {takes} per class")
-    teacher = load_teacher(
-        args.teacher,
-        args.teacher_weights,
-        dataset,
-        machine,
-        classes=folder.classes,
-        listing=args.teacher_classes,
-    )
+    classes = {"classes": folder.classes, "listing": args.teacher_classes}
+    teacher = load_teacher(args.teacher, args.teacher_weights, dataset, machine, **classes)
     record = {
         "dataset": dataclasses.asdict(dataset),
         folders.SOURCE: folder.listing_sha256(),
@@ -180,26 +163,15 @@ def main() -> None:
         print(f"{args.out_dir} is there already: nothing to do")
         return
     with whole_folder(args.out_dir) as out:
-        candidates = choose_candidates(folder.labels, args.candidates, args.seed)
-        looked_at = dataclasses.replace(
-            folder,
-            files=[folder.files[index] for index in candidates.tolist()],
-            labels=folder.labels[candidates],
-        )
-        sizes, _ = images.inspect(looked_at)
-        losses, boxes = score_crops(
-            Ensemble([teacher], None, machine), looked_at, sizes, dataset, args
-        )
-        chosen = []
-        for label in range(len(folder.classes)):
-            members = (looked_at.labels == label).nonzero()[:, 0]
-            chosen.append(members[losses[members].argsort(stable=True)][:needed].tolist())
+        rows = choose_at_random(folder.labels, args.candidates, args.seed)
+        files = [folder.files[row] for row in rows]
+        looked_at = dataclasses.replace(folder, files=files, labels=folder.labels[rows])
+        losses, boxes = score_crops(Ensemble([teacher], None, machine), looked_at, dataset, args)
+        chosen = firsts_by_class(losses.argsort(stable=True), looked_at.labels, needed)
         write_images(out, looked_at, chosen, boxes, dataset.input_size, args)
         atomic_write(out / folders.SELECTION, to_json(record))
-    print(
-        f"{args.out_dir}: IPC {args.ipc} for {len(folder.classes)} classes; relabel/generate.py "
-        "labels them without BSSL"
-    )
+    made = f"IPC {args.ipc} for {len(folder.classes)} classes"
+    print(f"{args.out_dir}: {made}; relabel/generate.py labels them without BSSL")
 
 
 if __name__ == "__main__":

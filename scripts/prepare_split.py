@@ -13,7 +13,7 @@ from pathlib import Path
 if not __package__:  # run as a plain script: imports start at the repository root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scripts.prepare_distilled import choose_candidates
+from scripts.prepare_distilled import choose_at_random
 from utils import cli
 from utils.cli import UserError, bounded
 from utils.data import folders
@@ -22,48 +22,32 @@ from utils.files import atomic_write, read_json, to_json, whole_folder
 _RECORD = "split.json"
 
 
-def split(folder: folders.ImageFolder, count: int, seed: int) -> dict[str, list[Path]]:
-    """Files of "held_out" (`count` of every class) and "rest", each in the folder's order.
-
-    Raises:
-        UserError: a class would have no image left in `rest`.
-    """
-    for name, images_of_class in zip(folder.classes, folder.counts(), strict=True):
-        if count >= images_of_class:
-            raise UserError(f"--held-out {count}: class {name} has only {images_of_class} images")
-    held_out = set(choose_candidates(folder.labels, count, seed).tolist())
-    rows = list(enumerate(folder.files))
-    return {
-        "held_out": [path for row, path in rows if row in held_out],
-        "rest": [path for row, path in rows if row not in held_out],
-    }
-
-
 def main() -> None:
     parser = cli.Parser(description="Split training images in two, by links.")
-    parser.add_argument("--data-dir", type=Path, required=True, help="training images")
-    parser.add_argument("--out-dir", type=Path, required=True, help="gets held_out/ and rest/")
-    parser.add_argument(
-        "--held-out", type=bounded(int, 1), required=True, metavar="N", help="images per class"
-    )
-    parser.add_argument(
-        "--seed", type=bounded(int, 0, 2**62), default=0, metavar="N", help="of the choice"
-    )
+    add = parser.add_argument
+    add("--data-dir", type=Path, required=True, help="training images")
+    add("--out-dir", type=Path, required=True, help="gets held_out/ and rest/")
+    add("--held-out", type=bounded(int, 1), required=True, metavar="N", help="images per class")
+    add("--seed", type=bounded(int, 0, 2**62), default=0, metavar="N", help="of the choice")
     args = parser.parse_args()
     folder = folders.scan(args.data_dir)
     record = {"source": folder.listing_sha256(), "held_out": args.held_out, "seed": args.seed}
     if (args.out_dir / _RECORD).is_file() and read_json(args.out_dir / _RECORD) == record:
         print(f"{args.out_dir} is there already: nothing to do")
         return
-    parts = split(folder, args.held_out, args.seed)
+    for name, images in zip(folder.classes, folder.counts(), strict=True):
+        if images <= args.held_out:  # none would be left in rest/
+            raise UserError(f"--held-out {args.held_out}: class {name} has only {images} images")
+    held_out = {*choose_at_random(folder.labels, args.held_out, args.seed).tolist()}
     with whole_folder(args.out_dir) as out:
-        for part, files in parts.items():
-            for path in files:
-                link = out / part / path.relative_to(folder.root)
-                link.parent.mkdir(parents=True, exist_ok=True)
-                link.symlink_to(path.resolve())
+        for row, path in enumerate(folder.files):
+            part = out / ("held_out" if row in held_out else "rest")
+            link = part / path.relative_to(folder.root)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path.resolve())
         atomic_write(out / _RECORD, to_json(record))
-    print(f"{args.out_dir}: " + ", ".join(f"{len(files)} {part}" for part, files in parts.items()))
+    rest = len(folder.files) - len(held_out)
+    print(f"{args.out_dir}: {len(held_out)} held_out, {rest} rest")
 
 
 if __name__ == "__main__":

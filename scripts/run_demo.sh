@@ -4,7 +4,6 @@
 # Finished parts are skipped; the results are in runs/demo (or DEMO_DIR).
 set -euo pipefail
 
-# shellcheck source=scripts/setup.sh
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/setup.sh"
 explain "$@"
 use_environment requirements.txt
@@ -15,6 +14,8 @@ mkdir -p "$out"
 export OMP_NUM_THREADS=1
 common=(--val-dir "$out/digits/test" --dataset digits --model ConvNetW32 --lr 0.001 --workers 0
     --eval-every 20)
+teacher=(--dataset digits --teacher ConvNetW32 --teacher-weights "$out/teacher/checkpoint.pt"
+    --workers 0)
 
 # Runs beside are not to outlive this script.
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
@@ -27,16 +28,14 @@ student() { # NAME SEED [FLAG ...]
         --label-smoothing 0.1 --eta 2 "${common[@]}" "${@:3}"
 }
 
-beside() { # LOG COMMAND ...: starts a command whose output goes to a file
-    local log="$1"
-    shift
-    "$@" > "$log" 2>&1 &
+beside() { # like student, in the background and without a bar
+    TQDM_DISABLE=1 student "$@" > "$out/beside.log" 2>&1 &
 }
 
-finish_beside() { # LOG: waits for it and shows what it printed
+finish_beside() { # waits for that one and shows what it printed
     local status=0
     wait $! || status=$?
-    tr '\r' '\n' < "$1" | grep -vE '^train:|^$' || true
+    cat "$out/beside.log"
     return "$status"
 }
 
@@ -47,32 +46,29 @@ echo "== 2/5 teacher: trained on the whole training split"
     --schedule hard:60 --hard-mix none --label-smoothing 0 --min-scale 0.5 --eta 1 "${common[@]}"
 echo "== 3/5 distilled images: per class the five that the teacher is surest of"
 "$PYTHON" "$ROOT/scripts/prepare_distilled.py" --data-dir "$out/digits/train" \
-    --out-dir "$out/distilled_ipc5" --dataset digits --teacher ConvNetW32 \
-    --teacher-weights "$out/teacher/checkpoint.pt" --ipc 5 --crops 0 --workers 0
+    --out-dir "$out/distilled_ipc5" --ipc 5 --crops 0 "${teacher[@]}"
 echo "== 4/5 soft labels: one per image, of random crops, and of the views that --recipe auto takes"
 for recipe in published auto; do
     labels="$out/labels_slc5"
     [[ "$recipe" == published ]] || labels+="_$recipe"
-    "$PYTHON" "$ROOT/relabel/generate.py" --data-dir "$out/distilled_ipc5" \
-        --label-dir "$labels" --dataset digits --teacher ConvNetW32 \
-        --teacher-weights "$out/teacher/checkpoint.pt" --slc 5 --codec "${CODEC:-klt}" --no-bssl \
-        --workers 0 --recipe "$recipe"
+    "$PYTHON" "$ROOT/relabel/generate.py" --data-dir "$out/distilled_ipc5" --label-dir "$labels" \
+        --slc 5 --codec "${CODEC:-klt}" --no-bssl --recipe "$recipe" "${teacher[@]}"
 done
 for seed in 0 1 2; do
     echo "== 5/5 students, seed $seed: hard only and soft only (300 epochs each)"
-    beside "$out/beside.log" student soft "$seed" --schedule soft
+    beside soft "$seed" --schedule soft
     student hard "$seed" --schedule hard
-    finish_beside "$out/beside.log"
+    finish_beside
     echo "== 5/5 students, seed $seed: HALD as published and HALD balanced (150 soft + 150 hard)"
-    beside "$out/beside.log" student hald_published "$seed"
+    beside hald_published "$seed"
     student hald_balanced "$seed" --soft-loss-scale T2
-    finish_beside "$out/beside.log"
+    finish_beside
 done
 echo "== 5/5 students, all seeds: --recipe auto"
 auto=(--label-dir "$out/labels_slc5_auto" --recipe auto)
-beside "$out/beside.log" student recipe_auto 0 "${auto[@]}"
+beside recipe_auto 0 "${auto[@]}"
 student recipe_auto 1 "${auto[@]}"
-finish_beside "$out/beside.log"
+finish_beside
 student recipe_auto 2 "${auto[@]}"
 echo
 "$PYTHON" "$ROOT/analysis/compare.py" --out "$out/comparison.png" \

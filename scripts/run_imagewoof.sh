@@ -1,8 +1,6 @@
 #!/usr/bin/env bash
-# Relabels distilled imagewoof images and trains a student on them; settings: config.sh.
-# Settings may be given like this, too: IPC=50 METHOD=rded bash scripts/run_imagewoof.sh
-# Flags after -- go to validate/train.py: bash scripts/run_imagewoof.sh -- --soft-loss-scale T2
-
-# shellcheck source=scripts/pipeline.sh
+# Relabels distilled imagewoof images and trains a student on them. Settings come from config.sh
+# or the environment, flags of validate/train.py follow --:
+#   IPC=50 METHOD=rded bash scripts/run_imagewoof.sh -- --soft-loss-scale T2
 . "$(dirname "$(readlink -f "$0")")/pipeline.sh"
 run_pipeline imagewoof "$@"

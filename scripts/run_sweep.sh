@@ -35,13 +35,11 @@
 # With SLURM, one run per task of a job array: scripts/sweep_slurm.sh
 set -euo pipefail
 
-# shellcheck source=scripts/setup.sh
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/setup.sh"
 explain "$@"
-given_data="${Main_Data_Path:-}" given_val="${val_dir:-}"
-read_config
-export Main_Data_Path="${given_data:-${Main_Data_Path:-}}" val_dir="${given_val:-${val_dir:-}}"
-[[ -n "$Main_Data_Path" ]] || unset Main_Data_Path
-[[ -n "$val_dir" ]] || unset val_dir
+read_config Main_Data_Path="" val_dir=""
+for path in Main_Data_Path val_dir; do
+    if [[ -n "${!path}" ]]; then export "${path?}"; else unset "$path"; fi
+done
 use_environment requirements.txt
 exec "$PYTHON" "$ROOT/analysis/sweep.py" "$@"

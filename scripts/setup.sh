@@ -5,71 +5,61 @@
 
 ROOT="$(CDPATH='' cd -- "$(dirname -- "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)"
 
+fail() { # WORD ...: ends the script with a line of them
+    echo "$*" >&2
+    exit 2
+}
+
 explain() { # ARGUMENT ...: with --help, prints the comment at the head of the script, and ends
     local argument
     for argument in "$@"; do
-        case "$argument" in
-            --) return ;;
-            -h | --help)
-                sed -n '2,/^\([^#]\|$\)/ { /^#\( \|$\)/ s/^# \{0,1\}//p }' "$0"
-                exit 0
-                ;;
-        esac
+        [[ "$argument" != -- ]] || return 0
+        if [[ "$argument" == -h || "$argument" == --help ]]; then
+            sed -n '1d; /^#/!q; s/^# \?//p' "$0"
+            exit 0
+        fi
     done
 }
 
-read_config() { # reads config.sh, whatever editor wrote it; one line and 2 where that fails
-    local config line complaint
-    config="$(tr -d '\r' < "$ROOT/config.sh")"       # as an editor of Windows may have written it
-    config="${config#$'\xef\xbb\xbf'}"$'\ntrue' # a last line like [[ -d /x ]] && IPC=50 may be false
-    # What the environment could not override, or what would be set in this function alone.
-    line="$(sed -nE '/^([^#]*[;&|])?[[:space:]]*(readonly|declare|typeset)[[:space:]]/ { =; q }' \
-        <<< "$config")"
-    if [[ -n "$line" ]]; then
-        complaint="config.sh: line $line: readonly, declare or typeset"
-    elif complaint="$(bash -euc "$config" config.sh 2>&1 >/dev/null)"; then
-        complaint=""
-    else
-        complaint="${complaint%%$'\n'*}" complaint="${complaint:-config.sh: a command in it failed}"
-    fi
-    if [[ -n "$complaint" ]]; then
-        echo "$complaint; it must be lines of NAME=value, without spaces around the =" >&2
-        return 2
+read_config() { # NAME=DEFAULT ...: sets each as the environment, else config.sh, else the default
+    local config complaint setting name value
+    local -A given=()
+    for setting in "$@"; do
+        name="${setting%%=*}"
+        given[$name]="${!name:-}"
+    done
+    # As an editor of Windows may have written it. What the environment could not override, or what
+    # would be set in this function alone, is set as everything else is.
+    config="$(LC_ALL=C sed -E '1s/^\xef\xbb\xbf//; s/\r$//
+        s/(^|[;&])[[:space:]]*(readonly|declare|typeset)( +-[a-z]+)* /\1export /g' "$ROOT/config.sh")"
+    config+=$'\ntrue' # a last line like [[ -d /x ]] && IPC=50 may be false
+    if ! complaint="$(bash -euc "$config" config.sh 2>&1 > /dev/null)"; then
+        complaint="${complaint%%$'\n'*}"
+        fail "${complaint:-config.sh: a command in it failed}; it must be lines of NAME=value," \
+            "without spaces around the ="
     fi
     eval "$config"
-}
-
-satisfies() { # PYTHON REQUIREMENTS: whether every requirement is installed in a version it allows
-    "$1" "$ROOT/scripts/check_requirements.py" "$2" >/dev/null 2>&1
+    for setting in "$@"; do
+        name="${setting%%=*}"
+        value="${given[$name]:-${!name:-${setting#*=}}}"
+        printf -v "$name" %s "${value/#\~\//${HOME:-}/}" # ~/ within quotes
+    done
 }
 
 use_environment() { # REQUIREMENTS: sets PYTHON
     local requirements="$ROOT/$1" python
-    if python="$(command -v python3)" && satisfies "$python" "$requirements"; then
-        PYTHON="$python"
-        return
-    fi
-    PYTHON="$ROOT/.venv/bin/python"
-    if [[ -x "$PYTHON" ]] && satisfies "$PYTHON" "$requirements"; then
-        return
-    fi
-    if [[ -z "${python:-}" ]]; then
-        echo "setup: python3 is not installed; install Python 3.10 or newer" >&2
-        return 2
-    fi
-    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
-        echo "setup: $("$python" --version) is too old; install Python 3.10 or newer" >&2
-        return 2
-    fi
+    python="$(command -v python3)" || python=""
+    for PYTHON in "$python" "$ROOT/.venv/bin/python"; do
+        [[ ! -x "$PYTHON" ]] ||
+            ! "$PYTHON" "$ROOT/scripts/check_requirements.py" "$requirements" 2> /dev/null || return 0
+    done
+    [[ -n "$python" ]] || fail "setup: python3 is not installed; install Python 3.10 or newer"
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        fail "setup: $("$python" --version) is too old; install Python 3.10 or newer"
     echo "setup: installing $1 into $ROOT/.venv (about 6 GB and a few minutes, once)"
-    if [[ ! -x "$PYTHON" ]] && ! "$python" -m venv "$ROOT/.venv"; then
-        echo "setup: cannot make a virtual environment; install the venv module of Python" \
-            "(Debian: apt-get install python3-venv), or activate a conda environment" >&2
-        return 2
-    fi
-    if ! "$PYTHON" -m pip install --disable-pip-version-check -r "$requirements"; then
-        echo "setup: pip could not install $1 (its reason is above); the same command again" \
-            "continues" >&2
-        return 2
-    fi
+    [[ -x "$PYTHON" ]] || "$python" -m venv "$ROOT/.venv" ||
+        fail "setup: cannot make a virtual environment; install the venv module of Python" \
+            "(Debian: apt-get install python3-venv), or activate a conda environment"
+    "$PYTHON" -m pip install --disable-pip-version-check -r "$requirements" ||
+        fail "setup: pip could not install $1 (its reason is above); the same command again continues"
 }

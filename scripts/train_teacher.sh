@@ -8,50 +8,37 @@
 # decay 0.0005, batches of 128, a cosine from 0.1 to 0 over 200 epochs (imagenet1k: 90). FLAGs of
 # validate/train.py win over it: -- --lr 0.02 --schedule hard:60
 # May be stopped and repeated. Ends with $Main_Data_Path/<dataset>/<TEACHER>.pth.
-
-# shellcheck source=scripts/pipeline.sh
 . "$(dirname "$(readlink -f "$0")")/pipeline.sh"
 
-folders=()
-dataset="${1:-}"
-shift || true
+words=()
 while [[ $# -gt 0 && "$1" != -- ]]; do
-    folders+=("$1")
+    words+=("$1")
     shift
 done
 shift || true # the --
-if [[ -z "$dataset" || "$dataset" == -* || ${#folders[@]} != [02] ]]; then
-    echo "train_teacher.sh: takes DATASET [TRAIN VAL] [-- FLAG ...] (--help explains them)" >&2
-    exit 2
-fi
-if [[ -z "$Main_Data_Path" ]]; then
-    echo "config.sh: set Main_Data_Path, where the teacher goes, in $ROOT/config.sh or in the" \
-        "environment" >&2
-    exit 2
-fi
+[[ ${#words[@]} == [13] && "${words[0]}" != -* ]] ||
+    fail "train_teacher.sh: takes DATASET [TRAIN VAL] [-- FLAG ...] (--help explains them)"
+[[ -n "$Main_Data_Path" ]] ||
+    fail "config.sh: set Main_Data_Path, where the teacher goes, in $ROOT/config.sh or in the" \
+        "environment"
 use_environment requirements.txt
-dataset="$(cd "$ROOT" && "$PYTHON" -c \
-    'import sys; from utils.data import datasets; print(datasets.canonical(sys.argv[1]))' "$dataset")"
+dataset="$(cd "$ROOT" && "$PYTHON" -c 'import sys; from utils.data import datasets
+print(datasets.canonical(sys.argv[1]))' "${words[0]}")"
 refuse_own "$dataset" "$@"
 home="$(folder_of "$Main_Data_Path" "$dataset")"
-train="${folders[0]:-$home/train}"
-validation="${folders[1]:-$(folder_of "$val_dir" "$dataset")}"
 run="$Main_Data_Path/runs/$dataset/teacher_${TEACHER//[:\/]/-}_seed$SEED$(flags_name "$@")"
 weights="$home/$TEACHER.pth"
-if [[ -e "$weights" ]] && ! cmp -s "$weights" "$run/checkpoint.pt"; then
-    echo "train_teacher.sh: $weights is there already and is left as it is; move it away first" >&2
-    exit 2
-fi
-if [[ -z "$val_dir" && ${#folders[@]} == 0 ]]; then
-    echo "config.sh: set val_dir, the validation images, or give TRAIN VAL (--help)" >&2
-    exit 2
-fi
+[[ ! -e "$weights" ]] || cmp -s "$weights" "$run/checkpoint.pt" ||
+    fail "train_teacher.sh: $weights is there already and is left as it is; move it away first"
+[[ -n "$val_dir" || ${#words[@]} == 3 ]] ||
+    fail "config.sh: set val_dir, the validation images, or give TRAIN VAL (--help)"
 length=200
 [[ "$dataset" != imagenet1k ]] || length=90
-in_processes "$TRAIN_GPUS" "$ROOT/validate/train.py" --data-dir "$train" --val-dir "$validation" \
-    --output-dir "$run" --dataset "$dataset" --model "$TEACHER" --schedule "hard:$length" \
-    --hard-mix none --label-smoothing 0 --optimizer sgd --lr 0.1 --eta 1 --weight-decay 0.0005 \
-    --batch-size 128 --seed "$SEED" --workers "$WORKERS" "$@"
+in_processes "$TRAIN_GPUS" "$ROOT/validate/train.py" --data-dir "${words[1]:-$home/train}" \
+    --val-dir "${words[2]:-$(folder_of "$val_dir" "$dataset")}" --output-dir "$run" \
+    --dataset "$dataset" --model "$TEACHER" --schedule "hard:$length" --hard-mix none \
+    --label-smoothing 0 --optimizer sgd --lr 0.1 --eta 1 --weight-decay 0.0005 --batch-size 128 \
+    --seed "$SEED" --workers "$WORKERS" "$@"
 mkdir -p "$home"
 cp "$run/checkpoint.pt" "$weights.partial"
 mv "$weights.partial" "$weights"

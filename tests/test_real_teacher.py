@@ -20,7 +20,7 @@ ROCKET = {657, 744}  # missile, projectile
 
 @pytest.fixture(scope="module")
 def teacher() -> torch.nn.Module:
-    from benchmarks.efficientnet_lite0 import factory
+    from benchmarks.label_size import factory
 
     return factory().eval()
 

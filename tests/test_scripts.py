@@ -37,7 +37,9 @@ def test_an_untouched_configuration_is_explained(script):
 
 def test_the_defaults_that_config_names_are_those_of_the_pipeline():
     named = re.findall(r"^# ([A-Z_]+)=(\S*)", (ROOT / "config.sh").read_text(), re.MULTILINE)
-    used = re.findall(r"\[([A-Z_]+)\]=(\S+)", (ROOT / "scripts" / "pipeline.sh").read_text())
+    pipeline = (ROOT / "scripts" / "pipeline.sh").read_text()
+    given = re.search(r"read_config((?:.*\\\n)*.*)", pipeline)[1]
+    used = re.findall(r"\b([A-Z_]+)=(\S+)", given)
     assert len(named) > 10 and dict(named) == {name: value.strip('"') for name, value in used}
 
 
