@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import functools
 import io
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ import models
 from analysis.runner import Task
 from relabel import compress, generate
 from utils import recipe, runlog, runtime
-from utils.cli import UserError
+from utils.cli import UserError, naming
 from utils.data import datasets, folders
 from validate import schedule, settings
 
@@ -29,39 +28,27 @@ _PARSERS = {
 def check(tasks: list[Task], label_sets_made: bool = False) -> list[Task]:
     """Raises UserError, naming the task, for what would stop one of those that are not done.
 
-    Returns the runs whose label set is yet to be made, of which what depends on it has not been
-    looked at; if all sets have been made, that is an error.
+    Prints once what they would say of their settings. Returns the runs whose label set is yet to be
+    made, of which what depends on it has not been looked at; if all have been made, none.
     """
     open_once = functools.cache(settings.Materials.open)
-    later, of_auto = [], set()
+    later, said = [], io.StringIO()
     for task in tasks:
         if task.is_done():
             continue
-        with _naming(task):
+        with naming(task.name), contextlib.redirect_stdout(said):
             args = parse(task)
             if hasattr(args, "teacher"):
                 _check_labelling(args)
-            if not task.facts:
-                continue
-            own = (task.facts["student"], task.facts["seed"], task.done.parent)
-            if (args.model, args.seed, args.output_dir) != own:
-                raise UserError(
-                    "--model, --seed and --output-dir are the sweep's own: give --students, "
-                    "--seeds and --out-dir"
-                )
-            labels = args.label_dir
-            made = label_sets_made or labels is None or (labels / "manifest.json").exists()
-            with contextlib.redirect_stdout(io.StringIO()):
-                dataset = datasets.from_arguments(args)
-                folders_used = (args.data_dir, args.val_dir, labels if made else None)
-                materials = open_once(dataset, *folders_used)
-                _check_run(args, materials, task.facts["ipc"], made)
-            if not made:
-                later.append(task)
-            elif args.recipe != "auto" and recipe.views_of_auto(materials.labels):
-                of_auto.add(labels)
-    for label_dir in sorted(of_auto):
-        print(f"{label_dir} labels views that --recipe auto chose; other methods take them, too")
+            if task.facts:
+                labels = args.label_dir
+                made = label_sets_made or labels is None or (labels / "manifest.json").exists()
+                used = (args.data_dir, args.val_dir, labels if made else None)
+                materials = open_once(datasets.from_arguments(args), *used)
+                _check_run(task, args, materials, made)
+                later += [] if made else [task]
+    for line in dict.fromkeys(said.getvalue().splitlines()):
+        print(line)
     return later
 
 
@@ -70,10 +57,10 @@ def parse(task: Task) -> argparse.Namespace:
     return _PARSERS[Path(task.command[0]).name](task.command[1:])
 
 
-def phases_of(args: argparse.Namespace, passes: int, classes: int) -> list[schedule.Phase]:
-    """The phases of a run on so many labels per image; raises UserError for a wrong schedule."""
-    args = recipe.training_flags(args, None, classes)
-    return settings.phases_of(args, passes, classes)
+def phases_of(args: argparse.Namespace, ipc: int, classes: int) -> list[schedule.Phase]:
+    """The phases of a run; raises UserError for a wrong schedule."""
+    passes = max((args.slc or ipc) // ipc, 1)
+    return settings.phases_of(recipe.training_flags(args, None, classes), passes, classes)
 
 
 def network(name: str, num_classes: int, input_size: int) -> nn.Module | None:
@@ -100,15 +87,20 @@ def _check_labelling(args: argparse.Namespace) -> None:
 
 
 def _check_run(
-    args: argparse.Namespace, materials: settings.Materials, ipc: int, made: bool
+    task: Task, args: argparse.Namespace, materials: settings.Materials, made: bool
 ) -> None:
     """Raises UserError for settings that clash, with each other or with a run in their folder."""
     counts, dataset = {*materials.folder.counts()}, materials.dataset
-    if len(counts) == 1 and counts != {ipc}:
-        raise UserError(f"--ipc {ipc}: {args.data_dir} has {min(counts)} images per class")
+    own = (task.facts["student"], task.facts["seed"], task.done.parent)
+    if (args.model, args.seed, args.output_dir) != own:
+        flags = "--students, --seeds and --out-dir"
+        raise UserError(f"--model, --seed and --output-dir are the sweep's own: give {flags}")
+    if len(counts) == 1 and counts != {task.facts["ipc"]}:
+        has = f"{args.data_dir} has {min(counts)} images per class"
+        raise UserError(f"--ipc {task.facts['ipc']}: {has}")
     network(args.model, dataset.num_classes, dataset.input_size)
     if not made:  # all but the schedule depends on the labels
-        phases_of(args, passes=1, classes=dataset.num_classes)
+        phases_of(args, task.facts["ipc"], dataset.num_classes)
         return
     wanted = settings.resolve(args, materials, runtime.Runtime(torch.device("cpu"), None))
     run = runlog.RunFolder(args.output_dir)
@@ -117,17 +109,3 @@ def _check_run(
         # On which machine the plan is checked is no difference.
         here = {"processes": earlier.processes, "precision": earlier.precision}
         dataclasses.replace(wanted, **here).check_continues(earlier, run.path)
-
-
-@contextlib.contextmanager
-def _naming(task: Task) -> Iterator[None]:
-    """Puts the task's name before what is wrong with it."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            yield
-    except UserError as error:
-        raise UserError(f"{task.name}: {error}") from None
-    except SystemExit:  # of its parser, which has printed "PROGRAM: why"
-        why = said.getvalue().strip().partition(": ")[2]
-        raise UserError(f"{task.name}: {why}") from None

@@ -43,11 +43,11 @@ def finished_runs(pattern: str) -> list[runlog.RunFolder]:
     folders = sorted(Path(pattern).parent.glob(Path(pattern).name))
     if not folders:
         raise UserError(f"no run folder fits {pattern}")
-    for folder in folders:
-        if not (folder / runlog.RESULT).exists():
-            raise UserError(f"{folder} has no {runlog.RESULT}: the run is not finished")
-    first, *others = runs = [runlog.RunFolder(folder) for folder in folders]
-    for run in others:
+    runs = [runlog.RunFolder(folder) for folder in folders]
+    first = runs[0]
+    for run in runs:
+        if run.result() is None:
+            raise UserError(f"{run.path} has no {runlog.RESULT}: the run is not finished")
         if difference := first_difference(first.settings(), run.settings(), {*FREE, "seed"}):
             raise UserError(
                 f"{pattern}: {run.path} and {first.path} differ in more than the seed "

@@ -47,7 +47,6 @@ def speed(tasks: list[Task]) -> float | None:
     logged = [
         line["images_per_second"]
         for task in tasks
-        if task.done.parent.is_dir()
         for line in runlog.RunFolder(task.done.parent).log_lines()
     ]
     return statistics.median(logged) if logged else None
@@ -72,7 +71,7 @@ def count_views(task: Task, classes: int) -> int:
     """How many views a run trains on: images times epochs."""
     args, ipc = checks.parse(task), task.facts["ipc"]
     with contextlib.redirect_stdout(io.StringIO()):
-        phases = checks.phases_of(args, max((args.slc or ipc) // ipc, 1), classes)
+        phases = checks.phases_of(args, ipc, classes)
     return ipc * classes * sum(epochs for _, epochs in phases)
 
 

@@ -6,25 +6,26 @@ import functools
 import itertools
 import os
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
+from analysis.tables import FACTS
 from utils import cli
 from utils.cli import UserError, bounded, did_you_mean
 from utils.data import datasets, folders
 from validate.kinds import KINDS
 
-_FACTS = ("method", "codec", "ipc", "slc", "labels_per_image", "student")
+_FACTS = (*FACTS, "labels_per_image")
 # What those settings of a plan file must be that are no flags.
 _FORMS = {
     "flags": "text, as on a command line",
-    "codecs": "names, each with flags of relabel/compress.py",
+    "codecs": "names with flags of relabel/compress.py, {klt: --codec klt}",
     "methods": "names, each empty or with {like: METHOD, flags: FLAGS}",
-    "cells": f"a list of {{{', '.join(_FACTS)}, seed, flags}}: flags of validate/train.py for the "
-    "runs that have all these values",
-    "table": f"rows and columns, each a list of {', '.join(_FACTS)}",
+    "cells": f"a list, [{{ipc: 5, flags: --lr 1}}]: flags of validate/train.py for the runs with "
+    f"all these values (of {', '.join(_FACTS)}, seed)",
+    "table": f"{{rows: [...], columns: [...]}} of {', '.join(_FACTS)}",
 }
 
 
@@ -124,9 +125,9 @@ class Plan(argparse.Namespace):
 
 def read_settings(arguments: Sequence[str]) -> Plan:
     """The settings of the plan file, overridden by the flags; raises UserError for wrong ones."""
-    of_file = cli.Parser(add_help=False)
-    add, count = of_file.add_argument, {"type": bounded(int, 1), "metavar": "N"}
-    datasets.add_arguments(of_file, required=False)
+    parser = cli.Parser(description="bash scripts/run_sweep.sh --help says what the flags are.")
+    add, count = parser.add_argument, {"type": bounded(int, 1), "metavar": "N"}
+    datasets.add_arguments(parser, required=False)
     for flag in ("--data-dir", "--val-dir", "--out-dir", "--label-dir"):
         # No shell does it in a file.
         add(flag, type=lambda text: os.path.expanduser(os.path.expandvars(text)))  # noqa: PTH111
@@ -137,10 +138,8 @@ def read_settings(arguments: Sequence[str]) -> Plan:
         add(flag, nargs="+", **count)
     add("--seeds", nargs="+", type=bounded(int, 0), metavar="N", default=[0, 1, 2])
     add("--label-slc", **count)
-    of_file.set_defaults(flags="", codecs={}, cells=[], table={})
-    about = "bash scripts/run_sweep.sh --help says what the flags are."
-    parser = cli.Parser(description=about, parents=[of_file])
-    add = parser.add_argument
+    parser.set_defaults(flags="", codecs={}, cells=[], table={})
+    of_a_file = list(vars(parser.parse_args([])))  # not the flags below
     add("--plan", type=Path)
     add("--jobs", **count)
     add("--only", choices=("list", "labels", "runs", "collect"))
@@ -150,9 +149,9 @@ def read_settings(arguments: Sequence[str]) -> Plan:
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     plan = parser.parse_args(arguments[:cut], Plan())
     if plan.plan:
-        flags, others = read_file(plan.plan)
-        of_file.prog = str(plan.plan)  # named in what is wrong with it
-        planned = of_file.parse_args(flags, Plan(**others))
+        with cli.naming(plan.plan):
+            flags, others = read_file(plan.plan, of_a_file)
+            planned = parser.parse_args(flags, Plan(**others))
         if plan.slc or plan.labels_per_image:  # either overrides both
             planned.slc = planned.labels_per_image = None
         plan = parser.parse_args(arguments[:cut], planned)
@@ -168,7 +167,8 @@ def read_settings(arguments: Sequence[str]) -> Plan:
 def chosen_methods(chosen: list[str] | dict[str, dict[str, str] | None]) -> dict[str, Method]:
     """The methods of a plan by the names it gives them; raises UserError for an unknown one."""
     known, methods = known_methods(), {}
-    for name, own in (chosen if isinstance(chosen, dict) else dict.fromkeys(chosen)).items():
+    own_settings = chosen if isinstance(chosen, dict) else dict.fromkeys(chosen)
+    for name, own in own_settings.items():
         own = own or {}
         named = own.get("like") or name
         if named not in known:
@@ -181,28 +181,34 @@ def chosen_methods(chosen: list[str] | dict[str, dict[str, str] | None]) -> dict
     return methods
 
 
-def read_file(path: Path) -> tuple[list[str], dict]:
-    """The settings of a plan file; raises UserError for what is none.
+def read_file(path: Path, known: Sequence[str]) -> tuple[list[str], dict]:
+    """The settings of a plan file by their `known` names; raises UserError for what is none.
 
-    Returns those that are flags, as they would stand on a command line, whose parser is to check
-    them; and by name the others.
+    Returns those that are flags, as on a command line, whose parser is to check them; and by name
+    the others.
     """
     try:
         settings = yaml.safe_load(path.read_text()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
-        raise UserError(f"{path} must hold settings by name")
+        raise UserError("it must hold settings by name")
     flags, others = [], {}
     for name, value in settings.items():
-        flag = "--" + str(name).replace("_", "-")
+        if name not in known:
+            raise UserError(f"unknown {name!r}{did_you_mean(str(name), known)}")
+        flag = "--" + name.replace("_", "-")
         if value is None:
             continue
         if name in _FORMS and not (name == "methods" and isinstance(value, str | list)):
-            if not _has_form(name, value):
-                raise UserError(f"{path}: {name} must be {_FORMS[name]}")
-            named = isinstance(value, dict)
-            others[name] = {str(key): each for key, each in value.items()} if named else value
+            entries = [value]
+            if name in ("codecs", "methods") and isinstance(value, dict):
+                value = {str(key): own for key, own in value.items()}
+                entries = [{key: own} for key, own in value.items()]
+            for entry in entries:
+                if not _has_form(name, entry):
+                    raise UserError(f"{name} must be {_FORMS[name]}, not {entry}")
+            others[name] = value
         elif isinstance(value, list):
             flags += [flag, *map(str, value)]
         else:  # a single value may itself begin with dashes, as that of `relabel` does
@@ -211,29 +217,20 @@ def read_file(path: Path) -> tuple[list[str], dict]:
 
 
 def _has_form(name: str, value: object) -> bool:
-    """Whether a setting is what `_FORMS` says."""
+    """Whether a setting, or an entry of one, is what `_FORMS` says."""
     match name, value:
         case "flags", str():
             return True
-        case "codecs", dict():
-            return _are_texts(value)
+        case "codecs" | "texts", dict():
+            return all(isinstance(text, str | None) for text in value.values())
         case "methods", dict():
-            return all(own is None or _are_texts(own, ("like", "flags")) for own in value.values())
+            return all(own is None or _has_form("method", own) for own in value.values())
+        case "method", dict():
+            return {*value} <= {"like", "flags"} and _has_form("texts", value)
         case "cells", list():
-            return all(
-                isinstance(cell, dict)
-                and {*cell} <= {*_FACTS, "seed", "flags"}
-                and isinstance(cell.get("flags"), str)
-                for cell in value
-            )
+            return all(_has_form("cell", cell) for cell in value)
+        case "cell", {"flags": str(), **facts}:
+            return {*facts} <= {*_FACTS, "seed"}
         case "table", {"rows": [*rows], "columns": [*columns], **others}:
             return not others and all(fact in _FACTS for fact in rows + columns)
     return False
-
-
-def _are_texts(entries: object, names: Collection[str] = ()) -> bool:
-    """Whether these are texts, or nothing, by name: by any, or by those of `names`."""
-    return isinstance(entries, dict) and all(
-        isinstance(text, str | None) and (name in names or not names)
-        for name, text in entries.items()
-    )

@@ -4,7 +4,7 @@ import csv
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,39 +69,36 @@ def column(rows: list[dict], name: str) -> list[Any]:
     return [row[name] for row in rows]
 
 
-def markdown_table(rows: list[dict[str, object]], left: Collection[str]) -> str:
-    """Rows as Markdown under their keys; columns that are not in `left` are aligned right."""
-    rule = "".join("---|" if heading in left else "---:|" for heading in rows[0])
+def markdown_table(rows: list[dict[str, object]]) -> str:
+    """Rows as Markdown under their keys; columns of numbers are aligned right."""
+    rule = "".join("---|" if heading in _LEFT else "---:|" for heading in rows[0])
     cells = [list(rows[0]), *(row.values() for row in rows)]
     heading, *lines = (f"| {' | '.join(map(str, line))} |" for line in cells)
     return "\n".join([heading, f"|{rule}", *lines]) + "\n"
 
 
 def printed(text: str) -> str:
-    """A heading, or the name of a method or codec, with the capitals it has in print."""
+    """A cell with the capitals that names, of methods, codecs and columns, have in print."""
     words = [_PRINTED.get(word, word) for word in text.split(" ")]
     if words[0].isalpha() and words[0].islower():
         words[0] = words[0].capitalize()
     return " ".join(words)
 
 
-def latex_table(rows: list[dict[str, object]], left: Collection[str], seeds: str) -> str:
+def latex_table(rows: list[dict[str, object]], seeds: str) -> str:
     """The same as LaTeX, with the rules of the package booktabs; a comment tells the seeds."""
 
     def line(cells: Iterable[object]) -> str:
-        escaped = (str(cell).translate(str.maketrans(_TO_LATEX)) for cell in cells)
+        escaped = (printed(str(cell)).translate(str.maketrans(_TO_LATEX)) for cell in cells)
         return " & ".join(escaped) + r" \\"
 
     return "\n".join(
         [
             r"% in the preamble: \usepackage{booktabs}",
             f"% top-1: mean and sample standard deviation over n = {seeds} seeds",
-            r"\begin{tabular}{" + "".join("l" if each in left else "r" for each in rows[0]) + "}",
-            *(r"\toprule", line(map(printed, rows[0])), r"\midrule"),
-            *(
-                line(printed(str(cell)) if name in left else cell for name, cell in row.items())
-                for row in rows
-            ),
+            r"\begin{tabular}{" + "".join("l" if each in _LEFT else "r" for each in rows[0]) + "}",
+            *(r"\toprule", line(rows[0]), r"\midrule"),
+            *(line(row.values()) for row in rows),
             *(r"\bottomrule", r"\end{tabular}", ""),
         ]
     )
@@ -245,21 +242,18 @@ def report(rows: list[dict], out: Path, layout: dict[str, list[str]]) -> None:
     """
     out.mkdir(parents=True, exist_ok=True)
     results = out / "results.csv"
-    earlier = {row.get("run"): row for row in read_csv(results)} if results.exists() else {}
-    kept = {
-        name: row
-        for name, row in earlier.items()
-        if Path(out, "runs", str(name), runlog.RESULT).exists()
-    }
-    rows = list((kept | {row["run"]: row for row in rows}).values())
+    earlier = read_csv(results) if results.exists() else []
+    runs = out / "runs"
+    kept = [row for row in earlier if (runs / str(row.get("run")) / runlog.RESULT).exists()]
+    rows = list({row["run"]: row for row in (*kept, *rows)}.values())
     write_csv(rows, results, columns=list(dict.fromkeys(itertools.chain(*rows))))
     write_csv(summary(rows), out / "summary.csv")
     table = in_layout(rows, **layout) if layout else lines(rows)
-    text = markdown_table(table, _LEFT)
+    text = markdown_table(table)
     atomic_write(out / "table.md", text.encode())
     counts = sorted({len(group) for group in grouped(rows, *FACTS).values()})
     seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
-    atomic_write(out / "table.tex", latex_table(table, _LEFT, seeds).encode())
+    atomic_write(out / "table.tex", latex_table(table, seeds).encode())
     save_figure(plot(rows, "slc"), out / "top1_slc.png")
     save_figure(plot(rows, "label_bytes"), out / "top1_bytes.png")
     written = "results.csv, summary.csv, table.md, table.tex, top1_slc.png, top1_bytes.png"

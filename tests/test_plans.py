@@ -79,6 +79,14 @@ def test_a_run_with_other_settings_in_the_folder_of_the_plan_is_refused_early(wo
         checks.check(sweep.run_tasks(tiny_plan(world, tmp_path)))
 
 
+def test_what_runs_would_say_of_their_settings_is_printed_once(world, tmp_path, capsys):
+    flags = ("--methods", "soft", "auto", "--seeds", 0, 1, "--slc", 6, "--relabel=--teacher T")
+    checks.check(sweep.run_tasks(tiny_plan(world, tmp_path, *flags, "--", "--soft-epochs", "auto")))
+    lines = capsys.readouterr().out.splitlines()
+    assert sorted({*lines}) == sorted(lines)
+    assert any(line.startswith("learning rate: ") for line in lines)
+
+
 def test_bssl_of_selected_images_is_said_before_the_start(copied, tmp_path, capsys):
     (copied.data / "selection.json").write_text("{}")
     for more, said in (("", "it is off"), (" --bssl", "it is on")):

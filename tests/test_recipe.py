@@ -138,14 +138,14 @@ def test_a_sweep_leaves_everything_to_the_rule(tmp_path):
     task = sweep.run_tasks(sweep.read_settings(flags))[0]
     args = parse_arguments(task.command[1:])
     assert args.recipe == "auto" and args.schedule is None
-    assert checks.phases_of(args, passes=1, classes=100) == [("moved", 300)]
+    assert checks.phases_of(args, 5, 100) == [("moved", 300)]
 
 
 def test_auto_without_labels_is_refused(world, tmp_path, command):
     flags = ["--data-dir", world.data, "--val-dir", world.val, "--output-dir", tmp_path / "run"]
     flags += ["--model", "ConvNetW32", "--dataset", "custom", "--input-size", 32]
     done = command(train.main, *flags, "--recipe", "auto")
-    assert done.code == 2 and "schedule moved has moved epochs: give --label-dir" in done.err
+    assert done.code == 2 and "schedule moved has moved epochs, which read labels: give" in done.err
 
 
 def test_an_image_is_moved_down_and_right_with_its_border_repeated_then_mirrored():

@@ -43,7 +43,7 @@ def test_a_table_never_averages_over_what_it_does_not_name():
 def test_a_table_in_latex():
     rows = [{"method": "a_b & c", "top-1 (%)": "10.5 ± 0.7", "SLC": "–"}]
     rows += [{"method": "hald", "top-1 (%)": "9.0", "SLC": 5}]
-    assert tables.latex_table(rows, left=("method",), seeds="1 to 2").splitlines() == [
+    assert tables.latex_table(rows, seeds="1 to 2").splitlines() == [
         r"% in the preamble: \usepackage{booktabs}",
         "% top-1: mean and sample standard deviation over n = 1 to 2 seeds",
         r"\begin{tabular}{lrr}",
@@ -58,7 +58,7 @@ def test_a_table_in_latex():
 
 
 def test_names_of_any_letters_are_escaped_in_latex():
-    table = tables.latex_table([{"codec": r"T^2 \{~#$%|<>}²"}], left=("codec",), seeds="1")
+    table = tables.latex_table([{"codec": r"T^2 \{~#$%|<>}²"}], seeds="1")
     escaped = r"T\textasciicircum{}2 \textbackslash{}\{\textasciitilde{}\#\$\%$|$$<$$>$\}$^2$ \\"
     assert table.splitlines()[-3] == escaped
 

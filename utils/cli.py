@@ -51,6 +51,15 @@ class UserError(Exception):
     """Something the user can mend; its text is the one line printed before exit code 2."""
 
 
+@contextlib.contextmanager
+def naming(what: object) -> Iterator[None]:
+    """Puts before the text of a UserError what it is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from None
+
+
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, except where there is none."""
 
@@ -60,7 +69,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser without abbreviations, whose errors are one line each, and ~ a folder."""
+    """An argument parser without abbreviations; raises UserError; ~ is the home folder."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
@@ -75,7 +84,7 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        _fail(f"{message} (--help lists the flags)")
+        raise UserError(f"{message} (--help lists the flags)")
 
 
 def _at_home(value):

@@ -35,15 +35,11 @@ def training_flags(
         tell(fill(args, _AUTO_TRAINING), "", classes)
         if labels is not None and "small_crops_top1" not in labels.manifest:
             print(f"{labels.path} labels other views than --recipe auto: give it to labelling, too")
-    elif views_of_auto(labels):
+    elif labels is not None and labels.manifest.get("small_crops_top1", SURE) < SURE:
+        # Else the views are published ones, too.
         print(f"{labels.path} labels views that --recipe auto chose, to train on by that recipe")
     fill(args, _PUBLISHED_TRAINING)
     return args
-
-
-def views_of_auto(labels: LabelSet | None) -> bool:
-    """Whether labels are of views that are "auto"'s alone, and not the published ones, too."""
-    return labels is not None and labels.manifest.get("small_crops_top1", SURE) < SURE
 
 
 def fill(args: argparse.Namespace, advised: dict[str, object]) -> dict[str, object]:

@@ -29,7 +29,7 @@ class RunFolder:
         self.loggers: list[Logger] = []
         self.gpu: Gpu | None = None
         if self.settings() is None and not is_unused(self.path):
-            raise UserError(f"{self.path} is not empty and not a run; choose another --output-dir")
+            raise UserError(f"{self.path} is not empty and not a run; choose another folder")
 
     def settings(self) -> dict | None:
         """The settings that the run was begun with, None before; raises UserError if damaged."""
@@ -37,7 +37,7 @@ class RunFolder:
         try:
             return yaml.safe_load(path.read_text())["settings"] if path.exists() else None
         except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
-            raise UserError(f"{path} is damaged; choose another --output-dir") from None
+            raise UserError(f"{path} is damaged; choose another folder") from None
 
     def result(self) -> dict | None:
         """The result of a finished run, else None."""

@@ -137,10 +137,10 @@ class Settings:
         """Raises UserError unless the run at `path` was begun with settings of the same result."""
         if self.processes != earlier.processes:
             what = f"{path} is trained by {earlier.processes} processes, not {self.processes}"
-            raise UserError(f"{what}: start as many (TRAIN_GPUS), or choose another --output-dir")
+            raise UserError(f"{what}: start as many (TRAIN_GPUS), or choose another folder")
         if difference := self.difference(earlier):
             what = f"{path} holds a run with other settings ({difference})"
-            raise UserError(f"{what}; choose another --output-dir or the same settings")
+            raise UserError(f"{what}; choose another folder or the same settings")
 
 
 _FIELDS = {field.name: field.metadata for field in dataclasses.fields(Settings)}
@@ -230,7 +230,8 @@ def resolve(args: argparse.Namespace, materials: Materials, machine: runtime.Run
     kinds = [KINDS[name] for name in sorted({name for name, _ in phases})]
     for kind in kinds:
         if kind.needs_labels and not labels:
-            raise UserError(f"schedule {args.schedule} has {kind.name} epochs: give --label-dir")
+            what = f"schedule {args.schedule} has {kind.name} epochs, which read labels"
+            raise UserError(f"{what}: give --label-dir, or in a plan `like: soft`")
     used = {flag for kind in kinds for flag in kind.flags}
     for name in sorted({flag for kind in KINDS.values() for flag in kind.flags} - used):
         if getattr(args, name) != _FIELDS[name].get("default"):
