@@ -303,7 +303,7 @@ def _parsed(where: str, coords, flips, mix_index, lam, bbox, values, indices=Non
     count, shape = len(coords), values.shape
     right = [
         coords.shape == (count, 4) and count > 0,
-        flips.shape == (count,) and _within(flips, 1),
+        flips is not None and flips.shape == (count,) and _within(flips, 1),
         mix_index is not None or (bbox is None and lam in (None, 1)),
         mix_index is None or (mix_index.shape == (count,) and _within(mix_index, count - 1)),
         lam is None or 0 <= lam <= 1,

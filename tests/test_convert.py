@@ -344,6 +344,10 @@ REFUSED = {
         lambda fkd: change(fkd, lambda b: b[1].__setitem__(2, b[1][2] + 0.5)),
         "batch 1 is no batch of [coords,",
     ),
+    "no flips": (
+        lambda fkd: change(fkd, lambda b: b[1].__setitem__(1, None)),
+        "batch 1 is no batch of [coords,",
+    ),
     "fractional box": (
         lambda fkd: change(fkd, lambda b: b[1].__setitem__(4, [0, 0, 4.5, 4])),
         "batch 1 is no batch of [coords,",
