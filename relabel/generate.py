@@ -269,7 +269,8 @@ def make_passes(
     mine = unlabelled[machine.rank :: machine.world]
     # Those that rank 0 has labelled for the fit.
     ready = ((each, *labelled.pop(each)) for each in missing if each in labelled)
-    bar = cli.progress(total=len(mine) * len(hard_labels), desc="relabel", unit="view")
+    done, total = (count * len(hard_labels) for count in (len(labelled), len(mine) + len(labelled)))
+    bar = cli.progress(total=total, initial=done, desc="relabel", unit="view")
     with bar, pass_writer(writer, packers) as write_pass:
         passes = itertools.chain(ready, label_passes(mine, writer, teachers, source, bar))
         for pass_index, views, logits in passes:

@@ -286,8 +286,8 @@ def _within(values: torch.Tensor, largest: int) -> bool:
 def _numbered(folder: Path, pattern: str) -> list[Path]:
     """What a pattern finds, by the numbers in the names; raises UserError where one is missing."""
     start, end = pattern.split("*")
-    names = [path.name for path in folder.glob(pattern)]
-    count = sum(name.removeprefix(start).removesuffix(end).isdecimal() for name in names)
+    texts = [path.name.removeprefix(start).removesuffix(end) for path in folder.glob(pattern)]
+    count = sum(text.isdecimal() and text == str(int(text)) for text in texts)
     paths = [folder / f"{start}{number}{end}" for number in range(count)]
     missing = next((path.name for path in paths if not path.exists()), None)
     _check(missing is None, f"{folder} is incomplete: no {missing}")

@@ -22,24 +22,28 @@ explain() { # ARGUMENT ...: with --help, prints the comment at the head of the s
 }
 
 read_config() { # NAME=DEFAULT ...: sets each as the environment, else config.sh, else the default
-    local config complaint setting name value
+    local config complaint setting name value settings=("$@")
     local -A given=()
     for setting in "$@"; do
         name="${setting%%=*}"
         given[$name]="${!name:-}"
     done
-    # As an editor of Windows may have written it. What the environment could not override, or what
-    # would be set in this function alone, is set as everything else is.
-    config="$(LC_ALL=C sed -E '1s/^\xef\xbb\xbf//; s/\r$//
-        s/(^|[;&])[[:space:]]*(readonly|declare|typeset)( +-[a-z]+)* /\1export /g' "$ROOT/config.sh")"
+    # As an editor of Windows may have written it.
+    config="$(LC_ALL=C sed '1s/^\xef\xbb\xbf//; s/\r$//' "$ROOT/config.sh")"
     config+=$'\ntrue' # a last line like [[ -d /x ]] && IPC=50 may be false
     if ! complaint="$(bash -euc "$config" config.sh 2>&1 > /dev/null)"; then
         complaint="${complaint%%$'\n'*}"
         fail "${complaint:-config.sh: a command in it failed}; it must be lines of NAME=value," \
             "without spaces around the ="
     fi
+    # What the environment could not override, or would be set in this function alone, is exported.
+    exported() { for setting in "$@"; do [[ "$setting" == -* ]] || export "${setting?}"; done; }
+    readonly() { exported "$@"; }
+    declare() { exported "$@"; }
+    typeset() { exported "$@"; }
     eval "$config"
-    for setting in "$@"; do
+    unset -f readonly declare typeset
+    for setting in "${settings[@]}"; do
         name="${setting%%=*}"
         value="${given[$name]:-${!name:-${setting#*=}}}"
         printf -v "$name" %s "${value/#\~\//${HOME:-}/}" # ~/ within quotes

@@ -228,10 +228,9 @@ def resolve(args: argparse.Namespace, materials: Materials, machine: runtime.Run
     args = recipe.training_flags(args, labels, dataset.num_classes)
     phases = phases_of(args, passes, dataset.num_classes)
     kinds = [KINDS[name] for name in sorted({name for name, _ in phases})]
-    for kind in kinds:
-        if kind.needs_labels and not labels:
-            what = f"schedule {args.schedule} has {kind.name} epochs, which read labels"
-            raise UserError(f"{what}: give --label-dir, or in a plan `like: soft`")
+    if readers := [kind.name for kind in kinds if kind.needs_labels and not labels]:
+        what = f"schedule {args.schedule} has {readers[0]} epochs, which read labels"
+        raise UserError(f"{what}: give --label-dir, or in a plan `like: soft`")
     used = {flag for kind in kinds for flag in kind.flags}
     for name in sorted({flag for kind in KINDS.values() for flag in kind.flags} - used):
         if getattr(args, name) != _FIELDS[name].get("default"):
