@@ -94,7 +94,7 @@ def draw_bars(rows: list[dict]) -> Figure:
 def main() -> None:
     parser = cli.Parser(description="Agreement of students with themselves between two crops.")
     add = parser.add_argument
-    add("--out", type=Path, required=True, help="PNG and CSV, without the ending")
+    add("--out", type=Path, required=True, help="PNG to write, and a CSV beside it")
     add_groups(parser)
     add("--val-dir", type=Path, help="images (default: those of the runs)")
     add("--images", type=bounded(int, 1), default=1000, metavar="N", help="how many of them")
@@ -108,9 +108,9 @@ def main() -> None:
             measured = measure(run.path, val_dir, args.images, args.min_scale)
             rows.append({"group": name, "run": run.path.name, **measured})
     command = shlex.join(["python", "analysis/consistency.py", *sys.argv[1:]])
-    # Not with_suffix: a name may have a dot of its own.
-    write_csv(rows, args.out.with_name(f"{args.out.name}.csv"), provenance(command))
-    save_figure(draw_bars(rows), args.out.with_name(f"{args.out.name}.png"))
+    stem = args.out.name.removesuffix(".png")  # not with_suffix: it may have a dot of its own
+    write_csv(rows, args.out.with_name(f"{stem}.csv"), provenance(command))
+    save_figure(draw_bars(rows), args.out.with_name(f"{stem}.png"))
     for (name,), of_group in grouped(rows, "group").items():
         divergence, _ = mean_and_std(column(of_group, "jsd_bits"))
         cosine, _ = mean_and_std(column(of_group, "cosine"))

@@ -525,3 +525,10 @@ def test_running_out_of_gpu_memory_says_which_flag_helps(world, tmp_path, comman
         done.code == 2
         and "out of GPU memory; relabel with a smaller --views-per-forward" in done.err
     )
+
+
+def test_a_folder_of_splits_is_not_taken_for_one_of_classes(tmp_path):
+    for split in ("train", "val"):
+        write_images(tmp_path / split, 1, seed=0)
+    with pytest.raises(UserError, match=rf"{tmp_path} holds train, val: give one of these folders"):
+        folders.scan(tmp_path)

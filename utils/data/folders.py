@@ -81,6 +81,8 @@ def scan(root: Path, num_classes: int | None = None) -> ImageFolder:
             f"{root} has no class folders: it must hold one sub-folder per class "
             "(scripts/prepare_val.py sorts validation images that come side by side)"
         )
+    if {*classes} <= {"train", "val", "test"}:
+        raise UserError(f"{root} holds {', '.join(classes)}: give one of these folders")
     _check_order(root, classes)
     if num_classes is not None and len(classes) != num_classes:
         raise UserError(f"{root} has {len(classes)} class folders, the data set {num_classes}")
@@ -171,11 +173,9 @@ def check_same_classes(folder: ImageFolder, classes: list[str], owner: str) -> N
     names = ", ".join(sorted({*folder.classes} ^ {*classes}))
     differ = textwrap.shorten(names, 100, placeholder=" ...")
     how = f"in one of them alone: {differ}" if differ else "they differ in order"
-    inside = {"train", "val", "test"} & {*folder.classes}
-    hint = f"; give {folder.root / min(inside)}?" if inside else ""
     raise UserError(
         f"{folder.root} has {len(folder.classes)} class folders, {owner} has {len(classes)}; the "
-        f"class lists must be the same ({how}){hint}"
+        f"class lists must be the same ({how})"
     )
 
 
