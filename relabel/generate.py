@@ -12,7 +12,6 @@ if not __package__:  # run as a plain script: imports start at the repository ro
 
 import argparse
 import collections
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -267,13 +266,15 @@ def make_passes(
     writer.open_codec()
     unlabelled = [each for each in missing if each not in fitted]
     mine = unlabelled[machine.rank :: machine.world]
-    # Those that rank 0 has labelled for the fit.
-    ready = ((each, *labelled.pop(each)) for each in missing if each in labelled)
     done, total = (count * len(hard_labels) for count in (len(labelled), len(mine) + len(labelled)))
     bar = cli.progress(total=total, initial=done, desc="relabel", unit="view")
     with bar, pass_writer(writer, packers) as write_pass:
-        passes = itertools.chain(ready, label_passes(mine, writer, teachers, source, bar))
-        for pass_index, views, logits in passes:
+        for pass_index in missing:
+            if pass_index in labelled:  # for the fit, on rank 0
+                views, logits = labelled.pop(pass_index)
+                write_pass(pass_index, logits, views, hard_labels)
+                del logits
+        for pass_index, views, logits in label_passes(mine, writer, teachers, source, bar):
             write_pass(pass_index, logits, views, hard_labels)
             del logits  # before the next is there: a pass of a whole training set takes gigabytes
     machine.barrier()

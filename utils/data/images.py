@@ -173,9 +173,11 @@ class StreamingImages:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         for views in batches:
-            crops = [self._next(received, workers) for _ in range(len(views))]
-            pixels = torch.cat([part.to(self.device, non_blocking=True) for part in crops])
-            yield mix(normalise(pixels, self.mean, self.std), views)
+            crops = []
+            for _ in range(len(views)):  # each is sent while the next is decoded
+                part = self._next(received, workers)
+                crops.append(part.to(self.device, non_blocking=True))
+            yield mix(normalise(torch.cat(crops), self.mean, self.std), views)
 
     def _crops(self, views: Views) -> torch.Tensor | str:
         """The crops of a batch, or the text of the error that its images raised."""
